@@ -1,0 +1,432 @@
+"""Ranks of one node find each other over a Unix socket, compare what they were started with, and pass files.
+
+Rank 0 listens on an abstract socket (it leaves no file, and goes with its process); the others connect to
+it, and it relays. The listener closes once all ranks have come, so the name is free again even while a
+stopped process of an earlier run lives on. Every wait has a deadline and names the ranks that are missing:
+rank 0 tells those who wait whom it waits for, so that all of them say the same.
+
+This is for starting and for diagnosis. No step of a run goes through here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import selectors
+import socket
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from barriers.errors import RankError, RankMismatch, RanksMissing, name_ranks
+from barriers.members import Member
+from barriers.packets import address_of, check_user, close_all, open_socket, receive, tell
+
+MAX_RANKS = 32  # one lane of a warp each
+MAX_VALUE_BYTES = 4096  # of one rank's part of a gathering; all parts must fit in one packet
+_TICK_S = 0.1  # how often rank 0 tells the others whom it waits for
+_GRACE_S = 1.0  # the others wait this much longer, so that rank 0's verdict reaches them first
+
+
+@dataclass(frozen=True)
+class GroupConfig:
+    """Where this rank stands and where the ranks meet.
+
+    Attributes:
+        rank: of this process, 0 <= rank < world.
+        world: processes, all on this node.
+        name: of the meeting point; the same on every rank of a run and on no other run of this host.
+        timeout_s: of every meeting.
+    """
+
+    rank: int
+    world: int
+    name: str
+    timeout_s: float = 60.0
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.world <= MAX_RANKS or not 0 <= self.rank < self.world:
+            raise ValueError(
+                f"expected 1 to {MAX_RANKS} ranks of one node and a rank among them, got rank "
+                f"{self.rank} of {self.world}; start one process a GPU"
+            )
+        if not self.name or self.timeout_s <= 0:
+            raise ValueError(
+                f"expected a name and a positive time-out, got {self.name!r} and {self.timeout_s} s"
+            )
+
+    @classmethod
+    def from_env(cls, env: Mapping[str, str], timeout_s: float = 60.0) -> GroupConfig:
+        """What `torchrun` tells each process it starts; no variables at all mean one rank.
+
+        Raises:
+            ValueError: some of the variables are missing or no numbers.
+            RankMismatch: the world spans more than one node.
+        """
+        if "RANK" not in env and "WORLD_SIZE" not in env:
+            return cls(0, 1, f"single-{os.getpid()}", timeout_s)
+        missing = [n for n in ("RANK", "WORLD_SIZE", "MASTER_PORT") if n not in env]
+        if missing:
+            raise ValueError(
+                f"expected the environment of torchrun, got none of {', '.join(missing)}; "
+                "start with torchrun --nproc-per-node N -m …"
+            )
+        try:
+            rank, world = int(env["RANK"]), int(env["WORLD_SIZE"])
+            local = int(env.get("LOCAL_WORLD_SIZE", world))
+        except ValueError as e:
+            raise ValueError(f"RANK, WORLD_SIZE and LOCAL_WORLD_SIZE must be numbers: {e}") from e
+        if local != world:
+            raise RankMismatch(
+                f"expected all ranks on one node, got WORLD_SIZE {world} but LOCAL_WORLD_SIZE {local}; "
+                "start one world a node (torchrun --standalone --nproc-per-node N)"
+            )
+        parts = ("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT")
+        return cls(rank, world, "/".join(env.get(p, "") for p in parts), timeout_s)
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one rank brought to a gathering; the files are this process's own to close."""
+
+    value: Any
+    fds: tuple[int, ...]
+
+
+class RankGroup:
+    """All ranks of a run, connected.
+
+    Args:
+        config: this rank's place.
+        fields: what every rank must have been started with, such as model, fingerprint and ladder, as
+            short strings. Host and world are compared, too.
+
+    Raises:
+        RankMismatch: two ranks differ; names the field, both values and both ranks.
+        RanksMissing: not all ranks came in time.
+        RankError: the meeting point is taken by another run.
+    """
+
+    def __init__(self, config: GroupConfig, fields: Mapping[str, str] | None = None) -> None:
+        self.rank, self.world, self.config = config.rank, config.world, config
+        self.members: tuple[Member, ...] = ()
+        self._links: dict[int, socket.socket] = {}  # rank 0: by rank; the others: only {0: …}
+        try:
+            if self.rank == 0:
+                self._accept_all()
+            else:
+                self._connect()
+            me = Member.current(self.rank)
+            parts = self.allgather(
+                "start", {"member": [me.pid, me.started, me.pid_namespace], "fields": _all(fields)}
+            )
+            self.members = tuple(Member(r, *p.value["member"]) for r, p in enumerate(parts))
+            _compare([p.value["fields"] for p in parts])
+        except BaseException:
+            self.close()
+            raise
+
+    def allgather(
+        self,
+        what: str,
+        value: Any,
+        fds: Sequence[int] = (),
+        timeout_s: float | None = None,
+    ) -> list[Part]:
+        """Give every rank's value and files to every rank; all ranks call this alike.
+
+        Args:
+            what: names the meeting in messages; must agree between ranks.
+            value: anything JSON can hold, up to 4 KiB.
+            fds: open files; the receivers get duplicates of their own, rank by rank.
+
+        Returns:
+            One part a rank, by rank; this rank's own part included (its files duplicated, too).
+
+        Raises:
+            RanksMissing: a rank did not come in time, or its process ended.
+            RankError: ranks are at different meetings.
+        """
+        message = {"what": what, "value": value, "fds": len(fds)}
+        if len(json.dumps(message)) > MAX_VALUE_BYTES:
+            raise ValueError(f"{what}: expected at most {MAX_VALUE_BYTES} bytes of JSON, got more")
+        wait_s = self.config.timeout_s if timeout_s is None else timeout_s
+        if self.rank == 0:
+            return self._serve(message, fds, wait_s)
+        return self._ask(message, fds, wait_s)
+
+    def barrier(self, what: str, timeout_s: float | None = None) -> None:
+        """Wait until every host is here; raises as `allgather`."""
+        self.allgather(what, None, timeout_s=timeout_s)
+
+    def agree(self, what: str, error: str | None, timeout_s: float | None = None) -> None:
+        """Raise on every rank if any rank brings an error.
+
+        Raises:
+            RankError: quotes the failed ranks' errors; and as `allgather`.
+        """
+        parts = self.allgather(what, None if error is None else error[:600], timeout_s=timeout_s)
+        failed = {r: p.value for r, p in enumerate(parts) if p.value is not None}
+        if failed:
+            told = "; ".join(f"rank {r}: {text}" for r, text in failed.items())
+            raise RankError(f"{what} failed on {name_ranks(tuple(failed))}: {told}", tuple(failed))
+
+    def describe(self, ranks: Sequence[int]) -> str:
+        """What is known of these ranks' processes, as " (rank 3: process 71 has ended)", or ""."""
+        known = []
+        for member in self.members:
+            state = member.state() if member.rank in ranks else ""
+            if state:
+                known.append(f"rank {member.rank}: process {member.pid} {state}")
+        return f" ({'; '.join(known)})" if known else ""
+
+    def close(self) -> None:
+        """Leave; idempotent, and waits for nobody."""
+        for link in self._links.values():
+            link.close()
+        self._links = {}
+
+    def __enter__(self) -> RankGroup:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # ---------------------------------------------------------------- meeting
+
+    def _accept_all(self) -> None:
+        """Rank 0: bind the name, take one connection from every other rank, free the name."""
+        if self.world == 1:
+            return
+        deadline = time.monotonic() + self.config.timeout_s
+        with open_socket() as listener:
+            self._bind(listener, deadline)
+            listener.listen(self.world)
+            while len(self._links) < self.world - 1:
+                missing = [r for r in range(1, self.world) if r not in self._links]
+                for link in self._links.values():
+                    tell(link, {"waiting": missing}, wait_s=0.0)
+                if time.monotonic() > deadline:
+                    self._give_up("start", missing, self.config.timeout_s)
+                listener.settimeout(_TICK_S)
+                with contextlib.suppress(TimeoutError):
+                    self._admit(listener.accept()[0])
+
+    def _bind(self, listener: socket.socket, deadline: float) -> None:
+        while True:
+            try:
+                listener.bind(address_of(self.config.name))
+                return
+            except OSError as e:
+                if time.monotonic() > deadline:
+                    raise RankError(
+                        f"rank 0 cannot listen at {self.config.name!r} ({e.strerror}): another run of "
+                        "this host uses the name; end it, or set another MASTER_PORT",
+                        (0,),
+                    ) from e
+                time.sleep(_TICK_S)
+
+    def _admit(self, link: socket.socket) -> None:
+        """Rank 0: take a newcomer, or tell everyone why not."""
+        try:
+            link.settimeout(1.0)
+            check_user(link)
+            hello, _ = receive(link)
+            rank, world = int(hello["rank"]), int(hello["world"])
+        except (OSError, RankError, KeyError, TypeError, ValueError):
+            link.close()  # not a rank of ours: a stranger must not end the run
+            return
+        problem = None
+        if world != self.world or not 0 < rank < self.world:
+            problem = (
+                f"rank 0 was started in a world of {self.world}, but rank {rank} in a world of {world}; "
+                "start all ranks alike"
+            )
+        elif rank in self._links:
+            problem = (
+                f"rank {rank} came twice to {self.config.name!r}: two runs share the name; "
+                "set another MASTER_PORT"
+            )
+        if problem is None:
+            self._links[rank] = link
+            return
+        for other in (*self._links.values(), link):
+            tell(other, {"mismatch": problem, "ranks": [rank]})
+        link.close()
+        raise RankMismatch(problem, (rank,))
+
+    def _connect(self) -> None:
+        """Another rank: reach rank 0, which may not be there yet."""
+        deadline = time.monotonic() + self.config.timeout_s
+        while True:
+            link = open_socket()
+            try:
+                link.connect(address_of(self.config.name))
+                break
+            except (ConnectionRefusedError, FileNotFoundError, BlockingIOError) as e:
+                link.close()
+                if time.monotonic() > deadline:
+                    raise RanksMissing(
+                        f"rank {self.rank} waited {self.config.timeout_s:.1f} s at start: rank 0 is "
+                        f"missing at {self.config.name!r}; start it on this host, in the same network "
+                        "namespace",
+                        (0,),
+                    ) from e
+                time.sleep(0.02)
+        self._links[0] = link
+        link.settimeout(1.0)
+        check_user(link)
+        tell(link, {"rank": self.rank, "world": self.world})
+
+    def _serve(self, message: dict[str, Any], fds: Sequence[int], wait_s: float) -> list[Part]:
+        """Rank 0: collect every rank's part, then send all of them to all."""
+        got: dict[int, tuple[dict[str, Any], list[int]]] = {0: (message, [os.dup(f) for f in fds])}
+        deadline = time.monotonic() + wait_s
+        try:
+            with selectors.DefaultSelector() as waiting:
+                for rank, link in self._links.items():
+                    waiting.register(link, selectors.EVENT_READ, rank)
+                told = 0.0
+                while waiting.get_map():
+                    missing = [r for r in range(self.world) if r not in got]
+                    now = time.monotonic()
+                    if now > deadline:
+                        self._give_up(message["what"], missing, wait_s)
+                    if now > told + _TICK_S:
+                        told = now
+                        for rank in got:
+                            if rank:
+                                tell(self._links[rank], {"waiting": missing}, wait_s=0.0)
+                    for key, _ in waiting.select(_TICK_S):
+                        got[key.data] = self._part(key.data, message["what"])
+                        waiting.unregister(key.fileobj)
+            reply = {"parts": [got[r][0] for r in range(self.world)]}
+            everything = [fd for r in range(self.world) for fd in got[r][1]]
+            for rank, link in self._links.items():
+                tell(link, reply, everything, f"rank {rank} left during {message['what']}")
+            return [Part(got[r][0]["value"], tuple(got[r][1])) for r in range(self.world)]
+        except BaseException:
+            close_all([fd for _, held in got.values() for fd in held])
+            raise
+
+    def _part(self, rank: int, what: str) -> tuple[dict[str, Any], list[int]]:
+        """Rank 0: one rank's part of the meeting `what`."""
+        try:
+            message, fds = receive(self._links[rank])
+        except (OSError, RanksMissing) as e:
+            self._end(
+                {
+                    "missing": f"rank {rank} left during {what}{self.describe([rank])}; "
+                    "see its own output, then start all ranks again",
+                    "ranks": [rank],
+                },
+                e,
+            )
+        if message.get("what") != what or message.get("fds") != len(fds):
+            close_all(fds)
+            self._end(
+                {
+                    "error": f"rank 0 is at {what!r}, rank {rank} at {message.get('what')!r}; "
+                    "start all ranks with the same program",
+                    "ranks": [rank],
+                }
+            )
+        return message, fds
+
+    def _give_up(self, what: str, missing: Sequence[int], wait_s: float) -> NoReturn:
+        text = f"waited {wait_s:.1f} s at {what}: {_are_missing(missing)}{self.describe(missing)}"
+        self._end(
+            {"missing": f"{text}; see their output, then start all ranks again", "ranks": missing}
+        )
+
+    def _end(self, verdict: Mapping[str, Any], cause: BaseException | None = None) -> NoReturn:
+        """Rank 0: tell everyone who still listens, and raise the same here."""
+        for link in self._links.values():
+            tell(link, verdict)
+        _raise(verdict, cause)
+
+    def _ask(self, message: dict[str, Any], fds: Sequence[int], wait_s: float) -> list[Part]:
+        """Another rank: send its part to rank 0 and wait for all of them."""
+        link, what = self._links[0], message["what"]
+        tell(link, message, fds, f"rank 0 left before {what}{self.describe([0])}")
+        deadline = time.monotonic() + wait_s + _GRACE_S
+        missing, heard = [0], 0.0
+        while True:
+            link.settimeout(_TICK_S)
+            try:
+                reply, files = receive(link)
+            except TimeoutError:
+                if time.monotonic() < deadline:
+                    continue
+                if time.monotonic() - heard > _GRACE_S:  # not even rank 0 says anything
+                    missing = [0]
+                raise RanksMissing(
+                    f"waited {wait_s:.1f} s at {what}: {_are_missing(missing)}"
+                    f"{self.describe(missing)}; see their output, then start all ranks again",
+                    missing,
+                ) from None
+            except OSError as e:
+                raise RanksMissing(
+                    f"rank 0 left during {what}{self.describe([0])}; see its own output", (0,)
+                ) from e
+            if "parts" in reply:
+                return _deal(reply["parts"], files)
+            close_all(files)
+            if "waiting" not in reply:
+                _raise(reply)
+            missing, heard = list(reply["waiting"]), time.monotonic()
+
+
+def _all(fields: Mapping[str, str] | None) -> dict[str, str]:
+    """The caller's fields and those that every world must agree on."""
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    host = (
+        f"{socket.gethostname()} (boot {boot.read_text().strip() if boot.exists() else 'unknown'})"
+    )
+    return {"host": host, **(fields or {})}
+
+
+def _compare(fields: Sequence[Mapping[str, str]]) -> None:
+    """Raises RankMismatch naming the first field in which a rank differs from rank 0."""
+    for rank, theirs in enumerate(fields):
+        for name in (*fields[0], *theirs):
+            here, there = fields[0].get(name, "nothing"), theirs.get(name, "nothing")
+            if here != there:
+                remedy = (
+                    "start all ranks on one node" if name == "host" else "start all ranks alike"
+                )
+                raise RankMismatch(
+                    f"ranks disagree on {name}: rank 0 has {here}, rank {rank} has {there}; {remedy}",
+                    (rank,),
+                )
+
+
+def _deal(messages: Sequence[Mapping[str, Any]], fds: list[int]) -> list[Part]:
+    parts, at = [], 0
+    for message in messages:
+        count = int(message["fds"])
+        parts.append(Part(message["value"], tuple(fds[at : at + count])))
+        at += count
+    if at != len(fds):
+        close_all(fds)
+        raise RankError(
+            f"expected {at} files from rank 0, got {len(fds)}; raise the limit of open files "
+            "(ulimit -n)",
+            (0,),
+        )
+    return parts
+
+
+def _raise(verdict: Mapping[str, Any], cause: BaseException | None = None) -> NoReturn:
+    kinds = {"mismatch": RankMismatch, "missing": RanksMissing, "error": RankError}
+    for key, kind in kinds.items():
+        if key in verdict:
+            raise kind(str(verdict[key]), list(verdict.get("ranks", ()))) from cause
+    raise RankError(f"unexpected answer from rank 0: {dict(verdict)!r:.200}", (0,)) from cause
+
+
+def _are_missing(ranks: Sequence[int]) -> str:
+    return f"{name_ranks(ranks)} {'is' if len(ranks) == 1 else 'are'} missing"

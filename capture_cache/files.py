@@ -1,0 +1,154 @@
+"""File operations of the store: durable writes, and reads that trust nothing.
+
+Reads go through directory handles and follow no link, so what was checked is what is read. Writes
+are methods of `Files`, so that a test can make any one of them fail.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+from capture_cache.errors import CorruptBundle, StoreError
+
+# Non-blocking: a pipe planted in the place of a file must not hang its reader.
+_READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+_CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+REMEDY = "delete it; it will be made again"
+
+
+class Files:
+    """What a writer does to the disk, each call durable on return."""
+
+    def make_dir(self, path: Path) -> None:
+        os.mkdir(path, 0o755)
+
+    def write(self, path: Path, data: bytes) -> None:
+        """Create `path`, which must not exist, and force it to the disk."""
+        fd = os.open(path, _CREATE, 0o644)
+        with os.fdopen(fd, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(fd)
+
+    def sync_dir(self, path: Path) -> None:
+        """Force a directory's own entries (new names, renames) to the disk."""
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+    def rename(self, old: Path, new: Path) -> None:
+        os.rename(old, new)
+
+    def remove(self, path: Path) -> None:
+        """Remove a file, a link or a tree."""
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+@contextlib.contextmanager
+def open_dir(root: Path, parts: tuple[str, ...], *, entry: bool = True) -> Iterator[int | None]:
+    """A handle of root/parts…, every directory on the way checked; None where it does not exist.
+
+    Args:
+        entry: the last part is an entry of the store, not one of its own directories.
+
+    Raises:
+        CorruptBundle: the entry is not a directory of ours.
+        StoreError: a directory above it is unsafe or unreadable.
+    """
+    fds: list[int] = []
+    try:
+        missing = False
+        for depth in range(len(parts) + 1):
+            # The root itself may be given through a link; what lies in it may not.
+            name, flags = (
+                (str(root), _READ & ~os.O_NOFOLLOW) if depth == 0 else (parts[depth - 1], _READ)
+            )
+            try:
+                fds.append(os.open(name, flags | os.O_DIRECTORY, dir_fd=fds[-1] if fds else None))
+                problem = unsafe(os.fstat(fds[-1]))
+            except FileNotFoundError:
+                missing = True
+                break
+            except OSError as e:
+                problem = _read_problem(e)
+            at = root.joinpath(*parts[:depth])
+            if problem is not None and entry and depth == len(parts):
+                raise CorruptBundle(f"{at}: expected a directory of ours, {problem}; {REMEDY}")
+            if problem is not None:
+                raise StoreError(
+                    f"store directory {at}: {problem}; make it yours (chown, chmod o-w) or give "
+                    "another with --store"
+                )
+        yield None if missing else fds[-1]
+    finally:
+        for fd in fds:
+            os.close(fd)
+
+
+def read_file(dir_fd: int, name: str, shown: Path, max_bytes: int) -> bytes:
+    """Read a regular file of ours, no link followed at any depth of `name`.
+
+    Raises:
+        CorruptBundle: missing, not a regular file, not ours, world-writable, or above `max_bytes`.
+    """
+    held: list[int] = []
+    try:
+        *folders, last = name.split("/")
+        for folder in folders:
+            fd = os.open(folder, _READ | os.O_DIRECTORY, dir_fd=held[-1] if held else dir_fd)
+            held.append(fd)
+            _require_safe(os.fstat(fd), shown / folder)
+        held.append(os.open(last, _READ, dir_fd=held[-1] if held else dir_fd))
+        info = os.fstat(held[-1])
+        _require_safe(info, shown / name)
+        if not stat.S_ISREG(info.st_mode):
+            raise CorruptBundle(f"{shown / name}: expected a regular file, got another; {REMEDY}")
+        if info.st_size > max_bytes:
+            raise CorruptBundle(
+                f"{shown / name}: expected at most {max_bytes} bytes, got {info.st_size}; {REMEDY}"
+            )
+        with os.fdopen(held.pop(), "rb") as file:
+            # Never more than was checked, should it grow meanwhile.
+            return file.read(max_bytes + 1)
+    except OSError as e:
+        raise CorruptBundle(
+            f"{shown / name}: expected a readable file, {_read_problem(e)}; {REMEDY}"
+        ) from e
+    finally:
+        for fd in held:
+            os.close(fd)
+
+
+def unsafe(info: os.stat_result) -> str | None:
+    """Why someone else could have written this, or None."""
+    if info.st_uid not in (os.geteuid(), 0):
+        return f"expected owner {os.geteuid()} or 0, got {info.st_uid}"
+    if info.st_mode & stat.S_IWOTH:
+        return f"expected a mode that not everyone may write, got {stat.S_IMODE(info.st_mode):#o}"
+    return None
+
+
+def _require_safe(info: os.stat_result, shown: Path) -> None:
+    problem = unsafe(info)
+    if problem is not None:
+        raise CorruptBundle(f"{shown}: {problem}; {REMEDY}")
+
+
+def _read_problem(e: OSError) -> str:
+    named = {
+        errno.ELOOP: "got a symbolic link",
+        errno.ENOTDIR: "got something that is not a directory",
+        errno.ENXIO: "got a pipe or socket",
+    }
+    return named.get(e.errno or 0, f"got {e.strerror}")

@@ -1,0 +1,357 @@
+"""The store: a directory of bundles and of compiled kernels, shared by every process of a machine.
+
+    <store>/<fingerprint>/manifest.json, files…          one captured configuration
+    <store>/kernels/<arch>/<digest>/meta.json, files…    device code, shared by all of them
+    <store>/.tmp-…                                       unfinished or replaced; swept after a day
+
+An entry appears by one rename of a finished, synced directory, so a reader sees all of it or none.
+There is no lock: of two writers the second finds the first one's entry and uses it. An entry that
+fails its own checks is reported (`CorruptBundle`), and replaced when it is published again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import re
+import time
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from capture_cache.errors import CorruptBundle, FingerprintMismatch, StoreError
+from capture_cache.files import REMEDY, Files, open_dir, read_file, unsafe
+from capture_cache.fingerprint import Fingerprint, diff, nearest
+from capture_cache.manifest import (
+    MAX_RECORD_BYTES,
+    FileRecord,
+    Manifest,
+    files_from_json,
+    files_to_json,
+    seal,
+    unseal,
+)
+
+_HEX = re.compile(r"[0-9a-f]{64}")
+_ARCH = re.compile(r"sm_[0-9]{2,3}[a-z]?")
+_TAKEN = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR, errno.EISDIR)
+_ATTEMPTS = 4
+_STALE_S = 24 * 3600
+MANIFEST = "manifest.json"
+META = "meta.json"
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """An entry that passed every check: its record and its files' contents."""
+
+    path: Path
+    record: Mapping[str, Any]
+    files: Mapping[str, bytes]
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A stored capture: the manifest and its files' contents."""
+
+    path: Path
+    manifest: Manifest
+    files: Mapping[str, bytes]
+
+
+@dataclass(frozen=True)
+class Listed:
+    """One bundle as found: its manifest, or what is wrong with it."""
+
+    path: Path
+    manifest: Manifest | None
+    problem: str | None
+
+
+class Store:
+    """Reads and writes `root`; nothing is created before the first write.
+
+    Args:
+        root: the directory; its owner must be the caller or root, and not everyone may write it.
+        files: how to write; tests pass one that fails.
+    """
+
+    def __init__(self, root: Path | str, files: Files | None = None) -> None:
+        self.root = Path(root).absolute()
+        self._files = files or Files()
+        self._ready = False
+
+    # -- bundles ---------------------------------------------------------------------------------
+
+    def publish(
+        self,
+        fingerprint: Fingerprint,
+        manifest: Manifest,
+        files: Mapping[str, bytes],
+        *,
+        replace_existing: bool = False,
+    ) -> Bundle:
+        """Store a bundle; an existing valid one wins unless `replace_existing`.
+
+        Returns the bundle that now stands in the store.
+
+        Raises:
+            StoreError: no space, no permission, an unsafe directory.
+            ValueError: the manifest is of another fingerprint, or holds what JSON cannot.
+        """
+        if manifest.fingerprint.digest != fingerprint.digest:
+            raise ValueError(
+                "the manifest describes another fingerprint: "
+                + "; ".join(diff(manifest.fingerprint, fingerprint))
+            )
+        parts = (fingerprint.digest,)
+        record = manifest.to_json()
+        winner = self._publish(parts, MANIFEST, record, files, replace_existing)
+        if winner is not None:
+            return _bundle(winner)
+        sealed = replace(manifest, files={n: FileRecord.of(d) for n, d in files.items()})
+        return Bundle(self.root / parts[0], sealed, dict(files))
+
+    def load(self, fingerprint: Fingerprint) -> Bundle | None:
+        """The bundle of `fingerprint`, every byte checked; None if there is none.
+
+        Raises:
+            CorruptBundle: there is one, and it is not what its manifest says.
+            StoreError: the store cannot be read safely.
+        """
+        loaded = self._load((fingerprint.digest,), MANIFEST)
+        return None if loaded is None else _bundle(loaded)
+
+    def require(self, fingerprint: Fingerprint) -> Bundle:
+        """`load`, where a miss is an error.
+
+        Raises:
+            FingerprintMismatch: nothing stored is valid here; says what differs in the nearest.
+            CorruptBundle, StoreError: as `load`.
+        """
+        bundle = self.load(fingerprint)
+        if bundle is None:
+            raise FingerprintMismatch(self.explain_miss(fingerprint))
+        return bundle
+
+    def explain_miss(self, fingerprint: Fingerprint) -> str:
+        """Why nothing stored serves: the nearest bundle, field by field."""
+        stored = [e.manifest.fingerprint for e in self.entries() if e.manifest is not None]
+        best = nearest(stored, fingerprint)
+        if best is None:
+            return f"{self.root} holds no bundle; capture one"
+        return (
+            f"none of the {len(stored)} bundles in {self.root} is valid here; nearest: "
+            + "; ".join(diff(best, fingerprint))
+            + ". Capture again"
+        )
+
+    def entries(self) -> list[Listed]:
+        """Every bundle, the damaged ones with their problem; only records are read, not files."""
+        if not self.root.is_dir():
+            return []
+        found = []
+        for name in sorted(n for n in os.listdir(self.root) if _HEX.fullmatch(n)):
+            path = self.root / name
+            try:
+                record = self._record((name,), MANIFEST)
+                if record is not None:
+                    found.append(Listed(path, _manifest(record, path), None))
+            except CorruptBundle as e:
+                found.append(Listed(path, None, str(e)))
+        return found
+
+    # -- compiled kernels ------------------------------------------------------------------------
+
+    def publish_kernel(
+        self,
+        arch: str,
+        digest: str,
+        meta: Mapping[str, Any],
+        files: Mapping[str, bytes],
+        *,
+        replace_existing: bool = False,
+    ) -> Loaded:
+        """Store device code under (arch, digest); a valid entry wins unless `replace_existing`.
+
+        Raises:
+            StoreError: no space, no permission, an unsafe directory.
+        """
+        parts = _kernel_parts(arch, digest)
+        winner = self._publish(parts, META, {"meta": dict(meta)}, files, replace_existing)
+        if winner is not None:
+            return _kernel(winner)
+        return Loaded(self.root.joinpath(*parts), dict(meta), dict(files))
+
+    def load_kernel(self, arch: str, digest: str) -> Loaded | None:
+        """The kernel entry, `record` being the meta that was published; None if there is none.
+
+        Raises:
+            CorruptBundle: it is not what its record says.
+            StoreError: the store cannot be read safely.
+        """
+        loaded = self._load(_kernel_parts(arch, digest), META)
+        return None if loaded is None else _kernel(loaded)
+
+    # -- entries ---------------------------------------------------------------------------------
+
+    def _record(self, parts: tuple[str, ...], record_name: str) -> dict[str, Any] | None:
+        with open_dir(self.root, parts) as fd:
+            if fd is None:
+                return None
+            path = self.root.joinpath(*parts)
+            return unseal(read_file(fd, record_name, path, MAX_RECORD_BYTES), path / record_name)
+
+    def _load(self, parts: tuple[str, ...], record_name: str) -> Loaded | None:
+        with open_dir(self.root, parts) as fd:
+            if fd is None:
+                return None
+            path = self.root.joinpath(*parts)
+            record = unseal(read_file(fd, record_name, path, MAX_RECORD_BYTES), path / record_name)
+            if record.get("entry") != "/".join(parts):
+                raise CorruptBundle(
+                    f"{path}: expected the record of {'/'.join(parts)}, got "
+                    f"{record.get('entry')!r:.100}; {REMEDY}"
+                )
+            contents = {}
+            for name, expected in files_from_json(record.get("files"), path / record_name).items():
+                contents[name] = read_file(fd, name, path, max(expected.nbytes, 0))
+                expected.check(contents[name], path / name)
+            return Loaded(path, record, contents)
+
+    def _publish(
+        self,
+        parts: tuple[str, ...],
+        record_name: str,
+        record: Mapping[str, Any],
+        files: Mapping[str, bytes],
+        replace_existing: bool,
+    ) -> Loaded | None:
+        """Write an entry; returns the valid one that was there and stays, if so."""
+        sealed = seal({**record, "entry": "/".join(parts), "files": files_to_json(files)})
+        self._prepare(parts[:-1])
+        temporary = self._temporary()
+        try:
+            self._write(temporary, {**files, record_name: sealed})
+            return self._move_in(temporary, parts, record_name, replace_existing)
+        except OSError as e:
+            raise self._failure(e, self.root.joinpath(*parts)) from e
+        finally:
+            self._discard(temporary)
+
+    def _write(self, temporary: Path, contents: Mapping[str, bytes]) -> None:
+        self._files.make_dir(temporary)
+        folders = sorted({str(Path(name).parent) for name in contents} - {"."})
+        for folder in folders:
+            self._files.make_dir(temporary / folder)
+        for name, data in contents.items():
+            self._files.write(temporary / name, data)
+        for folder in folders:
+            self._files.sync_dir(temporary / folder)
+        self._files.sync_dir(temporary)
+
+    def _move_in(
+        self, temporary: Path, parts: tuple[str, ...], record_name: str, replace_existing: bool
+    ) -> Loaded | None:
+        final = self.root.joinpath(*parts)
+        for _ in range(_ATTEMPTS):
+            try:
+                self._files.rename(temporary, final)
+                self._files.sync_dir(final.parent)
+                return None
+            except OSError as e:
+                if e.errno not in _TAKEN:
+                    raise
+            winner = None if replace_existing else self._valid(parts, record_name)
+            if winner is not None:
+                return winner
+            # Moved away in one step, so no reader ever sees it half deleted.
+            aside = self._temporary()
+            with contextlib.suppress(FileNotFoundError):  # another writer was quicker
+                self._files.rename(final, aside)
+            self._discard(aside)
+            replace_existing = False
+        raise StoreError(
+            f"{final} reappeared {_ATTEMPTS} times while it was being replaced; "
+            "stop the other process that writes it, or give another --store"
+        )
+
+    def _valid(self, parts: tuple[str, ...], record_name: str) -> Loaded | None:
+        try:
+            return self._load(parts, record_name)
+        except CorruptBundle:
+            return None  # it is being replaced by a good one: that is the remedy
+
+    def _prepare(self, parents: tuple[str, ...]) -> None:
+        """Make the directories above an entry and see that they are safe."""
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            for depth in range(len(parents)):
+                folder = self.root.joinpath(*parents[: depth + 1])
+                with contextlib.suppress(FileExistsError):
+                    self._files.make_dir(folder)
+                    self._files.sync_dir(folder.parent)
+            with open_dir(self.root, parents, entry=False):
+                pass
+        except OSError as e:
+            raise self._failure(e, self.root) from e
+        if not self._ready:
+            self._sweep()
+            self._ready = True
+
+    def _sweep(self) -> None:
+        """Remove what writers that died left behind."""
+        oldest = time.time() - _STALE_S
+        for path in self.root.glob(".tmp-*"):
+            with contextlib.suppress(
+                OSError
+            ):  # another sweeper, or another user's: not ours to judge
+                info = path.lstat()
+                if info.st_mtime < oldest and unsafe(info) is None:
+                    self._files.remove(path)
+
+    def _temporary(self) -> Path:
+        return self.root / f".tmp-{uuid.uuid4().hex}"
+
+    def _discard(self, path: Path) -> None:
+        # What cannot be removed now is invisible under its name and swept later.
+        with contextlib.suppress(OSError):
+            self._files.remove(path)
+
+    def _failure(self, e: OSError, path: Path) -> StoreError:
+        remedies = {
+            errno.ENOSPC: "free space, or give another directory with --store",
+            errno.EDQUOT: "free quota, or give another directory with --store",
+            errno.EACCES: "make it writable, or give another directory with --store",
+            errno.EPERM: "make it writable, or give another directory with --store",
+            errno.EROFS: "it is read-only: give another directory with --store",
+        }
+        remedy = remedies.get(e.errno or 0, "check the file system, or give another --store")
+        return StoreError(f"cannot write {path}: {e.strerror} ({e.filename}); {remedy}")
+
+
+def _bundle(loaded: Loaded) -> Bundle:
+    return Bundle(loaded.path, _manifest(loaded.record, loaded.path), loaded.files)
+
+
+def _manifest(record: Mapping[str, Any], path: Path) -> Manifest:
+    manifest = Manifest.from_json(record, path / MANIFEST)
+    if manifest.fingerprint.digest != path.name:
+        raise CorruptBundle(
+            f"{path}: expected the fingerprint {path.name}, got {manifest.fingerprint.digest}; "
+            "delete it and capture again"
+        )
+    return manifest
+
+
+def _kernel(loaded: Loaded) -> Loaded:
+    return replace(loaded, record=loaded.record["meta"])
+
+
+def _kernel_parts(arch: str, digest: str) -> tuple[str, ...]:
+    if not _ARCH.fullmatch(arch) or not _HEX.fullmatch(digest):
+        raise ValueError(f"expected an architecture and 64 hex digits, got {arch!r}, {digest!r}")
+    return ("kernels", arch, digest)

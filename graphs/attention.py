@@ -1,0 +1,90 @@
+"""Which kernel the decode attention takes; the choice is made at capture and recorded.
+
+Both implementations cut a row's KV at fixed multiples of `cut` and merge in that order, so a row's
+bits do not depend on its neighbours. The two differ in bits from each other: a runtime uses one of
+them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+import torch
+
+from graphs.buffers import StepConfig
+from graphs.flashinfer_mla import FlashinferMla
+from graphs.model_config import ModelConfig
+from graphs.ops import Ops
+
+Buffers = Mapping[str, torch.Tensor]
+
+
+class Attention(Protocol):
+    """Decode attention of a step: `plan` once, then `run` once a layer; both capture-safe."""
+
+    def plan(self, b: Buffers) -> None: ...
+
+    def run(self, b: Buffers, kv_cache: torch.Tensor) -> None: ...
+
+
+class TritonAttention:
+    """Split-KV decode by our own kernel; takes any shape and needs no plan."""
+
+    def __init__(self, cfg: ModelConfig, config: StepConfig, ops: Ops) -> None:
+        self._cfg, self._config, self._ops = cfg, config, ops
+
+    def plan(self, b: Buffers) -> None:
+        """Nothing to plan: a token's splits follow from its own length."""
+
+    def run(self, b: Buffers, kv_cache: torch.Tensor) -> None:
+        self._ops.mla_decode(
+            b["q_latent"],
+            kv_cache,
+            b["page_table"],
+            b["tok_row"],
+            b["kv_len"],
+            page_size=self._config.page_size,
+            softmax_scale=self._cfg.softmax_scale,
+            cut=self._config.cut,
+            out=b["o_latent"],
+            part_o=b["part_o"],
+            part_lse=b["part_lse"],
+        )
+
+
+class FlashinferAttention:
+    """flashinfer's FA3 MLA kernel over a plan made on the device, and our own merge."""
+
+    def __init__(self, cfg: ModelConfig, config: StepConfig, ops: Ops) -> None:
+        assert ops.launch is not None, "the CPU twin has no flashinfer"
+        self._launch = ops.launch
+        self._mla = FlashinferMla(
+            num_heads=cfg.num_heads,
+            page_size=config.page_size,
+            softmax_scale=cfg.softmax_scale,
+            cut=config.cut,
+        )
+
+    def plan(self, b: Buffers) -> None:
+        self._mla.plan(
+            self._launch,
+            b["tok_row"],
+            b["kv_len"],
+            page_table=b["page_table"],
+            ws=b["mla_plan"],
+            part_o=b["part_o"],
+        )
+
+    def run(self, b: Buffers, kv_cache: torch.Tensor) -> None:
+        self._mla.run(
+            self._launch,
+            b["q_latent"],
+            kv_cache,
+            b["page_table"],
+            b["kv_len"],
+            ws=b["mla_plan"],
+            part_o=b["part_o"],
+            part_lse=b["part_lse"],
+            out=b["o_latent"],
+        )

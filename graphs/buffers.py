@@ -1,0 +1,278 @@
+"""The static buffers of a step: what exists, where it lies, and the views one key takes of it.
+
+Everything here is a pure function of (model, parallelism, rows, pages, ladder), so two ranks, two
+processes or a compile-only machine lay out the same arena. A key sees prefixes of the shared
+scratch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from capture_cache.layout import ArenaLayout, Entry
+from graphs.flashinfer_mla import FlashinferMla
+from graphs.keys import GraphKey, Ladder
+from graphs.model_config import ModelConfig
+from graphs.weights import weight_table
+from kernels.triton.linear import linear_workspace_elems
+from kernels.triton.mla_decode import num_splits
+from kernels.triton.sample import num_chunks
+from kernels.triton.state import RING_SLOTS, MailboxLayout, RingLayout
+
+MAX_STOPS = 16
+STAMPS = 4096
+
+
+@dataclass(frozen=True)
+class StepConfig:
+    """Sizes a runtime is compiled for, per rank.
+
+    Attributes:
+        max_rows: concurrent requests of this rank (`bs / ep_size`).
+        max_seq_len: tokens, prompt and output together.
+        page_size: tokens a KV page.
+        num_pages: KV pages of this rank, the null page included.
+        cut: KV tokens a split of decode attention takes; fixes the reduction order.
+        ep_size, ep_rank: expert parallelism.
+        attention: "flashinfer" or "triton".
+    """
+
+    max_rows: int
+    max_seq_len: int
+    num_pages: int
+    page_size: int = 64
+    cut: int = 1024
+    ep_size: int = 1
+    ep_rank: int = 0
+    attention: str = "triton"
+
+    def __post_init__(self) -> None:
+        for name in ("max_rows", "max_seq_len", "page_size", "cut", "ep_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.page_size & (self.page_size - 1) or self.cut % self.page_size:
+            raise ValueError(
+                f"page_size must be a power of two that divides the attention cut {self.cut}, "
+                f"got {self.page_size}"
+            )
+        if self.num_pages < 2:
+            raise ValueError(
+                f"num_pages must be at least 2 (the null page and one more), got {self.num_pages}"
+            )
+
+    @property
+    def max_pages(self) -> int:
+        """Pages of one row's table."""
+        return -(-self.max_seq_len // self.page_size)
+
+    @property
+    def splits(self) -> int:
+        return num_splits(self.max_pages * self.page_size, self.cut)
+
+
+def default_cut(max_seq_len: int) -> int:
+    """Attention cut in tokens: 1024, and longer where more than 16 splits would be needed."""
+    cut = 1024
+    while cut * 16 < max_seq_len:
+        cut *= 2
+    return cut
+
+
+def arena_layout(cfg: ModelConfig, step: StepConfig, ladder: Ladder) -> ArenaLayout:
+    """The whole arena of one rank."""
+    return ArenaLayout.build(
+        [
+            *_weights(cfg, step),
+            *_rows(step, ladder),
+            *_kv(cfg, step),
+            *_scratch(cfg, step, ladder.max_tokens, ladder.max_rows),
+            *_ring(step, ladder),
+        ]
+    )
+
+
+def scratch_bytes(cfg: ModelConfig, step: StepConfig, key: GraphKey) -> int:
+    """Bytes of scratch that a ladder ending at `key` would need."""
+    return sum(e.nbytes for e in _scratch(cfg, step, key.tokens, key.rows))
+
+
+def kv_bytes_per_token(cfg: ModelConfig) -> int:
+    """Bytes of KV cache one token takes over all layers."""
+    itemsize = torch.empty((), dtype=getattr(torch, cfg.act_dtype)).element_size()
+    return cfg.num_layers * cfg.latent_dim * itemsize
+
+
+def mailbox_layout(step: StepConfig, ladder: Ladder) -> MailboxLayout:
+    return MailboxLayout(step.max_rows, ladder.max_tokens, MAX_STOPS)
+
+
+def _weights(cfg: ModelConfig, step: StepConfig) -> Iterator[Entry]:
+    for name, spec in weight_table(cfg, ep_size=step.ep_size).items():
+        yield Entry("weights", name, spec.shape, spec.dtype)
+    yield Entry("weights", "rope_table", (step.max_seq_len, cfg.qk_rope_head_dim), "float32")
+
+
+def _rows(step: StepConfig, ladder: Ladder) -> Iterator[Entry]:
+    rows = step.max_rows
+    for name in ("phase", "seq_len", "last_token", "limit"):
+        yield Entry("rows", name, (rows,), "int32")
+    yield Entry("rows", "stop_ids", (rows, MAX_STOPS), "int32")
+    yield Entry("rows", "page_table", (rows, step.max_pages), "int32")
+    yield Entry("rows", "step", (1,), "int64")
+    yield Entry("rows", "begin_ns", (1,), "int64")
+    yield Entry("rows", "fault", (1,), "int32")
+    yield Entry("rows", "poison", (1,), "int32")
+    yield Entry("rows", "stamps", (STAMPS,), "int64")
+
+
+def _kv(cfg: ModelConfig, step: StepConfig) -> Iterator[Entry]:
+    slots = step.num_pages * step.page_size
+    for layer in range(cfg.num_layers):
+        yield Entry("kv", f"kv.{layer}", (slots, cfg.latent_dim), cfg.act_dtype)
+
+
+def _ring(step: StepConfig, ladder: Ladder) -> Iterator[Entry]:
+    yield Entry("ring", "mailbox", (2, mailbox_layout(step, ladder).words), "int32")
+    yield Entry("ring", "ring", (RING_SLOTS, RingLayout(step.max_rows).words), "int32")
+    yield Entry("ring", "ring_step", (RING_SLOTS,), "int64")
+
+
+def _scratch(cfg: ModelConfig, step: StepConfig, tokens: int, rows: int) -> Iterator[Entry]:
+    act, fp8 = cfg.act_dtype, cfg.is_fp8
+    hidden, heads, latent = cfg.hidden_size, cfg.num_heads, cfg.latent_dim
+    q_dim = heads * cfg.qk_head_dim
+    o_dim = heads * cfg.v_head_dim
+
+    def entry(name: str, shape: tuple[int, ...], dtype: str) -> Entry:
+        return Entry("scratch", name, shape, dtype)
+
+    def activation(name: str, count: int, width: int, plain: bool = True) -> Iterator[Entry]:
+        """An activation as the next matrix product wants it: plain, or quantised by 1x128."""
+        if plain or not fp8:
+            yield entry(name, (count, width), act)
+        if fp8:
+            yield entry(f"{name}_q", (count, width), "float8_e4m3fn")
+            yield entry(f"{name}_s", (count, -(-width // 128)), "float32")
+
+    for name in ("tok_row", "tok_pos", "tok_id", "kv_len"):
+        yield entry(name, (tokens,), "int32")
+    yield entry("kv_slot", (tokens,), "int64")
+    for name in ("sample_tok", "sample_row", "out_token"):
+        yield entry(name, (rows,), "int32")
+    yield entry("out_logprob", (rows,), "float32")
+    yield entry("x", (tokens, hidden), act)
+    yield from activation("norm", tokens, hidden)
+    yield entry("qkv", (tokens, cfg.q_part_padded + latent), act)
+    if cfg.q_lora_rank is not None:
+        yield from activation("q_norm", tokens, cfg.q_lora_rank, plain=False)
+        yield entry("q", (tokens, q_dim), act)
+    yield entry("q_latent", (tokens, heads, latent), act)
+    yield entry("o_latent", (tokens, heads, cfg.kv_lora_rank), act)
+    if step.attention == "flashinfer":
+        for name, shape, dtype in FlashinferMla.workspace(tokens, heads, step.splits):
+            yield entry(name, shape, dtype)
+    else:
+        yield entry("part_o", (tokens, step.splits, heads, cfg.kv_lora_rank), "float32")
+        yield entry("part_lse", (tokens, step.splits, heads), "float32")
+    yield from activation("o", tokens, o_dim)
+    yield entry("delta", (tokens, hidden), act)
+    yield from _mlp_scratch(cfg, step, tokens, activation, entry)
+    yield entry("final", (rows, hidden), act)
+    yield entry("logits", (rows, cfg.vocab_size), "float32")
+    for name, dtype in (("part_max", "float32"), ("part_arg", "int32"), ("part_sum", "float32")):
+        yield entry(name, (rows, num_chunks(cfg.vocab_size)), dtype)
+    yield entry("workspace", (max(1, _workspace_elems(cfg, step, tokens, rows)),), "float32")
+
+
+def _mlp_scratch(
+    cfg: ModelConfig,
+    step: StepConfig,
+    tokens: int,
+    activation: Callable[..., Iterator[Entry]],
+    entry: Callable[[str, tuple[int, ...], str], Entry],
+) -> Iterator[Entry]:
+    def mlp(name: str, width: int) -> Iterator[Entry]:
+        yield entry(f"{name}_gate_up", (tokens, 2 * cfg.padded(width)), cfg.act_dtype)
+        yield from activation(f"{name}_h", tokens, width, plain=False)
+
+    if cfg.first_k_dense_replace > 0:
+        yield from mlp("dense", cfg.intermediate_size)
+    if cfg.first_k_dense_replace >= cfg.num_layers:
+        return
+    pairs = tokens * cfg.experts_per_token
+    yield entry("router_logits", (tokens, cfg.num_experts), "float32")
+    yield entry("topk_ids", (tokens, cfg.experts_per_token), "int32")
+    yield entry("topk_weights", (tokens, cfg.experts_per_token), "float32")
+    yield entry("offsets", (cfg.num_experts // step.ep_size + 1,), "int32")
+    yield entry("pairs", (pairs,), "int32")
+    yield from activation("expert_h", pairs, cfg.moe_intermediate_size, plain=False)
+    yield entry("expert_y", (pairs, cfg.hidden_size), cfg.act_dtype)
+    if cfg.num_shared_experts:
+        yield from mlp("shared", cfg.shared_intermediate_size)
+        yield entry("shared_out", (tokens, cfg.hidden_size), cfg.act_dtype)
+
+
+def _workspace_elems(cfg: ModelConfig, step: StepConfig, tokens: int, rows: int) -> int:
+    """fp32 words that the widest split matrix product of a step needs."""
+    elems = [0]
+    for name, spec in weight_table(cfg, ep_size=step.ep_size).items():
+        if len(spec.shape) == 2 and not name.endswith("_scale"):
+            count = rows if name in ("head", "embed") else tokens
+            fp8 = spec.dtype == "float8_e4m3fn"
+            elems.append(linear_workspace_elems(count, spec.shape[0], spec.shape[1], fp8=fp8))
+    return max(elems)
+
+
+class StaticBuffers:
+    """The bound arena: every tensor a graph may touch, by name.
+
+    A graph remembers the addresses it was captured with. `rebind` is the only way to move a buffer;
+    it makes every graph that has seen the old address refuse to replay.
+    """
+
+    def __init__(
+        self, cfg: ModelConfig, step: StepConfig, ladder: Ladder, views: Mapping[str, torch.Tensor]
+    ) -> None:
+        self._cfg, self._step = cfg, step
+        self._tensors = dict(views)
+        self.mailbox_layout = mailbox_layout(step, ladder)
+        self.generation = 0
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self._tensors[name]
+
+    def rebind(self, name: str, tensor: torch.Tensor) -> None:
+        """Put `tensor` in the place of a buffer.
+
+        Raises:
+            ValueError: unknown name, or another shape or dtype.
+        """
+        old = self._tensors.get(name)
+        if old is None or old.shape != tensor.shape or old.dtype != tensor.dtype:
+            raise ValueError(
+                f"buffer {name!r}: expected {_describe(old)}, got {_describe(tensor)}; "
+                "a static buffer keeps its shape and dtype"
+            )
+        self._tensors[name] = tensor
+        self.generation += 1
+
+    def addresses(self) -> dict[str, int]:
+        return {name: tensor.data_ptr() for name, tensor in self._tensors.items()}
+
+    def scratch_names(self, key: GraphKey) -> list[str]:
+        return [e.name for e in _scratch(self._cfg, self._step, key.tokens, key.rows)]
+
+    def for_key(self, key: GraphKey) -> dict[str, torch.Tensor]:
+        """All buffers, scratch cut down to the prefixes that `key` uses."""
+        views = dict(self._tensors)
+        for e in _scratch(self._cfg, self._step, key.tokens, key.rows):
+            views[e.name] = self._tensors[e.name].flatten()[: math.prod(e.shape)].view(e.shape)
+        return views
+
+
+def _describe(tensor: torch.Tensor | None) -> str:
+    return "no such buffer" if tensor is None else f"{tensor.dtype} {tuple(tensor.shape)}"

@@ -1,0 +1,297 @@
+"""Turning a step into graphs: the lifecycle, preflight, and capture from the largest key down.
+
+    created ──warm_up()──► warmed_up ──capture()──► captured ──close()──► closed
+
+Each illegal move is a `CaptureError` that names the state and the call that leads out of it.
+Nothing that was not captured can run: `replay` raises `NotCaptured`, and there is no eager
+fall-back.
+"""
+
+from __future__ import annotations
+
+import enum
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+
+from capture_cache.driver import graph_nodes, memory_info
+from capture_cache.errors import CaptureError
+from graphs.keys import GraphKey, Ladder, NotCaptured
+from graphs.step import DecodeStep
+from kernels.triton.state import stamp
+
+Progress = Callable[[str, GraphKey], None]
+
+
+class StaleGraph(CaptureError):
+    """A buffer lies elsewhere than when the graph was captured; replaying would read freed
+    memory."""
+
+
+class State(enum.Enum):
+    CREATED = "created"
+    WARMED_UP = "warmed_up"
+    CAPTURED = "captured"
+    CLOSED = "closed"
+
+
+REMEDY = {
+    State.CREATED: "call warm_up() first",
+    State.WARMED_UP: "call capture() first",
+    State.CAPTURED: "it is captured already; make a new GraphSet to capture again",
+    State.CLOSED: "it is closed; make a new GraphSet",
+}
+
+
+@dataclass
+class Captured:
+    """One captured key.
+
+    Attributes:
+        nodes: graph nodes by type name (empty on the CPU twin).
+        graph_bytes: device memory that instantiating the graph took.
+        seconds: spent capturing and instantiating.
+    """
+
+    key: GraphKey
+    launch: Callable[[], None]
+    nodes: dict[str, int] = field(default_factory=dict)
+    graph_bytes: int = 0
+    seconds: float = 0.0
+
+
+class GraphBackend(Protocol):
+    """Where graphs are made: a CUDA device, or the twin that runs the step itself."""
+
+    name: str
+
+    def on_stream(self) -> AbstractContextManager[Any]:
+        """Within it, torch's own operations are ordered with replays."""
+
+    def eager(self, run: Callable[[], None]) -> None:
+        """Run once, outside any graph, and wait."""
+
+    def capture(self, key: GraphKey, run: Callable[[], None]) -> Captured: ...
+
+    def synchronize(self) -> None: ...
+
+    def check_alive(self) -> None:
+        """Raise the device's error, if it has one, instead of waiting for a step that cannot
+        come."""
+
+
+class TwinBackend:
+    """CPU twin: no CUDA graph, for correctness only. A "replay" runs the step's oracles."""
+
+    name = "cpu"
+
+    def on_stream(self) -> AbstractContextManager[Any]:
+        return nullcontext()
+
+    def eager(self, run: Callable[[], None]) -> None:
+        run()
+
+    def capture(self, key: GraphKey, run: Callable[[], None]) -> Captured:
+        return Captured(key, run)
+
+    def synchronize(self) -> None:
+        """Everything has run already."""
+
+    def check_alive(self) -> None:
+        """A CPU step cannot fail silently."""
+
+
+class CudaBackend:
+    """One stream of one device; every graph is captured and replayed on it."""
+
+    name = "cuda"
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+    def on_stream(self) -> AbstractContextManager[Any]:
+        return torch.cuda.stream(self.stream)
+
+    def eager(self, run: Callable[[], None]) -> None:
+        with self.on_stream():
+            run()
+        self.stream.synchronize()
+
+    def capture(self, key: GraphKey, run: Callable[[], None]) -> Captured:
+        """Capture and instantiate; refuses a step that allocates.
+
+        Raises:
+            CaptureError: the step allocated, synchronised or compiled while being captured.
+        """
+        before = torch.cuda.memory_stats(self.device).get("allocation.all.allocated", 0)
+        free, start = memory_info()[0], time.perf_counter()
+        graph = torch.cuda.CUDAGraph(keep_graph=True)
+        with torch.cuda.stream(self.stream):
+            graph.capture_begin(capture_error_mode="thread_local")
+            try:
+                run()
+            except BaseException as error:
+                # The capture is void already; the first error says why.
+                with suppress(RuntimeError):
+                    graph.capture_end()
+                raise CaptureError(f"key {key} could not be captured: {error}") from error
+            graph.capture_end()
+        graph.instantiate()
+        after = torch.cuda.memory_stats(self.device).get("allocation.all.allocated", 0)
+        if after != before:
+            raise CaptureError(
+                f"key {key}: the step made {after - before} allocations while being captured; "
+                "every buffer of a step must lie in the arena"
+            )
+        return Captured(
+            key,
+            self._launcher(graph),
+            nodes=graph_nodes(graph.raw_cuda_graph()),
+            graph_bytes=max(0, free - memory_info()[0]),
+            seconds=time.perf_counter() - start,
+        )
+
+    def _launcher(self, graph: Any) -> Callable[[], None]:
+        stream = self.stream
+
+        def launch() -> None:
+            with torch.cuda.stream(stream):
+                graph.replay()
+
+        return launch
+
+    def synchronize(self) -> None:
+        self.stream.synchronize()
+
+    def check_alive(self) -> None:
+        self.stream.query()
+
+
+class GraphSet:
+    """All graphs of one runtime.
+
+    Args:
+        forbid_compile: called before capture so that a kernel that was not warmed up is an error.
+    """
+
+    def __init__(
+        self,
+        step: DecodeStep,
+        ladder: Ladder,
+        backend: GraphBackend,
+        *,
+        forbid_compile: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.step, self.ladder, self.backend = step, ladder, backend
+        self.state = State.CREATED
+        self.graphs: dict[GraphKey, Captured] = {}
+        self._forbid_compile = forbid_compile
+        self._addresses: dict[str, int] = {}
+        self._generation = -1
+
+    def _expect(self, state: State, call: str) -> None:
+        if self.state is not state:
+            raise CaptureError(
+                f"{call}() needs state {state.value}, got {self.state.value}: {REMEDY[self.state]}"
+            )
+
+    def _largest_first(self) -> Iterable[GraphKey]:
+        return reversed(self.ladder.keys)
+
+    def warm_up(self, progress: Progress = lambda *_: None) -> None:
+        """Preflight: run every key twice eagerly on idle rows, so that everything lazy exists."""
+        self._expect(State.CREATED, "warm_up")
+        for key in self._largest_first():
+            for _ in range(2):
+                self.backend.eager(partial(self.step.run, key))
+            progress("warm up", key)
+        self.backend.eager(lambda: self._run_stamped(self.ladder.keys[0]))
+        self.state = State.WARMED_UP
+
+    def capture(self, progress: Progress = lambda *_: None) -> None:
+        """Capture every key, the largest first, into the shared scratch.
+
+        Raises:
+            CaptureError: a key's step allocated, synchronised or compiled.
+        """
+        self._expect(State.WARMED_UP, "capture")
+        self._forbid_compile()
+        for key in self._largest_first():
+            self.graphs[key] = self.backend.capture(key, partial(self.step.run, key))
+            progress("capture", key)
+        self._addresses = self.step.buffers.addresses()
+        self._generation = self.step.buffers.generation
+        self.state = State.CAPTURED
+
+    @contextmanager
+    def stamped(self, key: GraphKey) -> Iterator[list[str]]:
+        """Within it, replays of `key` take a graph with a timestamp after each part of the step.
+
+        Yields:
+            The names of the stamps, in order; `stamps[i]` holds the time in ns of the i-th.
+        """
+        self._expect(State.CAPTURED, "stamped")
+        plain = self.graphs[key]
+        self.graphs[key] = self.backend.capture(key, lambda: self._run_stamped(key))
+        try:
+            yield self.step.part_names()
+        finally:
+            self.backend.synchronize()
+            self.graphs[key] = plain
+
+    def _run_stamped(self, key: GraphKey) -> None:
+        names: list[str] = []
+        launch, stamps = self.step.ops.launch, self.step.buffers["stamps"]
+
+        def mark(name: str) -> None:
+            if launch is None:
+                stamps[len(names)] = time.perf_counter_ns()
+            else:
+                stamp(launch, stamps, len(names))
+            names.append(name)
+
+        self.step.run(key, mark)
+
+    def replay(self, key: GraphKey) -> None:
+        """Launch the graph of `key`.
+
+        Raises:
+            NotCaptured: no such graph.
+            StaleGraph: a buffer has moved since capture.
+            CaptureError: nothing is captured.
+        """
+        if self.state is not State.CAPTURED:
+            self._expect(State.CAPTURED, "replay")
+        if self.step.buffers.generation != self._generation:
+            self._refuse_moved()
+        graph = self.graphs.get(key)
+        if graph is None:
+            raise NotCaptured(
+                f"key {key} was not captured (ladder {self.ladder}); add it with --ladder"
+            )
+        graph.launch()
+
+    def _refuse_moved(self) -> None:
+        now = self.step.buffers.addresses()
+        for name, at in self._addresses.items():
+            if now.get(name) != at:
+                raise StaleGraph(
+                    f"buffer {name!r} lay at {at:#x} when the graphs were captured and lies at "
+                    f"{now.get(name, 0):#x} now; capture again"
+                )
+        raise StaleGraph(
+            "the arena was laid out again since the graphs were captured; capture again"
+        )
+
+    def close(self) -> None:
+        """Drop all graphs. Idempotent."""
+        if self.state is not State.CLOSED:
+            self.backend.synchronize()
+            self.graphs.clear()
+            self.state = State.CLOSED

@@ -1,0 +1,250 @@
+"""Weights in: a Hugging Face checkpoint into the packed tensors.
+
+A checkpoint is judged whole before it is read (`graphs.checkpoint_plan`), then read tensor by
+tensor in pieces of bounded size, and every value is checked to be finite. Nothing is quantised or
+left out unreported. Presets have seeded random weights instead (`graphs.random_weights`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from graphs.checkpoint_plan import FP8, plan_load
+from graphs.fp8_blocks import dequantise_blocks, quantise_blocks
+from graphs.hf_layout import Kind, Part, padded_rows
+from graphs.model_config import FP8_BLOCK, ModelConfig
+from graphs.model_source import ModelSource, model_digest, resolve_model
+from graphs.random_weights import random_weights
+from graphs.safetensors_dir import CheckpointDir, CheckpointError, Stored, open_checkpoint
+from graphs.weights import check_views, local_experts
+
+__all__ = [
+    "CheckpointError",
+    "LoadReport",
+    "ModelSource",
+    "load_checkpoint",
+    "model_digest",
+    "random_weights",
+    "resolve_model",
+]
+
+_PIECE_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What a load did.
+
+    Attributes:
+        num_tensors: read for this rank, scales not counted.
+        bytes_read: from disk.
+        left_out: reason -> tensors of the checkpoint that were not read.
+        quantised: tensors that were not FP8 in the checkpoint and are now.
+    """
+
+    num_tensors: int
+    bytes_read: int
+    left_out: dict[str, tuple[str, ...]]
+    quantised: tuple[str, ...]
+
+
+def load_checkpoint(
+    path: str | Path,
+    cfg: ModelConfig,
+    views: Mapping[str, torch.Tensor],
+    *,
+    ep_rank: int = 0,
+    ep_size: int = 1,
+    progress: Callable[[int, int], None] | None = None,
+) -> LoadReport:
+    """Fill the packed tensors from a directory of safetensors.
+
+    Args:
+        views: every tensor of `weight_table(cfg, ep_size=ep_size)`, on any device; others in the
+            mapping are left alone.
+        ep_rank: which experts to read; everything else is the same on every rank.
+        progress: called with (bytes read, bytes to read) after each tensor.
+    Raises:
+        CheckpointError: the directory is damaged, its tensors are not this model's, or one of
+            them holds NaN or infinity. `views` may then be partly filled.
+        ValueError: views or ranks that do not fit `cfg`.
+    Host memory: a few pieces of 64 MiB, or the largest kv_b_proj in float32.
+    """
+    num_local = local_experts(cfg, ep_size)
+    if not 0 <= ep_rank < ep_size:
+        raise ValueError(f"ep_rank: expected 0 … {ep_size - 1}, got {ep_rank}")
+    check_views(cfg, views, ep_size=ep_size)
+    checkpoint = open_checkpoint(Path(path))
+    plan = plan_load(checkpoint, cfg)
+    first = ep_rank * num_local
+    parts = [
+        (part, stored)
+        for part, stored in plan.parts
+        if part.expert is None or first <= part.expert < first + num_local
+    ]
+    todo = [_bytes_of(part, stored, checkpoint) for part, stored in parts]
+    total, done = sum(todo), 0
+    for name, begin, end in padded_rows(cfg):
+        views[name][begin:end].view(torch.uint8).zero_()
+    with ExitStack() as files:
+        loader = _Loader(checkpoint, cfg, views, first, files)
+        for (part, stored), nbytes in zip(parts, todo, strict=True):
+            loader.load(part, stored)
+            done += nbytes
+            if progress is not None:
+                progress(done, total)
+        loader.check_tied_head()
+    read = {part.source for part, _ in parts}
+    quantised = tuple(name for name in plan.quantised if name in read)
+    return LoadReport(len(parts), total, plan.left_out, quantised)
+
+
+def _bytes_of(part: Part, stored: Stored, checkpoint: CheckpointDir) -> int:
+    nbytes = stored.nbytes
+    if stored.dtype == FP8:
+        nbytes += checkpoint.tensors[part.scale_source].nbytes
+    return nbytes // max(1, part.num_fused)
+
+
+class _Loader:
+    """Copies one part at a time; files stay open (they are memory maps) until the stack closes."""
+
+    def __init__(
+        self,
+        checkpoint: CheckpointDir,
+        cfg: ModelConfig,
+        views: Mapping[str, torch.Tensor],
+        first_expert: int,
+        files: ExitStack,
+    ) -> None:
+        self._checkpoint, self._cfg, self._views = checkpoint, cfg, views
+        self._first_expert = first_expert
+        self._files = files
+        self._open: dict[str, Any] = {}
+
+    def load(self, part: Part, stored: Stored) -> None:
+        """Fill the rows that `part` names."""
+        if part.kind is Kind.KV_B:
+            self._load_kv_b(part, stored)
+            return
+        target = self._slab(part, part.target)
+        if self._cfg.is_fp8 and part.kind is Kind.LINEAR:
+            scale = self._slab(part, f"{part.target}_scale")
+            self._load_fp8(part, stored, target, scale)
+            return
+        for begin, x in self._pieces(part.source, stored, part.slab, target.device):
+            rows = target[part.row + begin : part.row + begin + len(x)]
+            self._cast(x, rows, part.source, stored)
+
+    def check_tied_head(self) -> None:
+        """A model whose head is its embedding may store the head too, if it is the same.
+
+        Raises:
+            CheckpointError: it is not.
+        """
+        head = self._checkpoint.tensors.get("lm_head.weight")
+        if head is None or not self._cfg.tie_word_embeddings:
+            return
+        embed = self._views["embed"]
+        problem = "expected model.embed_tokens.weight, to which config.json ties it, got other "
+        if head.shape != tuple(embed.shape):
+            raise self._error("lm_head.weight", head, f"{problem}shape {list(head.shape)}")
+        for begin, x in self._pieces("lm_head.weight", head, None, embed.device):
+            if not torch.equal(x.to(embed.dtype), embed[begin : begin + len(x)]):
+                raise self._error("lm_head.weight", head, f"{problem}values", _UNTIE)
+
+    def _load_fp8(
+        self, part: Part, stored: Stored, target: torch.Tensor, scale: torch.Tensor
+    ) -> None:
+        quantised_here = stored.dtype != FP8
+        for begin, x in self._pieces(part.source, stored, part.slab, target.device):
+            if quantised_here:
+                x, blocks = quantise_blocks(x)
+                at = part.scale_row + begin // FP8_BLOCK
+                scale[at : at + len(blocks)].copy_(blocks)
+            target[part.row + begin : part.row + begin + len(x)].copy_(x)
+        if not quantised_here:
+            blocks = self._scales(part, target.device)
+            scale[part.scale_row : part.scale_row + len(blocks)].copy_(blocks)
+
+    def _load_kv_b(self, part: Part, stored: Stored) -> None:
+        w_uk, w_uv = self._views[f"{part.target}w_uk"], self._views[f"{part.target}w_uv"]
+        whole = torch.cat([x for _, x in self._pieces(part.source, stored, part.slab, w_uk.device)])
+        if stored.dtype == FP8:
+            whole = dequantise_blocks(whole, self._scales(part, w_uk.device))
+        heads = whole.view(self._cfg.num_heads, -1, self._cfg.kv_lora_rank)
+        nope = self._cfg.qk_nope_head_dim
+        self._cast(heads[:, :nope], w_uk, part.source, stored)
+        self._cast(heads[:, nope:], w_uv, part.source, stored)
+
+    def _scales(self, part: Part, device: torch.device) -> torch.Tensor:
+        stored = self._checkpoint.tensors[part.scale_source]
+        pieces = self._pieces(part.scale_source, stored, part.slab, device)
+        return torch.cat([x for _, x in pieces]).float()
+
+    def _slab(self, part: Part, name: str) -> torch.Tensor:
+        target = self._views[name]
+        return target if part.expert is None else target[part.expert - self._first_expert]
+
+    def _pieces(
+        self, name: str, stored: Stored, slab: int | None, device: torch.device
+    ) -> Iterator[tuple[int, torch.Tensor]]:
+        """(first row, rows) of a tensor or its `slab`: whole scale blocks, finite, on `device`."""
+        shape = stored.shape if slab is None else stored.shape[1:]
+        item_bytes = stored.nbytes // math.prod(stored.shape)
+        row_bytes = item_bytes * math.prod(shape[1:])
+        step = max(FP8_BLOCK, _PIECE_BYTES // row_bytes // FP8_BLOCK * FP8_BLOCK)
+        for begin in range(0, shape[0], step):
+            rows = slice(begin, min(begin + step, shape[0]))
+            x = self._read(name, stored, rows if slab is None else (slab, rows)).to(device)
+            if not _all_finite(x):
+                raise self._error(name, stored, _where_not_finite(x, begin))
+            yield begin, x
+
+    def _read(self, name: str, stored: Stored, at: Any) -> torch.Tensor:
+        try:
+            if stored.file not in self._open:
+                file = safe_open(str(self._checkpoint.path / stored.file), framework="pt")
+                self._open[stored.file] = self._files.enter_context(file)
+            rows: torch.Tensor = self._open[stored.file].get_slice(name)[at]
+        except (SafetensorError, OSError) as error:
+            raise self._error(name, stored, f"expected readable data, got: {error}") from error
+        return rows
+
+    def _cast(self, x: torch.Tensor, target: torch.Tensor, name: str, stored: Stored) -> None:
+        target.copy_(x)
+        if target.dtype is torch.float16 and not _all_finite(target):
+            problem = "expected values that fit float16, got larger ones"
+            raise self._error(name, stored, problem, "run with --override dtype=bfloat16")
+
+    def _error(
+        self, name: str, stored: Stored, problem: str, remedy: str = "download the file again"
+    ) -> CheckpointError:
+        return CheckpointError(self._checkpoint.path, [f"{stored.file}: {name}: {problem}"], remedy)
+
+
+_UNTIE = "run with --override tie_word_embeddings=false"
+
+
+def _all_finite(x: torch.Tensor) -> bool:
+    if x.dtype is torch.float8_e4m3fn:
+        # e4m3 has no infinity and two NaNs, 0x7f and 0xff: the largest signed and unsigned bytes.
+        signed, unsigned = x.view(torch.int8).max(), x.view(torch.uint8).max()
+        return not bool((signed == 0x7F) | (unsigned == 0xFF))
+    low, high = torch.aminmax(x)  # both are NaN if any value is
+    return bool(low.isfinite() & high.isfinite())
+
+
+def _where_not_finite(x: torch.Tensor, begin: int) -> str:
+    bad = (~x.float().isfinite()).nonzero()
+    first = bad[0].tolist()
+    first[0] += begin
+    return f"expected finite values, got NaN or infinity, {len(bad)} here, the first at {first}"

@@ -1,0 +1,108 @@
+"""Which graphs exist, and which one a step takes.
+
+A graph is captured for a padded number of step tokens and of rows that sample. Selection is a pure
+function of two integers and of a sorted ladder, so every rank chooses for itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+MIXED_PROMPT_TOKENS = (64, 512)  # prompt tokens beside the decoding rows in the default ladder
+
+
+class NotCaptured(LookupError):
+    """No captured graph covers the step; nothing was launched."""
+
+
+@dataclass(frozen=True, order=True)
+class GraphKey:
+    """What one graph was captured for.
+
+    Attributes:
+        tokens: padded step tokens.
+        rows: padded rows that sample, at most `tokens`.
+    """
+
+    tokens: int
+    rows: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.rows <= self.tokens:
+            raise ValueError(
+                f"a graph key needs 1 <= rows <= tokens, got rows {self.rows}, tokens {self.tokens}"
+            )
+
+    def __str__(self) -> str:
+        prompt = self.tokens - self.rows
+        return f"{self.rows}" if prompt == 0 else f"{self.rows}+{prompt}"
+
+    @classmethod
+    def parse(cls, text: str) -> GraphKey:
+        """Read `32` (pure decode) or `32+512` (32 sampling rows beside 512 prompt tokens).
+
+        Raises:
+            ValueError: not of that form.
+        """
+        rows, _, prompt = text.strip().partition("+")
+        if not rows.isdigit() or (prompt and not prompt.isdigit()) or text.strip().endswith("+"):
+            raise ValueError(
+                f"ladder entry {text!r} is neither ROWS nor ROWS+PROMPT_TOKENS (like 32 or 32+512)"
+            )
+        return cls(int(rows) + int(prompt or 0), int(rows))
+
+
+class Ladder:
+    """The sorted keys of one runtime and the choice among them."""
+
+    def __init__(self, keys: Iterable[GraphKey]) -> None:
+        self.keys = tuple(sorted(set(keys)))
+        if not self.keys:
+            raise ValueError("the ladder is empty; give at least one bucket, such as --ladder 1")
+        self.max_tokens = max(k.tokens for k in self.keys)
+        self.max_rows = max(k.rows for k in self.keys)
+
+    @classmethod
+    def default(cls, max_rows: int) -> Ladder:
+        """Pure decode at 1, 2, 4, 8, 16, 24, ... rows, and mixed keys at a few row counts."""
+        rows = sorted({r for r in (1, 2, 4, *range(8, max_rows, 8)) if r < max_rows} | {max_rows})
+        mixed = sorted({min(8, max_rows), max(1, max_rows // 4), max_rows})
+        return cls(
+            [GraphKey(r, r) for r in rows]
+            + [GraphKey(r + p, r) for p in MIXED_PROMPT_TOKENS for r in mixed]
+        )
+
+    @classmethod
+    def parse(cls, text: str, max_rows: int) -> Ladder:
+        """Read `--ladder 1,2,4,8+64`.
+
+        Raises:
+            ValueError: an entry is malformed, or no entry covers `max_rows` rows.
+        """
+        ladder = cls(GraphKey.parse(part) for part in text.split(",") if part.strip())
+        if ladder.max_rows != max_rows:
+            raise ValueError(
+                f"--ladder {text} goes up to {ladder.max_rows} rows and this rank holds "
+                f"{max_rows}: "
+                f"the largest entry must be {max_rows} (--bs divided by --ep-size)"
+            )
+        return ladder
+
+    def select(self, tokens: int, rows: int) -> GraphKey:
+        """The smallest key that covers `tokens` step tokens of which `rows` sample.
+
+        Raises:
+            NotCaptured: no key does; names the ladder and the flag that adds the bucket.
+        """
+        for key in self.keys:
+            if key.tokens >= tokens and key.rows >= rows:
+                return key
+        wanted = GraphKey(max(tokens, rows, 1), max(rows, 1))
+        raise NotCaptured(
+            f"bucket {wanted} ({tokens} step tokens, {rows} sampling rows) was not captured "
+            f"(ladder {self}); add it with --ladder {self},{wanted}"
+        )
+
+    def __str__(self) -> str:
+        return ",".join(str(k) for k in self.keys)

@@ -1,0 +1,96 @@
+"""The ledger: what every captured key costs, in bytes, nodes, seconds and lost KV tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from graphs.buffers import StepConfig, arena_layout, kv_bytes_per_token, scratch_bytes
+from graphs.capture import Captured
+from graphs.keys import GraphKey, Ladder
+from graphs.model_config import ModelConfig
+from graphs.prove import Proof
+
+
+@dataclass(frozen=True)
+class KeyCost:
+    """One captured key.
+
+    Attributes:
+        nodes: graph nodes by type; empty on the CPU twin.
+        graph_bytes: device memory taken by instantiating it.
+        scratch_bytes: scratch it needs; shared, so that only the largest key's counts.
+        extra_scratch_bytes: what the ladder's scratch would shrink by without this key.
+        kv_tokens: KV tokens that fit into what this key alone costs.
+        replays_proved: replays shown equal to the eager step; 0 if not verified.
+    """
+
+    key: str
+    tokens: int
+    rows: int
+    nodes: dict[str, int]
+    graph_bytes: int
+    scratch_bytes: int
+    extra_scratch_bytes: int
+    kv_tokens: int
+    capture_seconds: float
+    replays_proved: int
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """Costs of a whole capture.
+
+    Attributes:
+        section_bytes: of the arena.
+        kv_capacity_tokens: KV tokens that the cache holds.
+    """
+
+    section_bytes: dict[str, int]
+    kv_bytes_per_token: int
+    kv_capacity_tokens: int
+    attention: str
+    keys: tuple[KeyCost, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self) | {"keys": [asdict(k) for k in self.keys]}
+
+
+def make_ledger(
+    cfg: ModelConfig,
+    step: StepConfig,
+    ladder: Ladder,
+    graphs: Mapping[GraphKey, Captured],
+    proofs: Mapping[GraphKey, Proof],
+) -> Ledger:
+    """Sum up a capture."""
+    need = {key: scratch_bytes(cfg, step, key) for key in ladder.keys}
+    per_token = kv_bytes_per_token(cfg)
+    largest, rest = max(need, key=lambda k: need[k]), sorted(need.values())[:-1]
+    costs = []
+    for key in ladder.keys:
+        graph = graphs[key]
+        extra = need[key] - (rest[-1] if rest else 0) if key == largest else 0
+        proof = proofs.get(key)
+        costs.append(
+            KeyCost(
+                key=str(key),
+                tokens=key.tokens,
+                rows=key.rows,
+                nodes=graph.nodes,
+                graph_bytes=graph.graph_bytes,
+                scratch_bytes=need[key],
+                extra_scratch_bytes=extra,
+                kv_tokens=(graph.graph_bytes + extra) // per_token,
+                capture_seconds=graph.seconds,
+                replays_proved=proof.replays if proof else 0,
+            )
+        )
+    return Ledger(
+        section_bytes=arena_layout(cfg, step, ladder).section_bytes,
+        kv_bytes_per_token=per_token,
+        kv_capacity_tokens=(step.num_pages - 1) * step.page_size,
+        attention=step.attention,
+        keys=tuple(costs),
+    )

@@ -1,0 +1,99 @@
+"""What `--model` names: a Hugging Face directory or a preset."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from graphs.hf_config import token_ids
+from graphs.model_config import ModelConfig
+from graphs.presets import PRESETS
+from graphs.safetensors_dir import (
+    CONFIG_FILE,
+    CheckpointError,
+    open_checkpoint,
+    read_config,
+    read_json,
+)
+
+GENERATION_FILE = "generation_config.json"
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where a model's weights come from.
+
+    Attributes:
+        name: as the user gave it.
+        path: the checkpoint directory; None for a preset, whose weights are random.
+    """
+
+    name: str
+    path: Path | None
+
+    @property
+    def is_preset(self) -> bool:
+        return self.path is None
+
+
+def resolve_model(
+    model: str | Path,
+    *,
+    layers: int | None = None,
+    overrides: Mapping[str, Any] | None = None,
+) -> tuple[ModelConfig, ModelSource]:
+    """Find a model and read its config; reads no weights.
+
+    The stop ids of a directory are those of its `generation_config.json` where it has one, as
+    transformers' `generate` takes them, else those of `config.json`.
+
+    Args:
+        model: a directory, or a name of `PRESETS`. `./tiny` is a directory, always.
+        layers: run only the first so many layers.
+        overrides: HF config keys that replace the model's own; see `parse_overrides`.
+    Raises:
+        ValueError: neither a directory nor a preset, or both.
+        CheckpointError: a directory without a readable config.
+        UnsupportedModel: a model that the step does not compute, or a wrong override.
+    """
+    name, path = str(model), Path(model)
+    is_dir = path.exists()
+    if name in PRESETS and isinstance(model, str):
+        if (path / CONFIG_FILE).exists():
+            raise ValueError(f"model {name!r} is a preset and a directory; write ./{name} for that")
+        cfg = ModelConfig.from_hf(PRESETS[name], layers=layers, overrides=overrides)
+        return cfg, ModelSource(name, None)
+    if not is_dir:
+        raise ValueError(
+            f"model: expected a directory or one of the presets {', '.join(PRESETS)}, got {name!r}"
+        )
+    hf = read_config(path)
+    if not hf.get("dtype") and not hf.get("torch_dtype"):
+        hf["dtype"] = _stored_dtype(path)
+    if (path / GENERATION_FILE).exists():
+        generation = read_json(path, GENERATION_FILE, "download it again, or remove it")
+        if token_ids(generation, "eos_token_id"):
+            hf["eos_token_id"] = generation["eos_token_id"]
+    return ModelConfig.from_hf(hf, layers=layers, overrides=overrides), ModelSource(name, path)
+
+
+def model_digest(path: str | Path) -> str:
+    """A cheap identity of a checkpoint: sha256 of its config, index, shard names, sizes, headers.
+
+    It changes with every re-layout of the weights, but not with the bytes of a tensor alone.
+
+    Raises:
+        CheckpointError: the directory is not a whole checkpoint.
+    """
+    return open_checkpoint(Path(path)).digest
+
+
+def _stored_dtype(path: Path) -> str:
+    """The embedding's type: what a config that names none was saved in."""
+    embed = open_checkpoint(path).tensors.get("model.embed_tokens.weight")
+    if embed is None:
+        problem = f"{CONFIG_FILE}: expected dtype or torch_dtype, got neither"
+        raise CheckpointError(path, [problem], "run with --override dtype=bfloat16")
+    return embed.dtype

@@ -1,0 +1,57 @@
+"""The operations of a step, bound once to a backend.
+
+On a device every operation is a launcher of `kernels.triton`; on the CPU twin it is that launcher's
+oracle. Both take the same arguments and fill the same buffers, so the step is written once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+from kernels.triton import (
+    activation,
+    grouped,
+    linear,
+    mla_absorb,
+    mla_decode,
+    mla_prep,
+    norm,
+    routing,
+    sample,
+    state,
+)
+from kernels.triton.launch import Launcher
+
+Op = Callable[..., None]
+
+
+class Ops:
+    """One bound callable per operation; `launch` None binds the oracles (the CPU twin)."""
+
+    def __init__(self, launch: Launcher | None) -> None:
+        self.launch = launch
+
+        def bind(kernel: Op, ref: Op) -> Op:
+            return ref if launch is None else partial(kernel, launch)
+
+        self.intake = bind(state.intake, state.intake_ref)
+        self.advance = bind(state.advance, state.advance_ref)
+        self.settle = bind(state.settle, state.settle_ref)
+        self.embed = bind(norm.embed, norm.embed_ref)
+        self.add_rmsnorm = bind(norm.add_rmsnorm, norm.add_rmsnorm_ref)
+        self.gather_add_rmsnorm = bind(norm.gather_add_rmsnorm, norm.gather_add_rmsnorm_ref)
+        self.quantize = bind(activation.quantize, activation.quantize_ref)
+        self.silu_mul = bind(activation.silu_mul, activation.silu_mul_ref)
+        self.linear = bind(linear.linear, linear.linear_ref)
+        self.linear_fp8 = bind(linear.linear_fp8, linear.linear_fp8_ref)
+        self.mla_prep = bind(mla_prep.mla_prep, mla_prep.mla_prep_ref)
+        self.absorb_q = bind(mla_absorb.absorb_q, mla_absorb.absorb_q_ref)
+        self.absorb_v = bind(mla_absorb.absorb_v, mla_absorb.absorb_v_ref)
+        self.mla_decode = bind(mla_decode.mla_decode, mla_decode.mla_decode_ref)
+        self.route = bind(routing.route, routing.route_ref)
+        self.align = bind(routing.align, routing.align_ref)
+        self.combine = bind(routing.combine, routing.combine_ref)
+        self.grouped_gate_up = bind(grouped.grouped_gate_up, grouped.grouped_gate_up_ref)
+        self.grouped_down = bind(grouped.grouped_down, grouped.grouped_down_ref)
+        self.greedy = bind(sample.greedy, sample.greedy_ref)

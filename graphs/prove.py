@@ -1,0 +1,225 @@
+"""The proof that a key gets at capture: its replay does what the eager step does, bit for bit.
+
+For each key a synthetic state (random lengths, pages and tokens, and a prompt chunk where the key
+has room) is run eagerly once. Then the graph is replayed from the same state with every scratch
+byte, the null page and all padded rows poisoned, and again many times: tokens, log-probs, logits,
+row state and the KV written must have the same bits each time. A second state shows that the graph
+reads its inputs where they are.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from capture_cache.errors import CaptureError
+from graphs.capture import GraphSet
+from graphs.keys import GraphKey
+from kernels.triton.state import DECODE, PREFILL
+
+ROWS = ("phase", "seq_len", "last_token", "limit", "stop_ids", "page_table", "step")
+OUTPUTS = ("tok_row", "tok_pos", "sample_row", "out_token", "out_logprob", "final", "logits")
+ANSWERS = ("fault", *ROWS, *OUTPUTS)
+POISON = 0xFF  # NaN in every float type, -1 in every integer type
+
+
+class ProofFailed(CaptureError):
+    """A graph that does not do what the eager step does; it must not be used."""
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What was shown for one key.
+
+    Attributes:
+        live_rows, chunk_tokens: of the synthetic state; the rest of the key was padding.
+        replays: compared with the eager step bit for bit.
+    """
+
+    key: GraphKey
+    live_rows: int
+    chunk_tokens: int
+    replays: int
+
+
+@dataclass(frozen=True)
+class _State:
+    """A synthetic state: row state to restore, and what it holds."""
+
+    rows: dict[str, torch.Tensor]
+    live_rows: int
+    chunk_tokens: int
+    slots: torch.Tensor  # int64, the KV slots that the step writes
+
+
+class Prover:
+    """Proves keys of one captured set.
+
+    Args:
+        replays: per key.
+        seed: of the synthetic states.
+    """
+
+    def __init__(self, graphs: GraphSet, *, replays: int = 100, seed: int = 0) -> None:
+        if replays < 1:
+            raise ValueError(f"a proof needs at least one replay, got {replays}")
+        self.graphs, self.replays, self.seed = graphs, replays, seed
+        self.step, self.config = graphs.step, graphs.step.config
+        self.buffers = graphs.step.buffers
+        self.device = self.buffers["x"].device
+        self._kv = [self.buffers[f"kv.{i}"] for i in range(self.step.cfg.num_layers)]
+        # Two rows of full length and a few pages for every other one, as far as there are pages.
+        wanted = 2 * self.config.max_pages + 3 * self.config.max_rows
+        self._pages = min(self.config.num_pages, 1 + wanted)
+        with graphs.backend.on_stream():
+            self._fill_kv()
+
+    def _fill_kv(self) -> None:
+        """Real values in the pages that states use: an empty cache would hide wrong reads."""
+        gen = torch.Generator(self.device).manual_seed(self.seed)
+        for kv in self._kv:
+            part = kv[: self._pages * self.config.page_size]
+            part.copy_(torch.randn(part.shape, generator=gen, device=self.device))
+
+    def prove(self, key: GraphKey) -> Proof:
+        """Prove one key.
+
+        Raises:
+            ProofFailed: names the buffer and how many of its words differ.
+        """
+        with self.graphs.backend.on_stream():
+            first, answers = self._eager(key, self.seed)
+            self._poison(key)
+            self._compare(key, first, answers, 1, "the poisoned replay")
+            self._compare(key, first, answers, self.replays - 1, "a later replay")
+            moved, others = self._eager(key, self.seed + 1)
+            self._compare(key, moved, others, 1, "the replay on other inputs")
+            self.buffers["poison"].zero_()
+            if torch.equal(answers["logits"], others["logits"]):
+                raise ProofFailed(f"key {key}: two different states gave the same logits")
+        return Proof(key, first.live_rows, first.chunk_tokens, self.replays + 1)
+
+    def _eager(self, key: GraphKey, seed: int) -> tuple[_State, dict[str, torch.Tensor]]:
+        state = self._make_state(key, np.random.default_rng(seed))
+        self.buffers["poison"].zero_()
+        self.graphs.backend.eager(lambda: self.step.run(key))
+        answers = {name: t.clone() for name, t in self._answers(key, state).items()}
+        if int(answers["fault"]):
+            raise ProofFailed(f"key {key}: the eager step reported fault {int(answers['fault'])}")
+        if not bool(torch.isfinite(answers["logits"]).all()):
+            raise ProofFailed(f"key {key}: the eager step gave logits that are not finite")
+        return state, answers
+
+    def _answers(self, key: GraphKey, state: _State) -> dict[str, torch.Tensor]:
+        b = self.buffers.for_key(key)
+        kv = {f"kv.{i}": kv[state.slots] for i, kv in enumerate(self._kv)}
+        return {name: b[name] for name in ANSWERS} | kv
+
+    def _poison(self, key: GraphKey) -> None:
+        for name in self.buffers.scratch_names(key):
+            self.buffers[name].view(torch.uint8).fill_(POISON)
+        for kv in self._kv:
+            kv[: self.config.page_size].view(torch.uint8).fill_(POISON)
+        self.buffers["poison"].fill_(1)
+
+    def _compare(
+        self, key: GraphKey, state: _State, want: dict[str, torch.Tensor], replays: int, what: str
+    ) -> None:
+        differ = torch.zeros(len(want), dtype=torch.int64, device=self.device)
+        for i in range(replays):
+            for name, saved in state.rows.items():
+                self.buffers[name].copy_(saved)
+            check_kv = i == 0
+            if check_kv:
+                for kv in self._kv:
+                    kv[state.slots] = float("nan")
+            self.graphs.replay(key)
+            got = self._answers(key, state) if check_kv else self.buffers.for_key(key)
+            for j, (name, expected) in enumerate(want.items()):
+                if check_kv or not name.startswith("kv."):
+                    differ[j] += (_bits(got[name]) != _bits(expected)).sum()
+        for name, count in zip(want, differ.tolist(), strict=True):
+            if count:
+                raise ProofFailed(
+                    f"key {key}: {what} differs from the eager step in {count} bytes of {name!r}; "
+                    "do not use this capture, and report it with the ledger"
+                )
+
+    # ------------------------------------------------------------------ synthetic states
+
+    def _make_state(self, key: GraphKey, rng: np.random.Generator) -> _State:
+        room = key.tokens - key.rows
+        decode = max(1, key.rows - max(1, key.rows // 4)) if key.rows > 1 else 1 - min(1, room)
+        pages = list(rng.permutation(np.arange(1, self._pages)))
+        order = rng.permutation(self.config.max_rows)
+        chunk = 0
+        if room or decode < key.rows:
+            chunk = min(key.tokens - decode - room // 4, self.config.max_seq_len - 1)
+            chunk = min(chunk, (len(pages) // 2) * self.config.page_size)
+        table = np.zeros((self.config.max_rows, self.config.max_pages), np.int32)
+        lengths = np.zeros(self.config.max_rows, np.int32)
+        phase = np.zeros(self.config.max_rows, np.int32)
+        slots: list[int] = []
+
+        def place(row: int, length: int, new: int) -> None:
+            count = -(-(length + new) // self.config.page_size)
+            table[row, :count] = [pages.pop() for _ in range(count)]
+            for pos in range(length, length + new):
+                page, offset = divmod(pos, self.config.page_size)
+                slots.append(int(table[row, page]) * self.config.page_size + offset)
+
+        if chunk:
+            place(int(order[-1]), 0, chunk)
+            phase[order[-1]] = PREFILL
+        live = 0
+        for i, row in enumerate(order[: min(decode, self.config.max_rows - bool(chunk))]):
+            length = self._length(i, len(pages) - (decode - i), rng)
+            if length < 1:
+                break
+            place(int(row), length, 1)
+            phase[row], lengths[row] = DECODE, length
+            live += 1
+        rows = self._write(phase, lengths, table, rng)
+        self._write_mailbox(int(order[-1]), chunk, rng)
+        return _State(rows, live, chunk, torch.tensor(slots, device=self.device))
+
+    def _length(self, index: int, spare_pages: int, rng: np.random.Generator) -> int:
+        """A cached length that leaves a page for each row still to come; boundaries come first."""
+        size, cut, most = self.config.page_size, self.config.cut, self.config.max_seq_len - 1
+        wanted = (most, 1, size - 1, size, size + 1, cut - 1, cut, cut + 1)
+        length = wanted[index] if index < len(wanted) else int(rng.integers(1, 3 * size))
+        return min(length, most, (spare_pages + 1) * size - 1)
+
+    def _write(
+        self,
+        phase: np.ndarray[tuple[int], np.dtype[np.int32]],
+        lengths: np.ndarray[tuple[int], np.dtype[np.int32]],
+        table: np.ndarray[tuple[int, int], np.dtype[np.int32]],
+        rng: np.random.Generator,
+    ) -> dict[str, torch.Tensor]:
+        vocab = self.step.cfg.vocab_size
+        tokens = rng.integers(0, vocab, self.config.max_rows, dtype=np.int32)
+        for name, value in (("phase", phase), ("seq_len", lengths), ("last_token", tokens)):
+            self.buffers[name].copy_(torch.from_numpy(value))
+        self.buffers["page_table"].copy_(torch.from_numpy(table))
+        self.buffers["limit"].fill_(self.config.max_seq_len)
+        self.buffers["stop_ids"].fill_(-1)
+        return {name: self.buffers[name].clone() for name in ROWS}
+
+    def _write_mailbox(self, row: int, chunk: int, rng: np.random.Generator) -> None:
+        at = self.buffers.mailbox_layout
+        step = int(self.buffers["step"])
+        box = self.buffers["mailbox"][step % 2]
+        box[0] = -1
+        if chunk:
+            ids = rng.integers(0, self.step.cfg.vocab_size, chunk, dtype=np.int32)
+            box[1:6] = torch.tensor([0, 0, 0, 1, chunk], dtype=torch.int32)
+            box[at.chunks : at.chunks + 4] = torch.tensor([row, 0, chunk, 1], dtype=torch.int32)
+            box[at.ids : at.ids + chunk] = torch.from_numpy(ids)
+            box[0] = step
+
+
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.contiguous().view(torch.uint8)

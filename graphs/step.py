@@ -1,0 +1,274 @@
+"""The decode step: one forward pass over a flat token list, written once for every backend.
+
+Read it top to bottom: intake, advance, embed, layers, head, sample, settle. Invariants: every
+operation writes buffers it is given, so nothing allocates; the sequence of operations is the same
+for every key; a token's bits depend on that token alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from graphs.attention import Attention
+from graphs.buffers import StaticBuffers, StepConfig
+from graphs.keys import GraphKey
+from graphs.model_config import ModelConfig
+from graphs.ops import Ops
+
+Buffers = Mapping[str, torch.Tensor]
+Stamp = Callable[[str], None]
+
+
+LAYER_PARTS = ("attention", "mlp")
+
+
+def _no_stamp(_: str) -> None:
+    """Steps are captured without timestamps unless a benchmark asks for them."""
+
+
+@dataclass(frozen=True)
+class Activation:
+    """The input of a matrix product: plain, and where weights are FP8 also quantised by 1x128."""
+
+    plain: torch.Tensor | None
+    q: torch.Tensor | None
+    scale: torch.Tensor | None
+
+    @classmethod
+    def of(cls, b: Buffers, name: str) -> Activation:
+        return cls(b.get(name), b.get(f"{name}_q"), b.get(f"{name}_s"))
+
+    @property
+    def quantised_only(self) -> dict[str, torch.Tensor | None]:
+        """Outputs for a producer whose only consumer is a linear in the checkpoint's format."""
+        if self.q is None:
+            return {"out": self.plain, "out_q": None, "out_scale": None}
+        return {"out": None, "out_q": self.q, "out_scale": self.scale}
+
+
+class DecodeStep:
+    """The whole step of one rank over its static buffers.
+
+    Args:
+        weights: packed tensors by the names of `graphs.weights.weight_table`, plus `rope_table`.
+    """
+
+    def __init__(
+        self,
+        cfg: ModelConfig,
+        config: StepConfig,
+        ops: Ops,
+        buffers: StaticBuffers,
+        weights: Mapping[str, torch.Tensor],
+        attention: Attention,
+        *,
+        on_device: bool,
+    ) -> None:
+        self.cfg, self.config = cfg, config
+        self.ops, self.buffers, self.weights = ops, buffers, weights
+        self.attention = attention
+        self.on_device = on_device
+
+    def run(self, key: GraphKey, stamp: Stamp = _no_stamp) -> None:
+        """Launch one step for `key` on the current stream.
+
+        Capture-safe: no sync, no allocation.
+        """
+        b = self.buffers.for_key(key)
+        self._begin(b)
+        stamp("begin")
+        self.ops.embed(b["tok_id"], self.weights["embed"], b["poison"], out=b["x"])
+        self.attention.plan(b)
+        stamp("embed")
+        delta = None
+        for layer in range(self.cfg.num_layers):
+            self._attention(b, layer, delta)
+            stamp(f"layer {layer} attention")
+            if self.cfg.is_moe(layer):
+                self._moe(b, layer)
+            else:
+                self._dense(b, layer)
+            stamp(f"layer {layer} mlp")
+            delta = b["delta"]
+        self._sample(b)
+        stamp("head")
+        self._settle(b)
+        stamp("settle")
+
+    def part_names(self) -> list[str]:
+        """The names that `run` stamps, in order: each marks the end of its part."""
+        layers = [f"layer {i} {part}" for i in range(self.cfg.num_layers) for part in LAYER_PARTS]
+        return ["begin", "embed", *layers, "head", "settle"]
+
+    def _begin(self, b: Buffers) -> None:
+        self.ops.intake(
+            b["mailbox"],
+            b["step"],
+            *(b[n] for n in ("phase", "seq_len", "last_token", "limit", "stop_ids", "page_table")),
+            layout=self.buffers.mailbox_layout,
+            **{n: b[n] for n in ("tok_row", "tok_pos", "tok_id", "sample_tok", "sample_row")},
+            fault=b["fault"],
+            begin_ns=b["begin_ns"],
+            on_device=self.on_device,
+        )
+        self.ops.advance(
+            b["tok_row"],
+            b["tok_pos"],
+            b["page_table"],
+            page_size=self.config.page_size,
+            kv_slot=b["kv_slot"],
+            kv_len=b["kv_len"],
+            fault=b["fault"],
+        )
+
+    def _linear(self, b: Buffers, name: str, x: Activation, out: torch.Tensor) -> None:
+        weight, scale = self.weights[name], self.weights.get(f"{name}_scale")
+        if scale is None:
+            self.ops.linear(x.plain, weight, out=out, workspace=b["workspace"])
+        else:
+            self.ops.linear_fp8(x.q, x.scale, weight, scale, out=out, workspace=b["workspace"])
+
+    def _norm(
+        self, b: Buffers, name: str, delta: torch.Tensor | None, *, plain: bool
+    ) -> Activation:
+        """x += delta, then RMSNorm, as the consumers want it."""
+        norm = Activation.of(b, "norm")
+        outs = norm.quantised_only
+        if plain:
+            outs["out"] = norm.plain
+        self.ops.add_rmsnorm(b["x"], delta, self.weights[name], eps=self.cfg.rms_eps, **outs)
+        return norm
+
+    def _attention(self, b: Buffers, layer: int, delta: torch.Tensor | None) -> None:
+        cfg, w, name = self.cfg, self.weights, f"layers.{layer}."
+        x = self._norm(b, name + "attn_norm", delta, plain=False)
+        self._linear(b, name + "qkv_a", x, b["qkv"])
+        compressed = cfg.q_lora_rank is not None
+        q_norm = Activation.of(b, "q_norm")
+        self.ops.mla_prep(
+            b["qkv"],
+            b["tok_row"],
+            b["tok_pos"],
+            b["kv_slot"],
+            w["rope_table"],
+            w[name + "q_a_norm"] if compressed else None,
+            w[name + "kv_a_norm"],
+            eps=cfg.latent_rms_eps,
+            kv_start=cfg.q_part_padded,
+            interleave=cfg.rope_interleave,
+            kv_cache=b[f"kv.{layer}"],
+            **(q_norm.quantised_only if compressed else {}),
+        )
+        if compressed:
+            self._linear(b, name + "q_b", q_norm, b["q"])
+            q = b["q"]
+        else:
+            q = b["qkv"][:, : cfg.q_part_width]
+        self.ops.absorb_q(
+            q,
+            w[name + "w_uk"],
+            b["tok_pos"],
+            b["tok_row"],
+            w["rope_table"],
+            interleave=cfg.rope_interleave,
+            out=b["q_latent"],
+        )
+        self.attention.run(b, b[f"kv.{layer}"])
+        o = Activation.of(b, "o")
+        self.ops.absorb_v(b["o_latent"], w[name + "w_uv"], out=o.plain)
+        if o.q is not None:
+            self.ops.quantize(o.plain, out_q=o.q, out_scale=o.scale)
+        self._linear(b, name + "o", o, b["delta"])
+
+    def _mlp(self, b: Buffers, name: str, buffer: str, x: Activation, out: torch.Tensor) -> None:
+        h = Activation.of(b, f"{buffer}_h")
+        self._linear(b, f"{name}gate_up", x, b[f"{buffer}_gate_up"])
+        self.ops.silu_mul(b[f"{buffer}_gate_up"], **h.quantised_only)
+        self._linear(b, f"{name}down", h, out)
+
+    def _dense(self, b: Buffers, layer: int) -> None:
+        x = self._norm(b, f"layers.{layer}.mlp_norm", b["delta"], plain=False)
+        self._mlp(b, f"layers.{layer}.", "dense", x, b["delta"])
+
+    def _moe(self, b: Buffers, layer: int) -> None:
+        cfg, w, name = self.cfg, self.weights, f"layers.{layer}."
+        x = self._norm(b, name + "mlp_norm", b["delta"], plain=True)
+        self.ops.linear(
+            x.plain, w[name + "router"], out=b["router_logits"], workspace=b["workspace"]
+        )
+        self.ops.route(
+            b["router_logits"],
+            w.get(name + "router_bias"),
+            b["tok_row"],
+            num_groups=cfg.n_group,
+            topk_groups=cfg.topk_group,
+            top_k=cfg.experts_per_token,
+            normalize=cfg.norm_topk_prob,
+            scaling=cfg.routed_scaling_factor,
+            out_ids=b["topk_ids"],
+            out_weights=b["topk_weights"],
+        )
+        local = cfg.num_experts // self.config.ep_size
+        self.ops.align(
+            b["topk_ids"],
+            expert_start=self.config.ep_rank * local,
+            offsets=b["offsets"],
+            pairs=b["pairs"],
+        )
+        h = Activation.of(b, "expert_h")
+        fp8 = x.q is not None
+        self.ops.grouped_gate_up(
+            x.q if fp8 else x.plain,
+            x.scale,
+            w[name + "experts_gate_up"],
+            w.get(name + "experts_gate_up_scale"),
+            b["offsets"],
+            b["pairs"],
+            top_k=cfg.experts_per_token,
+            out=h.q if fp8 else h.plain,
+            out_scale=h.scale,
+        )
+        self.ops.grouped_down(
+            h.q if fp8 else h.plain,
+            h.scale,
+            w[name + "experts_down"],
+            w.get(name + "experts_down_scale"),
+            b["offsets"],
+            b["pairs"],
+            out=b["expert_y"],
+        )
+        shared = None
+        if cfg.num_shared_experts:
+            shared = b["shared_out"]
+            self._mlp(b, name + "shared_", "shared", x, shared)
+        self.ops.combine(b["expert_y"], b["topk_ids"], b["topk_weights"], shared, out=b["delta"])
+
+    def _sample(self, b: Buffers) -> None:
+        w = self.weights
+        self.ops.gather_add_rmsnorm(
+            b["x"],
+            b["delta"],
+            b["sample_tok"],
+            w["final_norm"],
+            eps=self.cfg.rms_eps,
+            out=b["final"],
+        )
+        head = w["embed"] if self.cfg.tie_word_embeddings else w["head"]
+        self.ops.linear(b["final"], head, out=b["logits"], workspace=b["workspace"])
+        self.ops.greedy(
+            b["logits"],
+            b["sample_tok"],
+            **{n: b[n] for n in ("part_max", "part_arg", "part_sum", "out_token", "out_logprob")},
+        )
+
+    def _settle(self, b: Buffers) -> None:
+        self.ops.settle(
+            *(b[n] for n in ("sample_row", "out_token", "out_logprob", "step", "phase")),
+            *(b[n] for n in ("seq_len", "last_token", "limit", "stop_ids", "fault", "begin_ns")),
+            ring=b["ring"],
+            ring_step=b["ring_step"],
+            on_device=self.on_device,
+        )

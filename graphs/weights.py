@@ -1,0 +1,143 @@
+"""The packed weights that the step reads: names, shapes and dtypes, in one fixed order.
+
+A pure function of the model and the expert-parallel size, so the arena can be laid out before a
+byte is read. Matrices are [out, in], row-major; parts that one kernel reads together are stacked
+by rows. In FP8 every linear `name` has `name_scale`, float32, one element per 128x128 block, and a
+part that another follows is padded with zero rows to whole blocks (`ModelConfig.padded`), routed
+experts excepted: there the scale rows alone are padded, and gate's come before up's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from graphs.model_config import FP8_BLOCK, ModelConfig
+
+if TYPE_CHECKING:
+    import torch
+
+ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "float8_e4m3fn": 1}
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A dense row-major tensor; `dtype` is torch's name for it."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * ITEM_BYTES[self.dtype]
+
+
+def num_blocks(extent: int) -> int:
+    """Scale blocks along an extent, the last one perhaps partial."""
+    return -(-extent // FP8_BLOCK)
+
+
+def local_experts(cfg: ModelConfig, ep_size: int) -> int:
+    """Routed experts that one rank holds: rank r has [r * local, (r + 1) * local).
+
+    Raises:
+        ValueError: the experts do not divide evenly.
+    """
+    if ep_size < 1 or cfg.num_experts % ep_size:
+        raise ValueError(
+            f"ep_size: expected a divisor of {cfg.num_experts} routed experts, got {ep_size}; "
+            "run on another number of ranks"
+        )
+    return cfg.num_experts // ep_size
+
+
+def weight_table(cfg: ModelConfig, *, ep_size: int = 1) -> dict[str, TensorSpec]:
+    """Every packed tensor of one rank, in the order that the step reads them.
+
+    Names are `embed`, `layers.{i}.{part}`, `final_norm` and, unless the head is the embedding,
+    `head`. Every rank has the same table.
+
+    Raises:
+        ValueError: `ep_size` does not divide the routed experts.
+    """
+    num_local = local_experts(cfg, ep_size)
+    H, act = cfg.hidden_size, cfg.act_dtype
+    table = {"embed": TensorSpec((cfg.vocab_size, H), act)}
+    for layer in range(cfg.num_layers):
+        parts = {"attn_norm": TensorSpec((H,), act)}
+        parts |= _attention(cfg)
+        parts |= {"mlp_norm": TensorSpec((H,), act)}
+        if cfg.is_moe(layer):
+            parts |= _experts(cfg, num_local)
+        else:
+            parts |= _mlp(cfg, "", cfg.intermediate_size)
+        table |= {f"layers.{layer}.{name}": spec for name, spec in parts.items()}
+    table["final_norm"] = TensorSpec((H,), act)
+    if not cfg.tie_word_embeddings:
+        table["head"] = TensorSpec((cfg.vocab_size, H), act)
+    return table
+
+
+def check_views(cfg: ModelConfig, views: Mapping[str, torch.Tensor], *, ep_size: int) -> None:
+    """Refuse tensors that are not those of `weight_table`; more may be in the mapping.
+
+    Raises:
+        ValueError: names every tensor that is missing or of another shape or dtype.
+    """
+    problems = []
+    for name, spec in weight_table(cfg, ep_size=ep_size).items():
+        view = views.get(name)
+        got = None if view is None else (tuple(view.shape), str(view.dtype).removeprefix("torch."))
+        if got != (spec.shape, spec.dtype):
+            problems.append(f"{name}: expected {list(spec.shape)} {spec.dtype}, got {got}")
+    if problems:
+        raise ValueError("packed weights do not fit the model: " + "; ".join(problems[:8]))
+
+
+def _attention(cfg: ModelConfig) -> dict[str, TensorSpec]:
+    heads, dc, act = cfg.num_heads, cfg.kv_lora_rank, cfg.act_dtype
+    parts = _linear(cfg, "qkv_a", cfg.q_part_padded + cfg.latent_dim, cfg.hidden_size)
+    if cfg.q_lora_rank is not None:
+        parts |= {"q_a_norm": TensorSpec((cfg.q_lora_rank,), act)}
+        parts |= _linear(cfg, "q_b", heads * cfg.qk_head_dim, cfg.q_lora_rank)
+    # The absorbed halves of kv_b_proj: a latent is never expanded to heads.
+    parts |= {
+        "kv_a_norm": TensorSpec((dc,), act),
+        "w_uk": TensorSpec((heads, cfg.qk_nope_head_dim, dc), act),
+        "w_uv": TensorSpec((heads, cfg.v_head_dim, dc), act),
+    }
+    return parts | _linear(cfg, "o", cfg.hidden_size, heads * cfg.v_head_dim)
+
+
+def _experts(cfg: ModelConfig, num_local: int) -> dict[str, TensorSpec]:
+    E, H, width = cfg.num_experts, cfg.hidden_size, cfg.moe_intermediate_size
+    parts = {"router": TensorSpec((E, H), "float32")}
+    if cfg.has_router_bias:
+        parts["router_bias"] = TensorSpec((E,), "float32")
+    weight = "float8_e4m3fn" if cfg.is_fp8 else cfg.act_dtype
+    h, w = num_blocks(H), num_blocks(width)
+    parts["experts_gate_up"] = TensorSpec((num_local, 2 * width, H), weight)
+    if cfg.is_fp8:
+        parts["experts_gate_up_scale"] = TensorSpec((num_local, 2 * w, h), "float32")
+    parts["experts_down"] = TensorSpec((num_local, H, width), weight)
+    if cfg.is_fp8:
+        parts["experts_down_scale"] = TensorSpec((num_local, h, w), "float32")
+    if cfg.num_shared_experts:
+        parts |= _mlp(cfg, "shared_", cfg.shared_intermediate_size)
+    return parts
+
+
+def _mlp(cfg: ModelConfig, prefix: str, width: int) -> dict[str, TensorSpec]:
+    gate_up = _linear(cfg, f"{prefix}gate_up", 2 * cfg.padded(width), cfg.hidden_size)
+    return gate_up | _linear(cfg, f"{prefix}down", cfg.hidden_size, width)
+
+
+def _linear(cfg: ModelConfig, name: str, rows: int, cols: int) -> dict[str, TensorSpec]:
+    if not cfg.is_fp8:
+        return {name: TensorSpec((rows, cols), cfg.act_dtype)}
+    return {
+        name: TensorSpec((rows, cols), "float8_e4m3fn"),
+        f"{name}_scale": TensorSpec((num_blocks(rows), num_blocks(cols)), "float32"),
+    }

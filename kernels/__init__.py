@@ -1,0 +1,1 @@
+"""Device kernels, one family a file, each beside its plain-torch oracle."""

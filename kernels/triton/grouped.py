@@ -1,0 +1,586 @@
+"""Products of the routed experts, on activations that stay where they are.
+
+A pair is `p = token * top_k + k`. `offsets` and `pairs`, made on the device, list the pairs of each local
+expert; a program gathers the rows of its pairs and streams one tile of that expert's weights past them.
+Invariants: as in `linear`, the K order is fixed by the weight's shape and the tile height along the
+pairs changes no bit, so a pair's result does not depend on T, on its place in the list or on which other
+pairs the expert has. Rows of `out` whose pair is not listed are not written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+import triton
+import triton.language as tl
+
+from kernels.triton.launch import Arg, Launcher, TensorMap
+from kernels.triton.linear import (
+    BLOCK_K_BYTES,
+    FP8_GROUP,
+    FP32_BLOCK_N,
+    SINGLE_BUDGET_BYTES,
+    STAGE_BUDGET_BYTES,
+    check_fp8,
+    check_scale,
+    dequantize_blocks,
+    dequantize_rows,
+    load_scale,
+    load_tile,
+    pipeline_stages,
+    tile_source,
+)
+
+BLOCK_N = 128  # weight rows of a tile; one quantisation group of the experts' hidden activation
+PAIR_BLOCKS = (16, 32, 64)  # pairs of a tile; an expert's own count chooses, on the device
+FP8_MAX = 448.0
+FP8_MIN_AMAX = 1e-4
+
+
+@triton.jit
+def _expert_of(offsets, slot, E: tl.constexpr, E_POW2: tl.constexpr, COMPACT: tl.constexpr):
+    """(expert, first, end) of the pairs that grid slot `slot` works on; first == end: nothing to do."""
+    if COMPACT:
+        # The grid is as high as experts can be busy: slot j takes the j-th expert that has pairs.
+        ids = tl.arange(0, E_POW2)
+        begins = tl.load(offsets + ids, mask=ids < E, other=0)
+        ends = tl.load(offsets + ids + 1, mask=ids < E, other=0)
+        busy = (ends > begins).to(tl.int32)
+        mine = (tl.cumsum(busy, 0) == slot + 1) & (busy == 1)
+        expert = tl.sum(tl.where(mine, ids, 0), 0)
+        first = tl.sum(tl.where(mine, begins, 0), 0)
+        end = tl.sum(tl.where(mine, ends, 0), 0)
+    else:
+        expert = slot
+        first = tl.load(offsets + slot)
+        end = tl.load(offsets + slot + 1)
+    return expert, first, end
+
+
+@triton.jit
+def _gather_rows(
+    x,  # [rows, K], pitch X_PITCH
+    rows,  # i64 [BLOCK_P]
+    live,  # bool [BLOCK_P]
+    k,
+    K: tl.constexpr,
+    X_PITCH: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    EVEN_K: tl.constexpr,
+):
+    """The [BLOCK_P, BLOCK_K] tile of scattered rows at column k, zero outside."""
+    c = k + tl.arange(0, BLOCK_K)
+    inside = live[:, None]
+    if not EVEN_K:
+        inside = inside & (c < K)[None, :]
+    return tl.load(x + rows[:, None] * X_PITCH + c[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def _store_pairs(out, acc, pair, live, n, N: tl.constexpr):
+    """Write acc [BLOCK_N, BLOCK_P] to out[pair, n], the part inside the matrix."""
+    at = out + pair.to(tl.int64)[:, None] * N + n[None, :]
+    tl.store(
+        at, tl.trans(acc).to(out.dtype.element_ty), mask=live[:, None] & (n < N)[None, :]
+    )
+
+
+@triton.jit
+def _gate_up_tiles(
+    x,
+    x_scale,
+    w,
+    w_scale,
+    pairs,
+    out,
+    out_scale,
+    expert,
+    n_tile,
+    first,
+    end,
+    TOP_K: tl.constexpr,
+    INTER: tl.constexpr,
+    K: tl.constexpr,
+    X_PITCH: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    FP8: tl.constexpr,
+    W_TMA: tl.constexpr,
+    EVEN_N: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """One gate tile and one up tile of an expert against all its pairs, BLOCK_P at a time."""
+    blocks: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
+    scale_rows: tl.constexpr = (INTER + 127) // 128
+    gate_row = expert * (2 * INTER) + n_tile * BLOCK_N
+    up_row = gate_row + INTER
+    gate_scale = w_scale + (expert * (2 * scale_rows) + n_tile) * blocks
+    up_scale = gate_scale + scale_rows * blocks
+    n = n_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    for p0 in range(first, end, BLOCK_P):
+        at = p0 + tl.arange(0, BLOCK_P)
+        live = at < end
+        pair = tl.load(pairs + at, mask=live, other=0)
+        token = pair // TOP_K
+        row = token.to(tl.int64)
+        gate = tl.zeros([BLOCK_N, BLOCK_P], tl.float32)
+        up = tl.zeros([BLOCK_N, BLOCK_P], tl.float32)
+        for kb in tl.range(0, blocks, num_stages=STAGES):
+            k = kb * BLOCK_K
+            gt = load_tile(
+                w, gate_row, k, gate_row + INTER, K, K, BLOCK_N, BLOCK_K, W_TMA, EVEN_N, EVEN_K
+            )
+            ut = load_tile(
+                w, up_row, k, up_row + INTER, K, K, BLOCK_N, BLOCK_K, W_TMA, EVEN_N, EVEN_K
+            )
+            xt = tl.trans(_gather_rows(x, row, live, k, K, X_PITCH, BLOCK_K, EVEN_K))
+            if FP8:
+                scale = load_scale(x_scale, token, live, kb, blocks, blocks, BLOCK_P)
+                gate += tl.dot(gt, xt) * scale[None, :] * tl.load(gate_scale + kb)
+                up += tl.dot(ut, xt) * scale[None, :] * tl.load(up_scale + kb)
+            else:
+                gate = tl.dot(gt, xt, gate, input_precision="ieee")
+                up = tl.dot(ut, xt, up, input_precision="ieee")
+        h = gate / (1.0 + tl.exp(-gate)) * up
+        if FP8:
+            if not EVEN_N:
+                h = tl.where((n < INTER)[:, None], h, 0.0)
+            scale = tl.div_rn(tl.maximum(tl.max(tl.abs(h), 0), 1e-4), 448.0)
+            h = h / scale[None, :]
+            tl.store(out_scale + pair * scale_rows + n_tile, scale, mask=live)
+        _store_pairs(out, h, pair, live, n, INTER)
+
+
+@triton.jit
+def _gate_up_kernel(
+    x,  # act or e4m3 [T, K], pitch X_PITCH
+    x_scale,  # f32 [T, K/128]
+    w,  # as x [E, 2*INTER, K]: gate rows, then up rows
+    w_scale,  # f32 [E, 2*(INTER/128), K/128]
+    offsets,  # i32 [E+1]
+    pairs,  # i32 [T*TOP_K]
+    out,  # act or e4m3 [T*TOP_K, INTER]
+    out_scale,  # f32 [T*TOP_K, INTER/128]
+    E: tl.constexpr,
+    E_POW2: tl.constexpr,
+    COMPACT: tl.constexpr,
+    TOP_K: tl.constexpr,
+    INTER: tl.constexpr,
+    K: tl.constexpr,
+    X_PITCH: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    FP8: tl.constexpr,
+    W_TMA: tl.constexpr,
+    EVEN_N: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    ADAPT: tl.constexpr,
+    STAGES_16: tl.constexpr,
+    STAGES_32: tl.constexpr,
+    STAGES_64: tl.constexpr,
+):
+    n_tile = tl.program_id(0)
+    expert, first, end = _expert_of(offsets, tl.program_id(1), E, E_POW2, COMPACT)
+    if not ADAPT or end - first <= 16:
+        _gate_up_tiles(
+            x, x_scale, w, w_scale, pairs, out, out_scale, expert, n_tile, first, end,
+            TOP_K, INTER, K, X_PITCH, 16, BLOCK_N, BLOCK_K, FP8, W_TMA, EVEN_N, EVEN_K, STAGES_16,
+        )  # fmt: skip
+    elif end - first <= 32:
+        _gate_up_tiles(
+            x, x_scale, w, w_scale, pairs, out, out_scale, expert, n_tile, first, end,
+            TOP_K, INTER, K, X_PITCH, 32, BLOCK_N, BLOCK_K, FP8, W_TMA, EVEN_N, EVEN_K, STAGES_32,
+        )  # fmt: skip
+    else:
+        _gate_up_tiles(
+            x, x_scale, w, w_scale, pairs, out, out_scale, expert, n_tile, first, end,
+            TOP_K, INTER, K, X_PITCH, 64, BLOCK_N, BLOCK_K, FP8, W_TMA, EVEN_N, EVEN_K, STAGES_64,
+        )  # fmt: skip
+
+
+@triton.jit
+def _down_tiles(
+    h,
+    h_scale,
+    w,
+    w_scale,
+    pairs,
+    out,
+    expert,
+    n_tile,
+    first,
+    end,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    H_PITCH: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    FP8: tl.constexpr,
+    W_TMA: tl.constexpr,
+    EVEN_N: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """One weight tile of an expert against all its pairs, BLOCK_P at a time."""
+    blocks: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
+    scale_rows: tl.constexpr = (N + 127) // 128
+    w_row = expert * N + n_tile * BLOCK_N
+    tile_scale = w_scale + (expert * scale_rows + n_tile * BLOCK_N // 128) * blocks
+    n = n_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    for p0 in range(first, end, BLOCK_P):
+        at = p0 + tl.arange(0, BLOCK_P)
+        live = at < end
+        pair = tl.load(pairs + at, mask=live, other=0)
+        row = pair.to(tl.int64)
+        acc = tl.zeros([BLOCK_N, BLOCK_P], tl.float32)
+        for kb in tl.range(0, blocks, num_stages=STAGES):
+            k = kb * BLOCK_K
+            wt = load_tile(
+                w, w_row, k, expert * N + N, K, K, BLOCK_N, BLOCK_K, W_TMA, EVEN_N, EVEN_K
+            )
+            ht = tl.trans(_gather_rows(h, row, live, k, K, H_PITCH, BLOCK_K, EVEN_K))
+            if FP8:
+                scale = load_scale(h_scale, pair, live, kb, blocks, blocks, BLOCK_P)
+                scale *= tl.load(tile_scale + kb)
+                acc += tl.dot(wt, ht) * scale[None, :]
+            else:
+                acc = tl.dot(wt, ht, acc, input_precision="ieee")
+        _store_pairs(out, acc, pair, live, n, N)
+
+
+@triton.jit
+def _down_kernel(
+    h,  # act or e4m3 [P, K], pitch H_PITCH
+    h_scale,  # f32 [P, K/128]
+    w,  # as h [E, N, K]
+    w_scale,  # f32 [E, N/128, K/128]
+    offsets,  # i32 [E+1]
+    pairs,  # i32 [P]
+    out,  # act [P, N]
+    E: tl.constexpr,
+    E_POW2: tl.constexpr,
+    COMPACT: tl.constexpr,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    H_PITCH: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    FP8: tl.constexpr,
+    W_TMA: tl.constexpr,
+    EVEN_N: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    ADAPT: tl.constexpr,
+    STAGES_16: tl.constexpr,
+    STAGES_32: tl.constexpr,
+    STAGES_64: tl.constexpr,
+):
+    n_tile = tl.program_id(0)
+    expert, first, end = _expert_of(offsets, tl.program_id(1), E, E_POW2, COMPACT)
+    if not ADAPT or end - first <= 16:
+        _down_tiles(
+            h, h_scale, w, w_scale, pairs, out, expert, n_tile, first, end,
+            N, K, H_PITCH, 16, BLOCK_N, BLOCK_K, FP8, W_TMA, EVEN_N, EVEN_K, STAGES_16,
+        )  # fmt: skip
+    elif end - first <= 32:
+        _down_tiles(
+            h, h_scale, w, w_scale, pairs, out, expert, n_tile, first, end,
+            N, K, H_PITCH, 32, BLOCK_N, BLOCK_K, FP8, W_TMA, EVEN_N, EVEN_K, STAGES_32,
+        )  # fmt: skip
+    else:
+        _down_tiles(
+            h, h_scale, w, w_scale, pairs, out, expert, n_tile, first, end,
+            N, K, H_PITCH, 64, BLOCK_N, BLOCK_K, FP8, W_TMA, EVEN_N, EVEN_K, STAGES_64,
+        )  # fmt: skip
+
+
+def grouped_gate_up(
+    launch: Launcher,
+    x: torch.Tensor,
+    x_scale: torch.Tensor | None,
+    w: torch.Tensor,
+    w_scale: torch.Tensor | None,
+    offsets: torch.Tensor,
+    pairs: torch.Tensor,
+    *,
+    top_k: int,
+    out: torch.Tensor,
+    out_scale: torch.Tensor | None,
+) -> None:
+    """out[p] = silu(x[t] @ gate.T) * (x[t] @ up.T) for every pair p of each expert, t = p // top_k.
+
+    The product, SwiGLU and (FP8) the 1x128 quantisation are one kernel; nothing is rounded before the
+    result: gate, up and their product stay fp32.
+
+    Args:
+        x: e4m3 or act dtype [T, K]; the row pitch may exceed K.
+        x_scale: fp32 [T, ceil(K/128)]; None for act dtype, and then so are the other scales.
+        w: x's dtype [E, 2I, K], gate rows, then up rows.
+        w_scale: fp32 [E, 2*ceil(I/128), ceil(K/128)]; gate and up have scale rows of their own.
+        offsets: int32 [E+1]; expert e has pairs[offsets[e]:offsets[e+1]].
+        pairs: int32 [T*top_k]; what lies past offsets[E] is not read.
+        out: e4m3 or act dtype [T*top_k, I].
+        out_scale: fp32 [T*top_k, ceil(I/128)].
+    Raises:
+        ValueError: shapes or dtypes that do not fit.
+    Capture-safe: no sync, no allocation.
+    """
+    num_experts, two_inter, k = _check_weight(w, x)
+    inter = two_inter // 2
+    num_pairs = x.shape[0] * top_k
+    _check_lists(offsets, pairs, num_experts, num_pairs)
+    fp8 = x_scale is not None
+    _check_out(out, (num_pairs, inter), x.dtype)
+    if fp8:
+        groups, rows = triton.cdiv(k, FP8_GROUP), triton.cdiv(inter, FP8_GROUP)
+        check_fp8("x", x)
+        check_scale("x_scale", x_scale, (x.shape[0], groups))
+        check_scale("w_scale", w_scale, (num_experts, 2 * rows, groups))
+        check_scale("out_scale", out_scale, (num_pairs, rows))
+    tiles = _Tiles.of(w, inter, 2, num_pairs, fp8=fp8)
+    launch(
+        _gate_up_kernel,
+        tiles.grid,
+        x,
+        _or(x_scale, x),
+        tiles.w,
+        _or(w_scale, x),
+        offsets,
+        pairs,
+        out,
+        _or(out_scale, out),
+        TOP_K=top_k,
+        INTER=inter,
+        X_PITCH=x.stride(0),
+        **tiles.constexprs,
+        num_warps=tiles.num_warps,
+        num_stages=tiles.stages[0],
+    )
+
+
+def grouped_down(
+    launch: Launcher,
+    h: torch.Tensor,
+    h_scale: torch.Tensor | None,
+    w: torch.Tensor,
+    w_scale: torch.Tensor | None,
+    offsets: torch.Tensor,
+    pairs: torch.Tensor,
+    *,
+    out: torch.Tensor,
+) -> None:
+    """out[p] = h[p] @ w[e].T for every pair p of each expert e.
+
+    Args:
+        h: e4m3 or act dtype [P, I]; the row pitch may exceed I.
+        h_scale: fp32 [P, ceil(I/128)]; None for act dtype, and then so is `w_scale`.
+        w: h's dtype [E, N, I].
+        w_scale: fp32 [E, ceil(N/128), ceil(I/128)].
+        offsets: int32 [E+1]; expert e has pairs[offsets[e]:offsets[e+1]].
+        pairs: int32 [P]; what lies past offsets[E] is not read.
+        out: act dtype [P, N].
+    Raises:
+        ValueError: shapes or dtypes that do not fit.
+    Capture-safe: no sync, no allocation.
+    """
+    num_experts, n, k = _check_weight(w, h)
+    num_pairs = h.shape[0]
+    _check_lists(offsets, pairs, num_experts, num_pairs)
+    fp8 = h_scale is not None
+    _check_out(out, (num_pairs, n), None if fp8 else h.dtype)
+    if fp8:
+        groups = triton.cdiv(k, FP8_GROUP)
+        check_fp8("h", h)
+        check_scale("h_scale", h_scale, (num_pairs, groups))
+        check_scale("w_scale", w_scale, (num_experts, triton.cdiv(n, FP8_GROUP), groups))
+    tiles = _Tiles.of(w, n, 1, num_pairs, fp8=fp8)
+    launch(
+        _down_kernel,
+        tiles.grid,
+        h,
+        _or(h_scale, h),
+        tiles.w,
+        _or(w_scale, h),
+        offsets,
+        pairs,
+        out,
+        N=n,
+        H_PITCH=h.stride(0),
+        **tiles.constexprs,
+        num_warps=tiles.num_warps,
+        num_stages=tiles.stages[0],
+    )
+
+
+@dataclass(frozen=True)
+class _Tiles:
+    """How the experts' weights are cut, and how the kernel reads them."""
+
+    w: Arg
+    grid: tuple[int, int]
+    constexprs: dict[str, int | bool]
+    stages: tuple[int, ...]
+    num_warps: int
+
+    @classmethod
+    def of(cls, w: torch.Tensor, rows: int, halves: int, num_pairs: int, *, fp8: bool) -> _Tiles:
+        """Cut w [E, halves * rows, K]; a program takes the same tile of each half."""
+        num_experts, _, k = w.shape
+        flat = w.view(-1, k)
+        block_n = FP32_BLOCK_N if w.dtype == torch.float32 else BLOCK_N
+        block_k = BLOCK_K_BYTES // w.element_size()
+        source = flat if w.dtype == torch.float32 else tile_source(flat, (block_n, block_k))
+        # Two fp32 accumulators and a partial product leave registers for one program on an SM.
+        budget = SINGLE_BUDGET_BYTES if fp8 and halves == 2 else STAGE_BUDGET_BYTES
+        stages = tuple(
+            pipeline_stages(halves * block_n, height, budget) for height in PAIR_BLOCKS
+        )
+        bulk = isinstance(source, TensorMap)
+        return cls(
+            w=source,
+            # No more experts can have pairs than there are pairs: idle programs cost a step, too.
+            grid=(triton.cdiv(rows, block_n), min(num_experts, num_pairs)),
+            constexprs={
+                "E": num_experts,
+                "E_POW2": triton.next_power_of_2(num_experts),
+                "COMPACT": num_pairs < num_experts,
+                "K": k,
+                "BLOCK_N": block_n,
+                "BLOCK_K": block_k,
+                "FP8": fp8,
+                "W_TMA": bulk,
+                "EVEN_N": rows % block_n == 0,
+                "EVEN_K": k % block_k == 0,
+                "ADAPT": bulk,
+                "STAGES_16": stages[0],
+                "STAGES_32": stages[1],
+                "STAGES_64": stages[2],
+            },
+            stages=stages,
+            num_warps=4 * halves,  # as many as there are tiles of 128 rows in flight
+        )
+
+
+def _or(scale: torch.Tensor | None, stand_in: torch.Tensor) -> torch.Tensor:
+    return stand_in if scale is None else scale
+
+
+def _check_weight(w: torch.Tensor, x: torch.Tensor) -> tuple[int, int, int]:
+    num_experts, rows, k = w.shape
+    if x.ndim != 2 or x.shape[1] != k or x.stride(1) != 1 or x.shape[0] == 0:
+        raise ValueError(
+            f"activations must be [at least 1, {k}] with last stride 1 for weights {list(w.shape)},"
+            f" got {list(x.shape)} with strides {list(x.stride())}"
+        )
+    if w.dtype != x.dtype or not w.is_contiguous():
+        raise ValueError(
+            f"weights must be contiguous and of the activations' {x.dtype}, got {w.dtype}"
+            f" with strides {list(w.stride())}"
+        )
+    return num_experts, rows, k
+
+
+def _check_lists(
+    offsets: torch.Tensor, pairs: torch.Tensor, num_experts: int, num_pairs: int
+) -> None:
+    for name, tensor, size in (
+        ("offsets", offsets, num_experts + 1),
+        ("pairs", pairs, num_pairs),
+    ):
+        if tensor.dtype != torch.int32 or tuple(tensor.shape) != (size,):
+            raise ValueError(
+                f"{name} must be int32 [{size}], got {tensor.dtype} {list(tensor.shape)}"
+            )
+
+
+def _check_out(out: torch.Tensor, shape: tuple[int, int], dtype: torch.dtype | None) -> None:
+    if tuple(out.shape) != shape or not out.is_contiguous() or dtype not in (None, out.dtype):
+        raise ValueError(
+            f"out must be contiguous {list(shape)} of {dtype or 'the act dtype'},"
+            f" got {out.dtype} {list(out.shape)} with strides {list(out.stride())}"
+        )
+
+
+def grouped_gate_up_ref(
+    x: torch.Tensor,
+    x_scale: torch.Tensor | None,
+    w: torch.Tensor,
+    w_scale: torch.Tensor | None,
+    offsets: torch.Tensor,
+    pairs: torch.Tensor,
+    *,
+    top_k: int,
+    out: torch.Tensor,
+    out_scale: torch.Tensor | None,
+) -> None:
+    """Oracle of `grouped_gate_up`: fp32 throughout, one rounding (or quantisation) at the end."""
+    inter = w.shape[1] // 2
+    for expert, listed in _busy_experts(offsets, pairs):
+        rows = _widen(x, x_scale, listed // top_k)
+        if w_scale is None:
+            gate, up = w[expert].float().split(inter)
+        else:
+            gate, up = (
+                dequantize_blocks(half, scale)
+                for half, scale in zip(
+                    w[expert].split(inter), w_scale[expert].chunk(2), strict=True
+                )
+            )
+        h = torch.nn.functional.silu(rows @ gate.T) * (rows @ up.T)
+        if out_scale is None:
+            out[listed] = h.to(out.dtype)
+        else:
+            quantised, out_scale[listed] = _quantize_groups(h)
+            # Index assignment lacks a kernel for 8-bit floats on some devices; bytes have one.
+            out.view(torch.uint8)[listed] = quantised.view(torch.uint8)
+
+
+def grouped_down_ref(
+    h: torch.Tensor,
+    h_scale: torch.Tensor | None,
+    w: torch.Tensor,
+    w_scale: torch.Tensor | None,
+    offsets: torch.Tensor,
+    pairs: torch.Tensor,
+    *,
+    out: torch.Tensor,
+) -> None:
+    """Oracle of `grouped_down`: fp32 throughout, one rounding."""
+    for expert, listed in _busy_experts(offsets, pairs):
+        if w_scale is None:
+            weight = w[expert].float()
+        else:
+            weight = dequantize_blocks(w[expert], w_scale[expert])
+        out[listed] = (_widen(h, h_scale, listed) @ weight.T).to(out.dtype)
+
+
+def _busy_experts(
+    offsets: torch.Tensor, pairs: torch.Tensor
+) -> Iterator[tuple[int, torch.Tensor]]:
+    """Each expert that has pairs, with their ids."""
+    bounds = offsets.tolist()
+    for expert, (first, end) in enumerate(pairwise(bounds)):
+        if end > first:
+            yield expert, pairs[first:end].long()
+
+
+def _widen(x: torch.Tensor, scale: torch.Tensor | None, rows: torch.Tensor) -> torch.Tensor:
+    """fp32 values of the given rows."""
+    if scale is None:
+        return x[rows].float()
+    picked = x.view(torch.uint8)[rows].view(torch.float8_e4m3fn)
+    return dequantize_rows(picked, scale[rows])
+
+
+def _quantize_groups(h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """e4m3 values and fp32 scales of h [rows, I] by groups of 128; the last may be partial."""
+    rows, width = h.shape
+    padded = torch.nn.functional.pad(h, (0, -width % FP8_GROUP)).view(rows, -1, FP8_GROUP)
+    scale = padded.abs().amax(-1).clamp(min=FP8_MIN_AMAX) / FP8_MAX
+    quantised = (padded / scale[..., None]).view(rows, -1)[:, :width]
+    return quantised.to(torch.float8_e4m3fn).contiguous(), scale

@@ -1,0 +1,562 @@
+"""Dense matrix products of a step: few tokens against weights that are streamed once.
+
+The weight tile is the first operand of each tile product and the tokens the second ("swap-AB"), so a
+handful of tokens still fills a tensor-core instruction. Invariants: the K loop order and the number of
+K splits are functions of (N, K, number format) only; every tile height along the tokens uses the same
+instruction family and the same block along K. A token's bits therefore depend on that token alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from kernels.triton.launch import ALIGNMENT, Arg, Launcher, TensorMap
+
+FP8_GROUP = 128  # elements that share one scale
+BLOCK_K_BYTES = 128  # of one tile row: a full swizzle span of the bulk copy engine
+STAGE_BUDGET_BYTES = 112 << 10  # of pipeline buffers; two programs then share a Hopper SM
+SINGLE_BUDGET_BYTES = 208 << 10  # where registers leave room for one program only
+MAX_STAGES = 10
+TOKEN_BLOCKS = (16, 32, 64, 128)
+FP32_BLOCK_N = 64  # no tensor cores, so operands live in registers: smaller tiles
+FP32_TOKEN_BLOCKS = (16, 32)
+# The plan must be the same on every chip, so it counts on a fixed number of SMs, not on this chip's.
+MIN_PROGRAMS = 120
+UNSPLIT_PROGRAMS = 112
+SHORT_PRODUCT_BYTES = 32 << 20  # below it a second launch costs more than narrow tiles
+SUM_BLOCK = 512
+MAX_SCALE_SPAN = 8  # scales of a token that `load_scale` stages at once
+
+
+@triton.jit
+def load_tile(
+    src,  # [rows, COLS] row-major, pointer or tensor map
+    row,
+    col,
+    end_row,
+    COLS: tl.constexpr,
+    PITCH: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    TMA: tl.constexpr,
+    EVEN_R: tl.constexpr,
+    EVEN_C: tl.constexpr,
+):
+    """The [BLOCK_R, BLOCK_C] tile at (row, col), zero outside the matrix."""
+    if TMA:
+        tile = src.load([row, col])
+    else:
+        # A 64-bit corner and 32-bit offsets inside the tile: half the address registers.
+        r = tl.arange(0, BLOCK_R)
+        c = tl.arange(0, BLOCK_C)
+        inside = tl.full([BLOCK_R, BLOCK_C], True, tl.int1)
+        if not EVEN_R:
+            inside = inside & (r < end_row - row)[:, None]
+        if not EVEN_C:
+            inside = inside & (c < COLS - col)[None, :]
+        corner = src + tl.cast(row, tl.int64) * PITCH + col
+        tile = tl.load(corner + r[:, None] * PITCH + c[None, :], mask=inside, other=0.0)
+    return tile
+
+
+@triton.jit
+def load_scale(
+    scale,  # f32 [rows, GROUPS], pitch PITCH
+    row,  # i32 [BLOCK]
+    live,  # bool [BLOCK]
+    group,
+    GROUPS: tl.constexpr,
+    PITCH: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One scale of each row, zero where a row is not live."""
+    if BLOCK < 32:
+        column = tl.load(scale + group + row * PITCH, mask=live, other=0.0)
+    else:
+        SPAN: tl.constexpr = 8 if BLOCK == 32 else 4
+        # Loaded straight into the layout of the product, every thread would hold the addresses of a
+        # quarter of the rows. Four groups at a time stay one row a thread; the sum picks one exactly.
+        near = group // SPAN * SPAN + tl.arange(0, SPAN)
+        inside = live[:, None] & (near < GROUPS)[None, :]
+        four = tl.load(scale + row[:, None] * PITCH + near[None, :], mask=inside, other=0.0)
+        column = tl.sum(tl.where((near == group)[None, :], four, 0.0), 1)
+    return column
+
+
+@triton.jit
+def _split_range(split, BLOCKS: tl.constexpr, SPLITS: tl.constexpr):
+    """The K blocks [begin, end) of one split."""
+    if SPLITS == 1:
+        return 0, BLOCKS
+    return split * BLOCKS // SPLITS, (split + 1) * BLOCKS // SPLITS
+
+
+@triton.jit
+def _store_tokens_major(dst, acc, n, t, num_tokens, N: tl.constexpr, PITCH: tl.constexpr):
+    """Write acc [BLOCK_N, BLOCK_T] to dst[t, n], the part inside the matrix."""
+    at = dst + t.to(tl.int64)[:, None] * PITCH + n[None, :]
+    inside = (t < num_tokens)[:, None] & (n < N)[None, :]
+    tl.store(at, tl.trans(acc).to(dst.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _linear_kernel(
+    x,  # bf16 or f16 [T, K], pitch X_PITCH
+    w,  # as x [N, K], pitch W_PITCH
+    dst,  # out [T, N], pitch OUT_PITCH; with splits f32 [SPLITS, T, N]
+    num_tokens,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    X_PITCH: tl.constexpr,
+    W_PITCH: tl.constexpr,
+    OUT_PITCH: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    X_TMA: tl.constexpr,
+    W_TMA: tl.constexpr,
+    EVEN_N: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    t0 = tl.program_id(0) * BLOCK_T
+    n0 = tl.program_id(1) * BLOCK_N
+    split = tl.program_id(2)
+    blocks: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
+    begin, end = _split_range(split, blocks, SPLITS)
+    acc = tl.zeros([BLOCK_N, BLOCK_T], tl.float32)
+    for kb in tl.range(begin, end, num_stages=STAGES):
+        k = kb * BLOCK_K
+        wt = load_tile(w, n0, k, N, K, W_PITCH, BLOCK_N, BLOCK_K, W_TMA, EVEN_N, EVEN_K)
+        xt = load_tile(x, t0, k, num_tokens, K, X_PITCH, BLOCK_T, BLOCK_K, X_TMA, False, EVEN_K)
+        acc = tl.dot(wt, tl.trans(xt), acc)
+    t = t0 + tl.arange(0, BLOCK_T)
+    n = n0 + tl.arange(0, BLOCK_N)
+    if SPLITS > 1:
+        dst += tl.cast(split, tl.int64) * num_tokens * N
+    _store_tokens_major(dst, acc, n, t, num_tokens, N, OUT_PITCH)
+
+
+@triton.jit
+def _linear_fp32_kernel(
+    x,  # act [T, K], pitch X_PITCH
+    w,  # f32 [N, K], pitch W_PITCH
+    dst,  # out [T, N], pitch OUT_PITCH; with splits f32 [SPLITS, T, N]
+    num_tokens,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    X_PITCH: tl.constexpr,
+    W_PITCH: tl.constexpr,
+    OUT_PITCH: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    EVEN_N: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    t0 = tl.program_id(0) * BLOCK_T
+    n0 = tl.program_id(1) * BLOCK_N
+    split = tl.program_id(2)
+    blocks: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
+    begin, end = _split_range(split, blocks, SPLITS)
+    acc = tl.zeros([BLOCK_N, BLOCK_T], tl.float32)
+    # The widened tokens go through the loop, one block ahead. Where the compiler (Triton 3.6) can see a
+    # 16-bit load behind an fp32 operand it takes TF32 tensor cores on sm_100 and ignores "ieee".
+    xt = load_tile(
+        x, t0, begin * BLOCK_K, num_tokens, K, X_PITCH, BLOCK_T, BLOCK_K, False, False, EVEN_K
+    ).to(tl.float32)
+    for kb in tl.range(begin, end, num_stages=STAGES):
+        wt = load_tile(w, n0, kb * BLOCK_K, N, K, W_PITCH, BLOCK_N, BLOCK_K, False, EVEN_N, EVEN_K)
+        ahead = tl.minimum(kb + 1, end - 1) * BLOCK_K
+        next_xt = load_tile(
+            x, t0, ahead, num_tokens, K, X_PITCH, BLOCK_T, BLOCK_K, False, False, EVEN_K
+        ).to(tl.float32)
+        acc = tl.dot(wt, tl.trans(xt), acc, input_precision="ieee")
+        xt = next_xt
+    t = t0 + tl.arange(0, BLOCK_T)
+    n = n0 + tl.arange(0, BLOCK_N)
+    if SPLITS > 1:
+        dst += tl.cast(split, tl.int64) * num_tokens * N
+    _store_tokens_major(dst, acc, n, t, num_tokens, N, OUT_PITCH)
+
+
+@triton.jit
+def _linear_fp8_kernel(
+    x,  # e4m3 [T, K], pitch X_PITCH
+    x_scale,  # f32 [T, K/128], pitch SCALE_PITCH
+    w,  # e4m3 [N, K], pitch W_PITCH
+    w_scale,  # f32 [N/128, K/128]
+    dst,  # out [T, N], pitch OUT_PITCH; with splits f32 [SPLITS, T, N]
+    num_tokens,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    X_PITCH: tl.constexpr,
+    SCALE_PITCH: tl.constexpr,
+    W_PITCH: tl.constexpr,
+    OUT_PITCH: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    X_TMA: tl.constexpr,
+    W_TMA: tl.constexpr,
+    EVEN_N: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    t0 = tl.program_id(0) * BLOCK_T
+    n0 = tl.program_id(1) * BLOCK_N
+    split = tl.program_id(2)
+    blocks: tl.constexpr = (K + 127) // 128
+    t = t0 + tl.arange(0, BLOCK_T)
+    begin, end = _split_range(split, blocks, SPLITS)
+    acc = tl.zeros([BLOCK_N, BLOCK_T], tl.float32)
+    for kb in tl.range(begin, end, num_stages=STAGES):
+        k = kb * 128
+        scale = load_scale(x_scale, t, t < num_tokens, kb, blocks, SCALE_PITCH, BLOCK_T)
+        scale *= tl.load(w_scale + (n0 // 128) * blocks + kb)
+        wt = load_tile(w, n0, k, N, K, W_PITCH, BLOCK_N, 128, W_TMA, EVEN_N, EVEN_K)
+        xt = load_tile(x, t0, k, num_tokens, K, X_PITCH, BLOCK_T, 128, X_TMA, False, EVEN_K)
+        acc += tl.dot(wt, tl.trans(xt)) * scale[None, :]
+    n = n0 + tl.arange(0, BLOCK_N)
+    if SPLITS > 1:
+        dst += tl.cast(split, tl.int64) * num_tokens * N
+    _store_tokens_major(dst, acc, n, t, num_tokens, N, OUT_PITCH)
+
+
+@triton.jit
+def _sum_splits_kernel(
+    partial,  # f32 [SPLITS, T, N]
+    out,  # [T, N], pitch OUT_PITCH
+    num_tokens,
+    N: tl.constexpr,
+    OUT_PITCH: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    size = tl.cast(num_tokens, tl.int64) * N
+    acc = tl.load(partial + i, mask=i < size, other=0.0)
+    for split in tl.static_range(1, SPLITS):
+        acc += tl.load(partial + split * size + i, mask=i < size, other=0.0)
+    at = i
+    if OUT_PITCH != N:
+        at = (i // N) * OUT_PITCH + i % N
+    tl.store(out + at, acc.to(out.dtype.element_ty), mask=i < size)
+
+
+def linear_plan(n: int, k: int, *, fp8: bool) -> tuple[int, int]:
+    """Rows of a weight tile and number of K splits, from the weight's shape and format alone.
+
+    Wide weights fill the chip by themselves. Narrow ones are cut along K, unless tiles of half the
+    height are enough and the product is so short that a second launch would cost more.
+    """
+    elem_bytes, min_split_k = (1, 512) if fp8 else (2, 256)
+    wide = triton.cdiv(n, 128)
+    if wide >= UNSPLIT_PROGRAMS:
+        return 128, 1
+    if triton.cdiv(n, 64) >= UNSPLIT_PROGRAMS and n * k * elem_bytes <= SHORT_PRODUCT_BYTES:
+        return 64, 1
+    splits = min(triton.cdiv(MIN_PROGRAMS, wide), max(1, k // min_split_k))
+    return (128, splits) if splits > 1 else (64, 1)
+
+
+def linear_workspace_elems(num_tokens: int, n: int, k: int, *, fp8: bool) -> int:
+    """fp32 elements of workspace that one product needs: 0 where K is not split."""
+    splits = linear_plan(n, k, fp8=fp8)[1]
+    return splits * num_tokens * n if splits > 1 else 0
+
+
+def linear(
+    launch: Launcher,
+    x: torch.Tensor,
+    w: torch.Tensor,
+    *,
+    out: torch.Tensor,
+    workspace: torch.Tensor | None = None,
+) -> None:
+    """out = x @ w.T, accumulated in fp32.
+
+    Args:
+        x: act dtype [T, K]; the row pitch may exceed K.
+        w: [N, K] of x's dtype, or fp32: then x is widened and the product is IEEE fp32.
+        out: act dtype or fp32 [T, N].
+        workspace: fp32, at least `linear_workspace_elems` elements; its contents are lost.
+    Raises:
+        ValueError: shapes or dtypes that do not fit, or too little workspace.
+    Capture-safe: no sync, no allocation.
+    """
+    _check_product(x, w, out)
+    if w.dtype not in (x.dtype, torch.float32) or x.element_size() == 1:
+        raise ValueError(f"linear takes w of x's dtype {x.dtype} or float32, got {w.dtype}")
+    block_n, splits = linear_plan(w.shape[0], w.shape[1], fp8=False)
+    if w.dtype == torch.float32:
+        tiles = _Tiles.of(x, w, FP32_BLOCK_N, splits, token_blocks=FP32_TOKEN_BLOCKS, bulk=False)
+        kernel, sources = _linear_fp32_kernel, {}
+    else:
+        tiles = _Tiles.of(x, w, block_n, splits)
+        kernel, sources = _linear_kernel, tiles.sources
+    dst = tiles.destination(out, workspace)
+    launch(
+        kernel,
+        tiles.grid,
+        tiles.x,
+        tiles.w,
+        dst,
+        x.shape[0],
+        **tiles.constexprs(dst),
+        **sources,
+        BLOCK_K=tiles.block_k,
+        num_warps=tiles.num_warps,
+        num_stages=tiles.stages,
+    )
+    tiles.sum_splits(launch, dst, out)
+
+
+def linear_fp8(
+    launch: Launcher,
+    xq: torch.Tensor,
+    xs: torch.Tensor,
+    w: torch.Tensor,
+    ws: torch.Tensor,
+    *,
+    out: torch.Tensor,
+    workspace: torch.Tensor | None = None,
+) -> None:
+    """out = (xq * xs) @ (w * ws).T with scales per 128 of K (x) and per 128x128 block (w).
+
+    Each block of K is multiplied in FP8, then scaled and added in fp32.
+
+    Args:
+        xq: e4m3 [T, K]; the row pitch may exceed K.
+        xs: fp32 [T, ceil(K/128)].
+        w: e4m3 [N, K].
+        ws: fp32 [ceil(N/128), ceil(K/128)].
+        out: act dtype or fp32 [T, N].
+        workspace: fp32, at least `linear_workspace_elems` elements; its contents are lost.
+    Raises:
+        ValueError: shapes or dtypes that do not fit, or too little workspace.
+    Capture-safe: no sync, no allocation.
+    """
+    _check_product(xq, w, out)
+    check_fp8("xq", xq)
+    check_fp8("w", w)
+    groups = triton.cdiv(w.shape[1], FP8_GROUP)
+    check_scale("xs", xs, (xq.shape[0], groups))
+    check_scale("ws", ws, (triton.cdiv(w.shape[0], FP8_GROUP), groups))
+    tiles = _Tiles.of(xq, w, *linear_plan(w.shape[0], w.shape[1], fp8=True))
+    dst = tiles.destination(out, workspace)
+    launch(
+        _linear_fp8_kernel,
+        tiles.grid,
+        tiles.x,
+        xs,
+        tiles.w,
+        ws,
+        dst,
+        xq.shape[0],
+        **tiles.constexprs(dst),
+        **tiles.sources,
+        SCALE_PITCH=xs.stride(0),
+        num_warps=tiles.num_warps,
+        num_stages=tiles.stages,
+    )
+    tiles.sum_splits(launch, dst, out)
+
+
+@dataclass(frozen=True)
+class _Tiles:
+    """How one product is cut, and its operands as the kernel reads them."""
+
+    x: Arg
+    w: Arg
+    num_tokens: int
+    n: int
+    k: int
+    x_pitch: int
+    w_pitch: int
+    block_n: int
+    block_t: int
+    block_k: int
+    splits: int
+    stages: int
+
+    @classmethod
+    def of(
+        cls,
+        x: torch.Tensor,
+        w: torch.Tensor,
+        block_n: int,
+        splits: int,
+        *,
+        token_blocks: tuple[int, ...] = TOKEN_BLOCKS,
+        bulk: bool = True,
+    ) -> _Tiles:
+        num_tokens, (n, k) = x.shape[0], w.shape
+        block_t = next((b for b in token_blocks if b >= num_tokens), token_blocks[-1])
+        block_k = BLOCK_K_BYTES // w.element_size()
+        return cls(
+            x=tile_source(x, (block_t, block_k)) if bulk else x,
+            w=tile_source(w, (block_n, block_k)) if bulk else w,
+            num_tokens=num_tokens,
+            n=n,
+            k=k,
+            x_pitch=x.stride(0),
+            w_pitch=w.stride(0),
+            block_n=block_n,
+            block_t=block_t,
+            block_k=block_k,
+            splits=splits,
+            stages=pipeline_stages(
+                block_n,
+                block_t,
+                STAGE_BUDGET_BYTES if block_t < 128 else SINGLE_BUDGET_BYTES,
+            ),
+        )
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        # Token tiles first: programs that share a weight tile run together and read it from HBM once.
+        return (
+            triton.cdiv(self.num_tokens, self.block_t),
+            triton.cdiv(self.n, self.block_n),
+            self.splits,
+        )
+
+    @property
+    def num_warps(self) -> int:
+        return self.block_n // 16  # a warp group for each 64 weight rows
+
+    def constexprs(self, dst: torch.Tensor) -> dict[str, int | bool]:
+        return {
+            "N": self.n,
+            "K": self.k,
+            "X_PITCH": self.x_pitch,
+            "W_PITCH": self.w_pitch,
+            "OUT_PITCH": self.n if self.splits > 1 else dst.stride(0),
+            "SPLITS": self.splits,
+            "BLOCK_N": self.block_n,
+            "BLOCK_T": self.block_t,
+            "EVEN_N": self.n % self.block_n == 0,
+            "EVEN_K": self.k % self.block_k == 0,
+            "STAGES": self.stages,
+        }
+
+    @property
+    def sources(self) -> dict[str, int | bool]:
+        return {"X_TMA": isinstance(self.x, TensorMap), "W_TMA": isinstance(self.w, TensorMap)}
+
+    def destination(self, out: torch.Tensor, workspace: torch.Tensor | None) -> torch.Tensor:
+        """Where the product kernel writes: `out`, or the workspace if K is split."""
+        if self.splits == 1:
+            return out
+        need = self.splits * self.num_tokens * self.n
+        if workspace is None or workspace.numel() < need or workspace.dtype != torch.float32:
+            got = "none" if workspace is None else f"{workspace.numel()} of {workspace.dtype}"
+            raise ValueError(
+                f"a {self.n}x{self.k} product of {self.num_tokens} tokens is split {self.splits} ways"
+                f" and needs {need} float32 elements of workspace, got {got};"
+                " size it with linear_workspace_elems"
+            )
+        return workspace
+
+    def sum_splits(self, launch: Launcher, dst: torch.Tensor, out: torch.Tensor) -> None:
+        if self.splits == 1:
+            return
+        launch(
+            _sum_splits_kernel,
+            (triton.cdiv(self.num_tokens * self.n, SUM_BLOCK),),
+            dst,
+            out,
+            self.num_tokens,
+            N=self.n,
+            OUT_PITCH=out.stride(0),
+            SPLITS=self.splits,
+            BLOCK=SUM_BLOCK,
+            num_warps=4,
+        )
+
+
+def pipeline_stages(weight_rows: int, tokens: int, budget: int) -> int:
+    """As many stages as fit, so that enough bytes are in flight to hide the latency of HBM."""
+    scales = tokens * MAX_SCALE_SPAN * 4
+    return min(MAX_STAGES, budget // ((weight_rows + tokens) * BLOCK_K_BYTES + scales))
+
+
+def tile_source(matrix: torch.Tensor, block: tuple[int, int]) -> Arg:
+    """`matrix` behind a tensor map if the bulk copy engine can read it, else as it is."""
+    size = matrix.element_size()
+    at = (
+        matrix.storage_offset() * size if matrix.device.type == "meta" else matrix.data_ptr()
+    )
+    if at % ALIGNMENT or matrix.stride(0) * size % ALIGNMENT:
+        return matrix
+    return TensorMap(matrix, block)
+
+
+def check_fp8(name: str, tensor: torch.Tensor) -> None:
+    if tensor.dtype != torch.float8_e4m3fn:
+        raise ValueError(f"{name} must be float8_e4m3fn, got {tensor.dtype}")
+
+
+def check_scale(name: str, scale: torch.Tensor | None, shape: tuple[int, ...]) -> None:
+    if scale is None:
+        raise ValueError(f"{name} must be float32 {list(shape)} for FP8 operands, got None")
+    if tuple(scale.shape) != shape or scale.dtype != torch.float32 or scale.stride(-1) != 1:
+        raise ValueError(
+            f"{name} must be float32 {list(shape)} with last stride 1,"
+            f" got {scale.dtype} {list(scale.shape)} with strides {list(scale.stride())}"
+        )
+
+
+def _check_product(x: torch.Tensor, w: torch.Tensor, out: torch.Tensor) -> None:
+    if x.ndim != 2 or w.ndim != 2 or x.shape[1] != w.shape[1]:
+        raise ValueError(f"x [T, K] and w [N, K] expected, got {list(x.shape)}, {list(w.shape)}")
+    if tuple(out.shape) != (x.shape[0], w.shape[0]) or x.shape[0] == 0:
+        raise ValueError(
+            f"out must be [{x.shape[0]}, {w.shape[0]}] with at least one row, got {list(out.shape)}"
+        )
+    if x.stride(1) != 1 or w.stride(1) != 1 or out.stride(1) != 1:
+        raise ValueError("x, w and out need a last stride of 1; pass the rows of a contiguous buffer")
+
+
+def linear_ref(
+    x: torch.Tensor,
+    w: torch.Tensor,
+    *,
+    out: torch.Tensor,
+    workspace: torch.Tensor | None = None,
+) -> None:
+    """Oracle of `linear`: fp32 product, one rounding."""
+    _check_product(x, w, out)
+    out.copy_(x.float() @ w.float().T)
+
+
+def linear_fp8_ref(
+    xq: torch.Tensor,
+    xs: torch.Tensor,
+    w: torch.Tensor,
+    ws: torch.Tensor,
+    *,
+    out: torch.Tensor,
+    workspace: torch.Tensor | None = None,
+) -> None:
+    """Oracle of `linear_fp8`: dequantise both operands, fp32 product, one rounding."""
+    _check_product(xq, w, out)
+    out.copy_(dequantize_rows(xq, xs) @ dequantize_blocks(w, ws).T)
+
+
+def dequantize_rows(q: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """fp32 values of e4m3 `q` [..., K] with scales [..., ceil(K/128)]."""
+    return q.float() * scale.repeat_interleave(FP8_GROUP, -1)[..., : q.shape[-1]]
+
+
+def dequantize_blocks(q: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """fp32 values of e4m3 `q` [N, K] with scales [ceil(N/128), ceil(K/128)]."""
+    return dequantize_rows(q, scale.repeat_interleave(FP8_GROUP, 0)[: q.shape[0]])

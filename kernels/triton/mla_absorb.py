@@ -1,0 +1,372 @@
+"""The two per-head products that move attention into the latent space: by W_UK and by W_UV.
+
+Both have the weight as the left operand and tokens as the narrow side: each weight element is read
+once for up to 64 tokens, and the time is that of reading the weights. Invariants: the order of a
+sum is set by the weight's shape; the token tile only widens an instruction, so bits do not depend
+on T.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from kernels.triton.activation import check_quantized, quantize_groups, quantize_ref
+from kernels.triton.launch import Launcher
+from kernels.triton.mla_prep import rope_pair, rope_ref
+
+MIN_TOKENS, MAX_TOKENS = 16, 64  # of one tile; the narrow side of a tensor-core instruction
+TILES_PER_CTA = 4  # token tiles that share one read of W_UK
+
+
+class _Tile(NamedTuple):
+    """Weight rows and reduction steps of a tile; functions of the weight's shape and dtype only."""
+
+    rows: int
+    steps: int
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _absorb_q(  # type: ignore[no-untyped-def]
+    q,  # act [T, H, DN + 2*HALF], row pitch q_pitch
+    w_uk,  # act [H, DN, DC]
+    tok_pos,  # int32 [T]
+    tok_row,  # int32 [T]
+    rope_table,  # fp32 [max_seq_len, 2*HALF]
+    out,  # act [T, H, DC + 2*HALF], row pitch out_pitch
+    T,
+    q_pitch,
+    out_pitch,
+    DN: tl.constexpr,
+    DC: tl.constexpr,
+    HALF: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    TILES: tl.constexpr,
+    PAIRS: tl.constexpr,
+    INTERLEAVE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    C_TILES: tl.constexpr = (DC + BLOCK_C - 1) // BLOCK_C
+    head = tl.program_id(0) // (C_TILES + 1)
+    tile = tl.program_id(0) % (C_TILES + 1)
+    first_t = tl.program_id(1) * (BLOCK_T * TILES)
+    last_t = tl.minimum(first_t + BLOCK_T * TILES, T)
+    q_head = q + head * (DN + 2 * HALF)
+    out_head = out + head * (DC + 2 * HALF)
+    if tile < C_TILES:
+        c = tile * BLOCK_C + tl.arange(0, BLOCK_C)
+        n = tl.arange(0, BLOCK_N)
+        w = tl.load(
+            w_uk + head.to(tl.int64) * (DN * DC) + n[:, None] * DC + c[None, :],
+            mask=(n[:, None] < DN) & (c[None, :] < DC),
+            other=0.0,
+        )
+        for t0 in range(first_t, last_t, BLOCK_T):
+            t = t0 + tl.arange(0, BLOCK_T)
+            real = tl.load(tok_row + t, mask=t < T, other=-1) >= 0
+            x = tl.load(
+                q_head + t.to(tl.int64)[None, :] * q_pitch + n[:, None],
+                mask=real[None, :] & (n[:, None] < DN),
+                other=0.0,
+            )
+            y = tl.dot(tl.trans(w), x, input_precision=PRECISION).to(q.dtype.element_ty)
+            at = out_head + t.to(tl.int64)[:, None] * out_pitch + c[None, :]
+            tl.store(at, tl.trans(y), mask=(t[:, None] < T) & (c[None, :] < DC))
+    else:
+        pair = tl.arange(0, PAIRS)[None, :]
+        for t0 in range(first_t, last_t, BLOCK_T):
+            t = (t0 + tl.arange(0, BLOCK_T))[:, None]
+            real = tl.load(tok_row + t, mask=t < T, other=-1) >= 0
+            pos = tl.load(tok_pos + t, mask=real, other=0).to(tl.int64)
+            first, second = rope_pair(
+                q_head + t.to(tl.int64) * q_pitch + DN,
+                rope_table + pos * (2 * HALF),
+                pair,
+                real & (pair < HALF),
+                HALF,
+                INTERLEAVE,
+            )
+            at = out_head + t.to(tl.int64) * out_pitch + DC + pair
+            tl.store(at, first, mask=(t < T) & (pair < HALF))
+            tl.store(at + HALF, second, mask=(t < T) & (pair < HALF))
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _absorb_v(  # type: ignore[no-untyped-def]
+    o_latent,  # act [T, H, DC], row pitch o_pitch
+    w_uv,  # act [H, DV, DC]
+    out,  # act [T, H*DV], row pitch out_pitch, or unused
+    out_q,  # e4m3 [T, H*DV], row pitch out_q_pitch, or unused
+    out_scale,  # fp32 [T, H*DV/128], row pitch scale_pitch, or unused
+    T,
+    o_pitch,
+    out_pitch,
+    out_q_pitch,
+    scale_pitch,
+    DV: tl.constexpr,
+    DC: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    HAS_OUT: tl.constexpr,
+    HAS_Q: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    V_TILES: tl.constexpr = (DV + BLOCK_V - 1) // BLOCK_V
+    head = tl.program_id(0) // V_TILES
+    v = (tl.program_id(0) % V_TILES) * BLOCK_V + tl.arange(0, BLOCK_V)
+    t = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
+    c = tl.arange(0, BLOCK_C)
+    w_at = w_uv + head.to(tl.int64) * (DV * DC) + v[:, None] * DC + c[None, :]
+    x_at = o_latent + head * DC + t.to(tl.int64)[None, :] * o_pitch + c[:, None]
+    acc = tl.zeros([BLOCK_V, BLOCK_T], tl.float32)
+    for c0 in range(0, DC, BLOCK_C):
+        w = tl.load(w_at + c0, mask=(v[:, None] < DV) & (c[None, :] + c0 < DC), other=0.0)
+        x = tl.load(x_at + c0, mask=(t[None, :] < T) & (c[:, None] + c0 < DC), other=0.0)
+        acc = tl.dot(w, x, acc, input_precision=PRECISION)
+    y = tl.trans(acc.to(o_latent.dtype.element_ty))
+    row = t.to(tl.int64)[:, None]
+    col = head * DV + v[None, :]
+    mask = (t[:, None] < T) & (v[None, :] < DV)
+    if HAS_OUT:
+        tl.store(out + row * out_pitch + col, y, mask=mask)
+    if HAS_Q:
+        # BLOCK_V is the FP8 group, and DV a multiple of it: this tile is one whole group a token.
+        quantized, scale = quantize_groups(y.to(tl.float32))
+        tl.store(out_q + row * out_q_pitch + col, quantized, mask=mask)
+        group = tl.program_id(0)
+        tl.store(out_scale + t.to(tl.int64) * scale_pitch + group, scale, mask=t < T)
+
+
+def absorb_q(
+    launch: Launcher,
+    q: torch.Tensor,
+    w_uk: torch.Tensor,
+    tok_pos: torch.Tensor,
+    tok_row: torch.Tensor,
+    rope_table: torch.Tensor,
+    *,
+    interleave: bool,
+    out: torch.Tensor,
+) -> None:
+    """Bring each head's query into the latent space and rotate its positional part.
+
+    Args:
+        q: act [T, H*(dn+dr)]; the row pitch may exceed the width.
+        w_uk: act [H, dn, dc].
+        tok_pos: int32 [T].
+        tok_row: int32 [T]; -1 is padding and gives zeros, whatever q holds.
+        rope_table: float32 [max_seq_len, dr]: cos of each pair, then sin of each.
+        interleave: see `mla_prep`.
+        out: act [T, H, dc+dr]: q_nope @ w_uk, then the rotated part.
+    Raises:
+        ValueError: shapes that do not fit.
+    Capture-safe.
+    Source: DeepSeek-V2 report, section 2.1.2 (absorption of W_UK into W_UQ).
+    """
+    _check_q(q, w_uk, rope_table, out)
+    num_heads, dn, dc = w_uk.shape
+    half = rope_table.shape[1] // 2
+    tile = _q_tile(w_uk)
+    block_t = _token_tile(q)
+    launch(
+        _absorb_q,
+        (
+            num_heads * (triton.cdiv(dc, tile.rows) + 1),
+            triton.cdiv(q.shape[0], block_t * TILES_PER_CTA),
+        ),
+        q,
+        w_uk,
+        tok_pos,
+        tok_row,
+        rope_table,
+        out,
+        q.shape[0],
+        q.stride(0),
+        out.stride(0),
+        DN=dn,
+        DC=dc,
+        HALF=half,
+        BLOCK_N=tile.steps,
+        BLOCK_C=tile.rows,
+        BLOCK_T=block_t,
+        TILES=TILES_PER_CTA,
+        PAIRS=triton.next_power_of_2(half),
+        INTERLEAVE=bool(interleave),
+        PRECISION=_precision(q),
+        num_warps=4,
+        # A second buffer for tokens would only take room from other CTAs where there is one tile.
+        num_stages=1 if q.shape[0] <= block_t else 2,
+    )
+
+
+def absorb_q_ref(
+    q: torch.Tensor,
+    w_uk: torch.Tensor,
+    tok_pos: torch.Tensor,
+    tok_row: torch.Tensor,
+    rope_table: torch.Tensor,
+    *,
+    interleave: bool,
+    out: torch.Tensor,
+) -> None:
+    """`absorb_q` in plain torch."""
+    _check_q(q, w_uk, rope_table, out)
+    num_heads, dn, dc = w_uk.shape
+    pad = (tok_row < 0)[:, None]
+    heads = q.masked_fill(pad, 0.0).view(q.shape[0], num_heads, -1)
+    out[..., :dc] = torch.einsum("thn,hnc->thc", heads[..., :dn].float(), w_uk.float())
+    angles = rope_table[tok_pos.clamp(min=0).long()][:, None]
+    out[..., dc:] = rope_ref(heads[..., dn:], angles, interleave=interleave)
+
+
+def absorb_v(
+    launch: Launcher,
+    o_latent: torch.Tensor,
+    w_uv: torch.Tensor,
+    *,
+    out: torch.Tensor | None = None,
+    out_q: torch.Tensor | None = None,
+    out_scale: torch.Tensor | None = None,
+) -> None:
+    """Bring each head's latent attention output back to its value dimension.
+
+    Args:
+        o_latent: act [T, H, dc].
+        w_uv: act [H, dv, dc].
+        out: act [T, H*dv]; the row pitch may exceed the width.
+        out_q, out_scale: the same (after its rounding to act) quantised, e4m3 [T, H*dv] and
+            fp32 [T, H*dv/128]; only where dv is a multiple of 128.
+    Raises:
+        ValueError: no output, shapes that do not fit, or a quantised output of another dv.
+    Capture-safe.
+    Source: DeepSeek-V2 report, section 2.1.2 (absorption of W_UV into W_O).
+    """
+    _check_v(o_latent, w_uv, out, out_q, out_scale)
+    tokens = o_latent.shape[0]
+    num_heads, dv, dc = w_uv.shape
+    tile = _v_tile(w_uv)
+    block_t = _token_tile(o_latent)
+    launch(
+        _absorb_v,
+        (num_heads * triton.cdiv(dv, tile.rows), triton.cdiv(tokens, block_t)),
+        o_latent,
+        w_uv,
+        o_latent if out is None else out,
+        o_latent if out_q is None else out_q,
+        o_latent if out_scale is None else out_scale,
+        tokens,
+        o_latent.stride(0),
+        0 if out is None else out.stride(0),
+        0 if out_q is None else out_q.stride(0),
+        0 if out_scale is None else out_scale.stride(0),
+        DV=dv,
+        DC=dc,
+        BLOCK_V=tile.rows,
+        BLOCK_C=tile.steps,
+        BLOCK_T=block_t,
+        HAS_OUT=out is not None,
+        HAS_Q=out_q is not None,
+        PRECISION=_precision(o_latent),
+        num_warps=4,
+        num_stages=4,  # deep enough that one head's whole weight is in flight
+    )
+
+
+def absorb_v_ref(
+    o_latent: torch.Tensor,
+    w_uv: torch.Tensor,
+    *,
+    out: torch.Tensor | None = None,
+    out_q: torch.Tensor | None = None,
+    out_scale: torch.Tensor | None = None,
+) -> None:
+    """`absorb_v` in plain torch."""
+    _check_v(o_latent, w_uv, out, out_q, out_scale)
+    y = torch.einsum("thc,hvc->thv", o_latent.float(), w_uv.float()).to(o_latent.dtype)
+    flat = y.reshape(y.shape[0], -1)
+    if out is not None:
+        out.copy_(flat)
+    if out_q is not None and out_scale is not None:
+        quantize_ref(flat, out_q=out_q, out_scale=out_scale)
+
+
+def _q_tile(w_uk: torch.Tensor) -> _Tile:
+    _, dn, dc = w_uk.shape
+    steps = max(16, triton.next_power_of_2(dn))
+    # One tile of W_UK is 32 KB and four CTAs share an SM: all of it is in flight at once.
+    rows = min(128 if w_uk.dtype.itemsize == 2 else 32, max(16, triton.next_power_of_2(dc)))
+    return _Tile(rows, steps)
+
+
+def _v_tile(w_uv: torch.Tensor) -> _Tile:
+    _, dv, dc = w_uv.shape
+    rows = min(128, max(16, triton.next_power_of_2(dv)))
+    steps = min(128, max(16, triton.next_power_of_2(dc)))
+    return _Tile(rows, steps if w_uv.dtype.itemsize == 2 else min(steps, 32))
+
+
+def _token_tile(x: torch.Tensor) -> int:
+    """Tokens of a tile: as many as there are, within what one instruction takes."""
+    if x.dtype.itemsize != 2:
+        return MIN_TOKENS
+    return min(MAX_TOKENS, max(MIN_TOKENS, int(triton.next_power_of_2(x.shape[0]))))
+
+
+def _precision(x: torch.Tensor) -> str:
+    return "ieee" if x.dtype == torch.float32 else "tf32"  # 16-bit products are exact either way
+
+
+def _check_q(
+    q: torch.Tensor, w_uk: torch.Tensor, rope_table: torch.Tensor, out: torch.Tensor
+) -> None:
+    num_heads, dn, dc = w_uk.shape
+    dr = rope_table.shape[1]
+    want_q, want = (q.shape[0], num_heads * (dn + dr)), (q.shape[0], num_heads, dc + dr)
+    if dr % 2 or tuple(q.shape) != want_q or tuple(out.shape) != want:
+        raise ValueError(
+            f"q must be {want_q} and out {want}, with an even rotary part {dr}; "
+            f"got q {list(q.shape)}, out {list(out.shape)}"
+        )
+    if not w_uk.is_contiguous() or out.stride()[1:] != (dc + dr, 1) or q.stride(1) != 1:
+        raise ValueError(
+            "w_uk, and the rows of q and out, must be contiguous; "
+            f"got strides {w_uk.stride()}, {q.stride()} and {out.stride()}"
+        )
+
+
+def _check_v(
+    o_latent: torch.Tensor,
+    w_uv: torch.Tensor,
+    out: torch.Tensor | None,
+    out_q: torch.Tensor | None,
+    out_scale: torch.Tensor | None,
+) -> None:
+    if (out is None and out_q is None) or (out_q is None) != (out_scale is None):
+        raise ValueError("expected out, or out_q with out_scale, or all three; pass at least one")
+    num_heads, dv, dc = w_uv.shape
+    tokens = o_latent.shape[0]
+    if tuple(o_latent.shape[1:]) != (num_heads, dc):
+        raise ValueError(
+            f"o_latent must be [T, {num_heads}, {dc}] to fit w_uv {list(w_uv.shape)}, "
+            f"got {list(o_latent.shape)}"
+        )
+    if out is not None and tuple(out.shape) != (tokens, num_heads * dv):
+        raise ValueError(f"out must be {(tokens, num_heads * dv)}, got {list(out.shape)}")
+    if not w_uv.is_contiguous() or o_latent.stride()[1:] != (dc, 1):
+        raise ValueError(
+            "w_uv and the rows of o_latent must be contiguous; "
+            f"got strides {w_uv.stride()} and {o_latent.stride()}"
+        )
+    if out_q is not None and out_scale is not None:
+        if dv % 128:
+            raise ValueError(
+                f"a quantised output needs v_head_dim in multiples of 128, got {dv}; "
+                "write `out` and quantise it apart"
+            )
+        check_quantized(tokens, num_heads * dv, out_q, out_scale)

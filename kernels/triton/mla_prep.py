@@ -1,0 +1,264 @@
+"""What attention needs of the fused query/KV projection: two RMSNorms, RoPE, and the KV write.
+
+Invariants: a token's results come from its own row alone, in an order set by the widths alone;
+every token of a step is written before any attends, so a prompt chunk sees itself in the cache.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from kernels.triton.activation import GROUP, check_quantized, quantize_groups, quantize_ref
+from kernels.triton.launch import Launcher
+from kernels.triton.norm import _rmsnorm, _rmsnorm_ref
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def rope_pair(  # type: ignore[no-untyped-def]
+    x,  # act: pointers to the start of each rotary part
+    table,  # fp32: pointers to each token's row of the rope table
+    pair,  # i32: indices of pairs, broadcastable with both
+    mask,
+    HALF: tl.constexpr,
+    INTERLEAVE: tl.constexpr,
+):
+    """fp32 elements of each rotated pair; they go to columns `pair` and `pair + HALF`."""
+    if INTERLEAVE:
+        a = tl.load(x + 2 * pair, mask=mask, other=0.0).to(tl.float32)
+        b = tl.load(x + 2 * pair + 1, mask=mask, other=0.0).to(tl.float32)
+    else:
+        a = tl.load(x + pair, mask=mask, other=0.0).to(tl.float32)
+        b = tl.load(x + HALF + pair, mask=mask, other=0.0).to(tl.float32)
+    cos = tl.load(table + pair, mask=mask, other=0.0)
+    sin = tl.load(table + HALF + pair, mask=mask, other=0.0)
+    return a * cos - b * sin, b * cos + a * sin
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _mla_prep(  # type: ignore[no-untyped-def]
+    qkv,  # act [T, W], row pitch qkv_pitch
+    tok_row,  # int32 [T]
+    tok_pos,  # int32 [T]
+    kv_slot,  # int64 [T]
+    rope_table,  # fp32 [max_seq_len, 2*HALF]
+    q_norm_weight,  # act or fp32 [QW], or unused
+    kv_norm_weight,  # act or fp32 [DC]
+    kv_cache,  # act [num_slots, DC + 2*HALF], row pitch kv_pitch
+    out,  # act [T, QW], row pitch out_pitch, or unused
+    out_q,  # e4m3 [T, QW], row pitch q_pitch, or unused
+    out_scale,  # fp32 [T, ceil(QW/128)], row pitch scale_pitch, or unused
+    qkv_pitch,
+    kv_start,
+    kv_pitch,
+    out_pitch,
+    q_pitch,
+    scale_pitch,
+    eps,
+    QW: tl.constexpr,
+    DC: tl.constexpr,
+    HALF: tl.constexpr,
+    Q_GROUPS: tl.constexpr,
+    KV_GROUPS: tl.constexpr,
+    PAIRS: tl.constexpr,
+    INTERLEAVE: tl.constexpr,
+    HAS_OUT: tl.constexpr,
+    HAS_Q: tl.constexpr,
+):
+    t = tl.program_id(0).to(tl.int64)
+    real = tl.load(tok_row + t) >= 0
+    row = qkv + t * qkv_pitch
+    if tl.program_id(1) == 0:
+        if real:
+            slot = kv_cache + tl.load(kv_slot + t) * kv_pitch
+            col = tl.arange(0, KV_GROUPS)[:, None] * 128 + tl.arange(0, 128)[None, :]
+            latent = tl.load(row + kv_start + col, mask=col < DC, other=0.0)
+            tl.store(slot + col, _rmsnorm(latent, kv_norm_weight, col, eps, DC), mask=col < DC)
+            pair = tl.arange(0, PAIRS)
+            angles = rope_table + tl.load(tok_pos + t).to(tl.int64) * (2 * HALF)
+            key = row + kv_start + DC
+            first, second = rope_pair(key, angles, pair, pair < HALF, HALF, INTERLEAVE)
+            tl.store(slot + DC + pair, first, mask=pair < HALF)
+            tl.store(slot + DC + HALF + pair, second, mask=pair < HALF)
+    else:
+        # A padded token's row may hold anything, NaN included; its query is zeros.
+        group = tl.arange(0, Q_GROUPS)
+        col = group[:, None] * 128 + tl.arange(0, 128)[None, :]
+        value = tl.load(row + col, mask=(col < QW) & real, other=0.0)
+        y = _rmsnorm(value, q_norm_weight, col, eps, QW)
+        if HAS_OUT:
+            tl.store(out + t * out_pitch + col, y, mask=col < QW)
+        if HAS_Q:
+            q, scale = quantize_groups(y.to(tl.float32))
+            tl.store(out_q + t * q_pitch + col, q, mask=col < QW)
+            tl.store(out_scale + t * scale_pitch + group, scale, mask=group * 128 < QW)
+
+
+def mla_prep(
+    launch: Launcher,
+    qkv: torch.Tensor,
+    tok_row: torch.Tensor,
+    tok_pos: torch.Tensor,
+    kv_slot: torch.Tensor,
+    rope_table: torch.Tensor,
+    q_norm_weight: torch.Tensor | None,
+    kv_norm_weight: torch.Tensor,
+    *,
+    eps: float,
+    kv_start: int,
+    interleave: bool,
+    kv_cache: torch.Tensor,
+    out: torch.Tensor | None = None,
+    out_q: torch.Tensor | None = None,
+    out_scale: torch.Tensor | None = None,
+) -> None:
+    """Norm the compressed query, and write each token's normed latent and rotated key to its slot.
+
+    Args:
+        qkv: act [T, W]: compressed query at 0 (ignored without q_norm_weight), compressed KV [dc]
+            at kv_start, rotary key [dr] after it; the row pitch may exceed W.
+        tok_row: int32 [T]; -1 is padding, which writes no KV and gives a query of zeros.
+        tok_pos: int32 [T], row of the rope table.
+        kv_slot: int64 [T].
+        rope_table: float32 [max_seq_len, dr]: cos of each pair, then sin of each.
+        q_norm_weight: act or fp32 [q_width]; None where the query is not compressed.
+        kv_norm_weight: act or fp32 [dc].
+        eps: added to the mean square, in both norms.
+        kv_start: column where the compressed KV begins.
+        interleave: pairs are (0, 1), (2, 3) … instead of (0, dr/2), (1, dr/2+1) …; either way the
+            first elements of all pairs are written before the second ones.
+        kv_cache: act [num_slots, dc+dr].
+        out: act [T, q_width], the normed query.
+        out_q, out_scale: the same quantised, e4m3 [T, q_width] and fp32 [T, ceil(q_width/128)].
+    Raises:
+        ValueError: outputs without q_norm_weight or the other way round, or shapes that do not fit.
+    Capture-safe.
+    Source: DeepSeek-V3 report, section 2.1.1; rounding as transformers' DeepseekV3Attention.
+    """
+    _check(
+        qkv, rope_table, q_norm_weight, kv_norm_weight, kv_start, kv_cache, out, out_q, out_scale
+    )
+    latent, half = kv_norm_weight.shape[0], rope_table.shape[1] // 2
+    width = 0 if q_norm_weight is None else q_norm_weight.shape[0]
+    launch(
+        _mla_prep,
+        (qkv.shape[0], 1 if q_norm_weight is None else 2),
+        qkv,
+        tok_row,
+        tok_pos,
+        kv_slot,
+        rope_table,
+        kv_norm_weight if q_norm_weight is None else q_norm_weight,
+        kv_norm_weight,
+        kv_cache,
+        qkv if out is None else out,
+        qkv if out_q is None else out_q,
+        rope_table if out_scale is None else out_scale,
+        qkv.stride(0),
+        kv_start,
+        kv_cache.stride(0),
+        0 if out is None else out.stride(0),
+        0 if out_q is None else out_q.stride(0),
+        0 if out_scale is None else out_scale.stride(0),
+        float(eps),
+        QW=width,
+        DC=latent,
+        HALF=half,
+        Q_GROUPS=_groups(max(width, 1)),
+        KV_GROUPS=_groups(latent),
+        PAIRS=triton.next_power_of_2(half),
+        INTERLEAVE=bool(interleave),
+        HAS_OUT=out is not None,
+        HAS_Q=out_q is not None,
+        num_warps=4,
+    )
+
+
+def mla_prep_ref(
+    qkv: torch.Tensor,
+    tok_row: torch.Tensor,
+    tok_pos: torch.Tensor,
+    kv_slot: torch.Tensor,
+    rope_table: torch.Tensor,
+    q_norm_weight: torch.Tensor | None,
+    kv_norm_weight: torch.Tensor,
+    *,
+    eps: float,
+    kv_start: int,
+    interleave: bool,
+    kv_cache: torch.Tensor,
+    out: torch.Tensor | None = None,
+    out_q: torch.Tensor | None = None,
+    out_scale: torch.Tensor | None = None,
+) -> None:
+    """`mla_prep` in plain torch."""
+    _check(
+        qkv, rope_table, q_norm_weight, kv_norm_weight, kv_start, kv_cache, out, out_q, out_scale
+    )
+    real = tok_row >= 0
+    rows, slots = qkv[real], kv_slot[real]
+    dc, dr = kv_norm_weight.shape[0], rope_table.shape[1]
+    key = rows[:, kv_start + dc : kv_start + dc + dr]
+    kv_cache[slots, :dc] = _rmsnorm_ref(rows[:, kv_start : kv_start + dc], kv_norm_weight, eps)
+    kv_cache[slots, dc:] = rope_ref(key, rope_table[tok_pos[real].long()], interleave=interleave)
+    if q_norm_weight is None:
+        return
+    q = qkv[:, : q_norm_weight.shape[0]].masked_fill(~real[:, None], 0.0)
+    y = _rmsnorm_ref(q, q_norm_weight, eps)
+    if out is not None:
+        out.copy_(y)
+    if out_q is not None and out_scale is not None:
+        quantize_ref(y, out_q=out_q, out_scale=out_scale)
+
+
+def rope_ref(x: torch.Tensor, table: torch.Tensor, *, interleave: bool) -> torch.Tensor:
+    """Rotate the pairs of x [..., dr] by table [..., dr] (cos, then sin), in fp32, rounded once."""
+    half = x.shape[-1] // 2
+    wide = x.float()
+    a, b = wide[..., :half], wide[..., half:]
+    if interleave:
+        a, b = wide[..., 0::2], wide[..., 1::2]
+    cos, sin = table[..., :half], table[..., half:]
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+
+
+def _groups(width: int) -> int:
+    return int(triton.next_power_of_2(triton.cdiv(width, GROUP)))
+
+
+def _check(
+    qkv: torch.Tensor,
+    rope_table: torch.Tensor,
+    q_norm_weight: torch.Tensor | None,
+    kv_norm_weight: torch.Tensor,
+    kv_start: int,
+    kv_cache: torch.Tensor,
+    out: torch.Tensor | None,
+    out_q: torch.Tensor | None,
+    out_scale: torch.Tensor | None,
+) -> None:
+    has_out = out is not None or out_q is not None
+    if has_out != (q_norm_weight is not None) or (out_q is None) != (out_scale is None):
+        raise ValueError(
+            "expected out, or out_q with out_scale, exactly where q_norm_weight is given; "
+            f"got q_norm_weight={q_norm_weight is not None}, out={out is not None}, "
+            f"out_q={out_q is not None}, out_scale={out_scale is not None}"
+        )
+    latent = kv_norm_weight.shape[0] + rope_table.shape[1]
+    if rope_table.shape[1] % 2 or kv_cache.shape[1] != latent or kv_start + latent > qkv.shape[1]:
+        raise ValueError(
+            f"kv_cache must be [num_slots, {latent}] and qkv at least {kv_start + latent} wide, "
+            f"with an even rotary part; got kv_cache {list(kv_cache.shape)}, "
+            f"qkv {list(qkv.shape)}, rope_table {list(rope_table.shape)}"
+        )
+    if q_norm_weight is None:
+        return
+    want = (qkv.shape[0], q_norm_weight.shape[0])
+    if want[1] > kv_start or (out is not None and tuple(out.shape) != want):
+        raise ValueError(
+            f"out must be {want} and the query end before kv_start {kv_start}, "
+            f"got out {None if out is None else list(out.shape)}"
+        )
+    if out_q is not None and out_scale is not None:
+        check_quantized(*want, out_q, out_scale)

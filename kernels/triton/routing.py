@@ -1,0 +1,443 @@
+"""Expert routing: a token's experts, an expert's tokens, and the sum of what the experts return.
+
+Words: a pair p = t*K + k is one (token, choice); id -1 is "no expert" (padding, another rank's).
+Invariants: everything is ordered by index, never by arrival, so nothing depends on scheduling; an
+id is -1 or in range whatever the logits are.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from kernels.triton.launch import Launcher
+
+ALIGN_BLOCK = 2048
+COMBINE_BLOCK = 512  # 4 elements a thread: the rows of all K choices are in flight at once
+EPSILON = 1e-20  # keeps the normalising sum away from zero
+
+_LOWEST = tl.constexpr(-(2**63))
+_EPSILON = tl.constexpr(EPSILON)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _flip(bits):  # type: ignore[no-untyped-def]
+    """Map int32 float bits to integers of the same order; its own inverse."""
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _sort_key(value, index, N: tl.constexpr):  # type: ignore[no-untyped-def]
+    """int64 keys, all different: by fp32 value, then lower index first; NaN on top, as in topk."""
+    # The sign of a NaN differs between machines, so its bits cannot be used.
+    order = tl.where(value == value, _flip(value.to(tl.int32, bitcast=True)), 0x7FFFFFFF)
+    return (order.to(tl.int64) << 32) | (N - 1 - index).to(tl.int64)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _key_value(key):  # type: ignore[no-untyped-def]
+    return _flip((key >> 32).to(tl.int32)).to(tl.float32, bitcast=True)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _keep_groups(  # type: ignore[no-untyped-def]
+    key,  # int64 [G2, S2] sort keys of the choices, _LOWEST where there is no expert
+    GROUPS: tl.constexpr,
+    SIZE: tl.constexpr,
+    G2: tl.constexpr,
+    TOPK_GROUPS: tl.constexpr,
+):
+    """bool [G2]: the best groups by the sum of their two best choices."""
+    best = tl.max(key, axis=1)
+    score = _key_value(best)
+    if SIZE > 1:
+        score += _key_value(tl.max(tl.where(key == best[:, None], _LOWEST, key), axis=1))
+    group = tl.arange(0, G2)
+    left = tl.where(group < GROUPS, _sort_key(score, group, GROUPS), _LOWEST)
+    for _ in tl.static_range(TOPK_GROUPS):
+        left = tl.where(left == tl.max(left, axis=0), _LOWEST, left)
+    return (left == _LOWEST) & (group < GROUPS)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _route(  # type: ignore[no-untyped-def]
+    logits,  # fp32 [T, E], row pitch logits_pitch
+    bias,  # fp32 [E], or unused
+    tok_row,  # int32 [T]
+    out_ids,  # int32 [T, K]
+    out_weights,  # fp32 [T, K]
+    logits_pitch,
+    scaling,
+    E: tl.constexpr,
+    GROUPS: tl.constexpr,
+    SIZE: tl.constexpr,  # experts a group
+    G2: tl.constexpr,
+    S2: tl.constexpr,
+    TOPK_GROUPS: tl.constexpr,
+    K: tl.constexpr,
+    K2: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+):
+    t = tl.program_id(0).to(tl.int64)
+    k = tl.arange(0, K2)
+    ids_at = out_ids + t * K + k
+    weights_at = out_weights + t * K + k
+    if tl.load(tok_row + t) < 0:
+        tl.store(ids_at, tl.full([K2], -1, tl.int32), mask=k < K)
+        tl.store(weights_at, tl.zeros([K2], tl.float32), mask=k < K)
+        return
+    g = tl.arange(0, G2)[:, None]
+    s = tl.arange(0, S2)[None, :]
+    expert = g * SIZE + s
+    real = (g < GROUPS) & (s < SIZE)
+    choice = tl.sigmoid(tl.load(logits + t * logits_pitch + expert, mask=real, other=0.0))
+    if HAS_BIAS:
+        choice += tl.load(bias + expert, mask=real, other=0.0)
+    key = tl.where(real, _sort_key(choice, expert, E), _LOWEST)
+    if TOPK_GROUPS < GROUPS:
+        kept = _keep_groups(key, GROUPS, SIZE, G2, TOPK_GROUPS)
+        key = tl.where(kept[:, None], key, _LOWEST)
+    ids = tl.zeros([K2], tl.int32)
+    for i in tl.static_range(K):
+        best = tl.max(tl.max(key, axis=1), axis=0)
+        key = tl.where(key == best, _LOWEST, key)
+        ids = tl.where(k == i, (E - 1 - (best & 0xFFFFFFFF)).to(tl.int32), ids)
+    # The scores without bias: K values from L1 cost less than a reduction for each.
+    weight = tl.sigmoid(tl.load(logits + t * logits_pitch + ids, mask=k < K, other=0.0))
+    if NORMALIZE:
+        weight = tl.div_rn(weight, tl.sum(tl.where(k < K, weight, 0.0), axis=0) + _EPSILON)
+    tl.store(ids_at, ids, mask=k < K)
+    tl.store(weights_at, weight * scaling, mask=k < K)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _align(  # type: ignore[no-untyped-def]
+    ids,  # int32 [N]
+    offsets,  # int32 [E+1]
+    pairs,  # int32 [N]
+    N,
+    expert_start,
+    BLOCK: tl.constexpr,
+    NUM_BLOCKS: tl.constexpr,
+):
+    """CTA e reads all ids twice, so that it needs nothing from its neighbours."""
+    e = tl.program_id(0)
+    lane = tl.arange(0, BLOCK)
+    lower = tl.zeros([BLOCK], tl.int32)
+    equal = tl.zeros([BLOCK], tl.int32)
+    for i in range(NUM_BLOCKS):
+        pair = i * BLOCK + lane
+        local = tl.load(ids + pair, mask=pair < N, other=-1) - expert_start
+        lower += ((local >= 0) & (local < e)).to(tl.int32)
+        equal += (local == e).to(tl.int32)
+    at = tl.sum(lower, axis=0)
+    count = tl.sum(equal, axis=0)
+    tl.store(offsets + e, at)
+    if e == tl.num_programs(0) - 1:
+        tl.store(offsets + e + 1, at + count)
+    if count == 0:
+        return
+    for i in range(NUM_BLOCKS):
+        pair = i * BLOCK + lane
+        found = (tl.load(ids + pair, mask=pair < N, other=-1) - expert_start) == e
+        rank = tl.cumsum(found.to(tl.int32), axis=0)
+        tl.store(pairs + at + rank - 1, pair, mask=found)
+        at += tl.sum(found.to(tl.int32), axis=0)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _combine(  # type: ignore[no-untyped-def]
+    y,  # act [T*K, H]
+    ids,  # int32 [T, K]
+    weights,  # fp32 [T, K]
+    shared,  # act [T, H], row pitch shared_pitch, or unused
+    out,  # act [T, H], row pitch out_pitch
+    shared_pitch,
+    out_pitch,
+    H: tl.constexpr,
+    K: tl.constexpr,
+    BLOCK: tl.constexpr,
+    HAS_SHARED: tl.constexpr,
+):
+    t = tl.program_id(0).to(tl.int64)
+    col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], tl.float32)
+    for k in tl.static_range(K):
+        pair = t * K + k
+        # A row without an expert may hold anything, so it is not even read.
+        real = tl.load(ids + pair) >= 0
+        weight = tl.load(weights + pair, mask=real, other=0.0)
+        value = tl.load(y + pair * H + col, mask=(col < H) & real, other=0.0)
+        total += weight * value.to(tl.float32)
+    if HAS_SHARED:
+        total += tl.load(shared + t * shared_pitch + col, mask=col < H, other=0.0).to(tl.float32)
+    tl.store(out + t * out_pitch + col, total, mask=col < H)
+
+
+def route(
+    launch: Launcher,
+    logits: torch.Tensor,
+    bias: torch.Tensor | None,
+    tok_row: torch.Tensor,
+    *,
+    num_groups: int,
+    topk_groups: int,
+    top_k: int,
+    normalize: bool,
+    scaling: float,
+    out_ids: torch.Tensor,
+    out_weights: torch.Tensor,
+) -> None:
+    """Choose top_k experts a token by sigmoid score plus bias, among the best groups of experts.
+
+    A group's score is the sum of its two best choices. Ties go to the lower index; NaN counts as
+    the largest value, so it is chosen and its weight is NaN (with `normalize`, the whole row's).
+
+    Args:
+        logits: fp32 [T, E]; the row pitch may exceed E.
+        bias: fp32 [E], only for the choice, or None.
+        tok_row: int32 [T]; -1 is padding and gets ids -1, weights 0.
+        num_groups, topk_groups: E is cut into num_groups equal groups; topk_groups of them compete.
+        top_k: experts a token.
+        normalize: divide the weights by their sum.
+        scaling: multiplies the weights.
+        out_ids: int32 [T, top_k], by descending choice.
+        out_weights: fp32 [T, top_k].
+    Raises:
+        ValueError: counts that do not divide or do not suffice, or shapes that do not fit.
+    Capture-safe.
+    Source: `DeepseekV3TopkRouter` of transformers; DeepSeek-V3 report, section 2.1.2.
+    """
+    size = _check_route(logits, bias, num_groups, topk_groups, top_k, out_ids, out_weights)
+    launch(
+        _route,
+        (logits.shape[0],),
+        logits,
+        logits if bias is None else bias,
+        tok_row,
+        out_ids,
+        out_weights,
+        logits.stride(0),
+        float(scaling),
+        E=logits.shape[1],
+        GROUPS=num_groups,
+        SIZE=size,
+        G2=triton.next_power_of_2(num_groups),
+        S2=triton.next_power_of_2(size),
+        TOPK_GROUPS=topk_groups,
+        K=top_k,
+        K2=triton.next_power_of_2(top_k),
+        HAS_BIAS=bias is not None,
+        NORMALIZE=normalize,
+        num_warps=1,  # every reduction stays inside the warp
+    )
+
+
+def route_ref(
+    logits: torch.Tensor,
+    bias: torch.Tensor | None,
+    tok_row: torch.Tensor,
+    *,
+    num_groups: int,
+    topk_groups: int,
+    top_k: int,
+    normalize: bool,
+    scaling: float,
+    out_ids: torch.Tensor,
+    out_weights: torch.Tensor,
+) -> None:
+    """`route` in plain torch."""
+    size = _check_route(logits, bias, num_groups, topk_groups, top_k, out_ids, out_weights)
+    scores = logits.sigmoid()
+    choice = scores if bias is None else scores + bias
+    grouped = choice.view(-1, num_groups, size)
+    group_score = grouped.topk(min(2, size), dim=-1)[0].sum(-1)
+    # A stable sort puts the lower index first among equals; topk promises no order.
+    best_groups = group_score.sort(dim=1, descending=True, stable=True)[1][:, :topk_groups]
+    dropped = torch.ones_like(group_score, dtype=torch.bool).scatter_(1, best_groups, False)
+    choice = grouped.masked_fill(dropped[..., None], float("-inf")).flatten(1)
+    ids = choice.sort(dim=1, descending=True, stable=True)[1][:, :top_k]
+    weights = scores.gather(1, ids)
+    if normalize:
+        weights = weights / (weights.sum(1, keepdim=True) + EPSILON)
+    padded = (tok_row < 0)[:, None]
+    out_ids.copy_(ids.masked_fill(padded, -1))
+    out_weights.copy_((weights * scaling).masked_fill(padded, 0.0))
+
+
+def align(
+    launch: Launcher,
+    ids: torch.Tensor,
+    *,
+    expert_start: int,
+    offsets: torch.Tensor,
+    pairs: torch.Tensor,
+) -> None:
+    """List the pairs of each local expert: pairs[offsets[e]:offsets[e+1]], ascending.
+
+    Args:
+        ids: int32 [T, K], contiguous; other ranks' experts and -1 are left out.
+        expert_start: id of local expert 0.
+        offsets: int32 [E_local+1].
+        pairs: int32 [T*K]; pair ids t*K + k. Entries from offsets[E_local] on are not written.
+    Raises:
+        ValueError: ids strided, or pairs too short.
+    Capture-safe.
+    """
+    _check_align(ids, pairs)
+    num_pairs = ids.numel()
+    block = min(ALIGN_BLOCK, max(128, triton.next_power_of_2(num_pairs)))
+    launch(
+        _align,
+        (offsets.shape[0] - 1,),
+        ids,
+        offsets,
+        pairs,
+        num_pairs,
+        expert_start,
+        BLOCK=block,
+        NUM_BLOCKS=triton.cdiv(num_pairs, block),
+        num_warps=max(1, min(8, block // 256)),
+    )
+
+
+def align_ref(
+    ids: torch.Tensor, *, expert_start: int, offsets: torch.Tensor, pairs: torch.Tensor
+) -> None:
+    """`align` in plain torch."""
+    _check_align(ids, pairs)
+    num_local = offsets.shape[0] - 1
+    local = ids.flatten().long() - expert_start
+    local = torch.where((local < 0) | (local >= num_local), num_local, local)
+    ends = torch.bincount(local, minlength=num_local + 1).cumsum(0)[:num_local]
+    offsets[0] = 0
+    offsets[1:] = ends
+    num_listed = int(ends[-1])
+    pairs[:num_listed] = local.argsort(stable=True)[:num_listed]
+
+
+def combine(
+    launch: Launcher,
+    y: torch.Tensor,
+    ids: torch.Tensor,
+    weights: torch.Tensor,
+    shared: torch.Tensor | None,
+    *,
+    out: torch.Tensor,
+) -> None:
+    """out[t] = sum over k, in order, of weights[t,k] * y[t*K+k], + shared[t]; fp32, rounded once.
+
+    Args:
+        y: act [T*K, H], contiguous; a row whose id is -1 is never read.
+        ids: int32 [T, K].
+        weights: fp32 [T, K].
+        shared: act [T, H] or None.
+        out: act [T, H].
+    Raises:
+        ValueError: shapes that do not fit, or strided ids, weights or y.
+    Capture-safe.
+    """
+    _check_combine(y, ids, weights, shared, out)
+    launch(
+        _combine,
+        (out.shape[0], triton.cdiv(out.shape[1], COMBINE_BLOCK)),
+        y,
+        ids,
+        weights,
+        out if shared is None else shared,
+        out,
+        0 if shared is None else shared.stride(0),
+        out.stride(0),
+        H=out.shape[1],
+        K=ids.shape[1],
+        BLOCK=COMBINE_BLOCK,
+        HAS_SHARED=shared is not None,
+        num_warps=4,
+    )
+
+
+def combine_ref(
+    y: torch.Tensor,
+    ids: torch.Tensor,
+    weights: torch.Tensor,
+    shared: torch.Tensor | None,
+    *,
+    out: torch.Tensor,
+) -> None:
+    """`combine` in plain torch."""
+    _check_combine(y, ids, weights, shared, out)
+    rows = y.view(*ids.shape, -1)
+    total = torch.zeros(out.shape, dtype=torch.float32, device=out.device)
+    for k in range(ids.shape[1]):
+        term = weights[:, k, None] * rows[:, k].float()
+        total += term.masked_fill_((ids[:, k] < 0)[:, None], 0.0)
+    if shared is not None:
+        total += shared.float()
+    out.copy_(total)
+
+
+def _check_route(
+    logits: torch.Tensor,
+    bias: torch.Tensor | None,
+    num_groups: int,
+    topk_groups: int,
+    top_k: int,
+    out_ids: torch.Tensor,
+    out_weights: torch.Tensor,
+) -> int:
+    rows, experts = logits.shape
+    size = experts // num_groups
+    if size * num_groups != experts or not 1 <= topk_groups <= num_groups:
+        raise ValueError(
+            f"{experts} experts must divide into num_groups, of which 1 to num_groups are kept; "
+            f"got num_groups {num_groups}, topk_groups {topk_groups}"
+        )
+    if not 1 <= top_k <= topk_groups * size:
+        raise ValueError(
+            f"top_k must be 1 to {topk_groups * size} (topk_groups {topk_groups} of {size} experts "
+            f"each), got {top_k}"
+        )
+    if logits.dtype != torch.float32 or (bias is not None and bias.dtype != torch.float32):
+        raise ValueError(
+            "logits and bias must be float32 (the choice is sensitive), "
+            f"got {logits.dtype} and {None if bias is None else bias.dtype}"
+        )
+    for name, t in (("out_ids", out_ids), ("out_weights", out_weights)):
+        if tuple(t.shape) != (rows, top_k) or not t.is_contiguous():
+            raise ValueError(
+                f"{name} must be [{rows}, {top_k}] and contiguous, "
+                f"got {list(t.shape)}, strides {t.stride()}"
+            )
+    return int(size)
+
+
+def _check_align(ids: torch.Tensor, pairs: torch.Tensor) -> None:
+    if not ids.is_contiguous() or pairs.numel() < ids.numel():
+        raise ValueError(
+            f"ids must be contiguous and pairs hold {ids.numel()} entries, "
+            f"got strides {ids.stride()} and {pairs.numel()} entries"
+        )
+
+
+def _check_combine(
+    y: torch.Tensor,
+    ids: torch.Tensor,
+    weights: torch.Tensor,
+    shared: torch.Tensor | None,
+    out: torch.Tensor,
+) -> None:
+    rows, width = out.shape
+    want = ((rows * ids.shape[1], width), (rows, ids.shape[1]), (rows, ids.shape[1]))
+    got = (tuple(y.shape), tuple(ids.shape), tuple(weights.shape))
+    if got != want or (shared is not None and shared.shape != out.shape):
+        raise ValueError(
+            f"y, ids, weights and shared must be {want} and {(rows, width)}, "
+            f"got {got} and {None if shared is None else tuple(shared.shape)}"
+        )
+    if not (y.is_contiguous() and ids.is_contiguous() and weights.is_contiguous()):
+        raise ValueError(
+            "y, ids and weights must be contiguous, "
+            f"got strides {y.stride()}, {ids.stride()}, {weights.stride()}"
+        )

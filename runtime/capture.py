@@ -1,0 +1,126 @@
+"""`python -m runtime.capture`: compile the decode step into one graph per bucket, and prove it.
+
+With `--compile-only sm_90` nothing is captured: every kernel of every key is compiled for that chip
+into the store, on a machine that needs no GPU; a capture on the GPU machine then compiles nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from typing import Any
+
+from rich.table import Table
+
+from graphs.ledger import Ledger
+from runtime.cli import Bar, add_selection, console, print_json, run, selection
+from runtime.engine import Engine
+
+TWIN_NOTE = "CPU twin: no CUDA graph, for correctness only; its times mean nothing"
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(prog="python -m runtime.capture", description=__doc__)
+    add_selection(p)
+    p.add_argument(
+        "--verify",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="prove that each key's replay equals the eager step bit for bit",
+    )
+    p.add_argument("--proof-replays", type=int, help="replays per key of that proof")
+    p.add_argument(
+        "--compile-only", metavar="SM", help="only compile, for this chip (sm_90, sm_100)"
+    )
+    p.add_argument("--jobs", type=int, help="processes that compile; default: one per core")
+    return p
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parser().parse_args(argv)
+    options = selection(args, verify=args.verify, proof_replays=args.proof_replays)
+    if args.compile_only:
+        from runtime.compile_only import compile_only
+
+        return compile_only(options, args.compile_only, jobs=args.jobs, as_json=args.json)
+    if args.jobs is not None:
+        raise ValueError("--jobs goes with --compile-only")
+    start = time.perf_counter()
+    with Bar() as bar:
+        engine = Engine.build(options, bar)
+    try:
+        report = _report(engine, time.perf_counter() - start)
+        _show(engine, report)
+        if args.json:
+            print_json(report)
+    finally:
+        engine.close()
+    return 0
+
+
+def _report(engine: Engine, seconds: float) -> dict[str, Any]:
+    assert engine.ledger is not None
+    launcher = engine.launcher
+    return {
+        "model": engine.options.model,
+        "bs": engine.options.bs,
+        "device": engine.device_name,
+        "fingerprint": engine.fingerprint().digest,
+        "attention": f"{engine.config.attention} ({engine.selection.attention_reason})",
+        "ladder": str(engine.ladder),
+        "num_pages": engine.config.num_pages,
+        "kernels_compiled": launcher.num_compiled if launcher else 0,
+        "kernels_loaded": launcher.num_loaded if launcher else 0,
+        "seconds": seconds,
+        "stages_s": engine.stages.seconds,
+        "ledger": engine.ledger.to_json(),
+    }
+
+
+def _show(engine: Engine, report: dict[str, Any]) -> None:
+    assert engine.ledger is not None
+    console.print(_key_table(engine.ledger, twin=not engine.selection.on_device))
+    sizes = ", ".join(
+        f"{name} {nbytes / 2**20:,.0f} MiB"
+        for name, nbytes in engine.ledger.section_bytes.items()
+        if nbytes
+    )
+    console.print(f"arena      {sizes}")
+    console.print(
+        f"KV cache   {engine.ledger.kv_capacity_tokens:,} tokens in "
+        f"{engine.config.num_pages - 1:,} "
+        f"pages of {engine.config.page_size}, {engine.ledger.kv_bytes_per_token:,} bytes a token"
+    )
+    console.print(f"attention  {report['attention']}")
+    if engine.launcher:
+        console.print(
+            f"kernels    {report['kernels_compiled']} compiled, {report['kernels_loaded']} loaded"
+        )
+    stages = ", ".join(f"{name} {s:.1f}" for name, s in engine.stages.seconds.items() if s >= 0.05)
+    console.print(f"seconds    {report['seconds']:.1f} ({stages})")
+    console.print(f"stored     {report['fingerprint'][:16]} in {engine.options.store_path}")
+    if not engine.selection.on_device:
+        console.print(TWIN_NOTE)
+
+
+def _key_table(ledger: Ledger, *, twin: bool) -> Table:
+    table = Table(title="captured keys (ROWS or ROWS+PROMPT_TOKENS)")
+    columns = ("key", "tokens", "nodes", "graph MiB", "scratch MiB", "in KV tokens", "ms", "proved")
+    for name in columns:
+        table.add_column(name, justify="right")
+    for k in ledger.keys:
+        table.add_row(
+            k.key,
+            str(k.tokens),
+            "-" if twin else str(sum(k.nodes.values())),
+            "-" if twin else f"{k.graph_bytes / 2**20:.1f}",
+            f"{k.scratch_bytes / 2**20:.1f}",
+            f"{k.kv_tokens:,}",
+            f"{k.capture_seconds * 1e3:.1f}",
+            f"{k.replays_proved} replays" if k.replays_proved else "not verified",
+        )
+    return table
+
+
+if __name__ == "__main__":
+    run(main)

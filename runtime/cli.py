@@ -1,0 +1,132 @@
+"""Options that the commands share, and how they end: 0 done, 1 a check failed, 2 bad arguments."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from capture_cache.errors import (
+    ArenaError,
+    CaptureError,
+    CompileError,
+    CorruptBundle,
+    CudaError,
+    FingerprintMismatch,
+    StoreError,
+)
+from graphs.keys import NotCaptured
+from runtime.config import ATTENTION, DEVICES, RuntimeConfig
+from runtime.driver import StepFailed
+from runtime.pages import OutOfPages
+
+NAMED_FAILURES = (
+    ArenaError,
+    CaptureError,
+    CompileError,
+    CorruptBundle,
+    CudaError,
+    FingerprintMismatch,
+    NotCaptured,
+    OutOfPages,
+    StepFailed,
+    StoreError,
+)
+console = Console(stderr=False)
+
+
+def add_selection(parser: argparse.ArgumentParser) -> None:
+    """What is run: model, sizes, ladder, device, store."""
+    add = parser.add_argument
+    add("--model", "--model-path", "--ckpt", default="tiny", help="HF directory or preset name")
+    add("--bs", "--max-batch-size", type=int, default=256, help="global decode batch")
+    add("--ladder", "--cuda-graph-bs", help="keys: ROWS or ROWS+PROMPT_TOKENS, as 1,2,4,8+64")
+    add(
+        "--max-seq-len", "--max-model-len", type=int, default=4096, help="prompt and output, tokens"
+    )
+    add("--num-pages", type=int, help="KV pages of a rank")
+    add("--page-size", type=int, default=64, help="tokens a page")
+    add("--layers", type=int, help="run only the first so many layers")
+    add("--override", action="append", default=[], metavar="KEY=VALUE", help="of the model config")
+    add("--device", choices=DEVICES, default="auto")
+    add("--store", help="directory of compiled kernels and manifests")
+    add("--ep-size", type=int, default=1, help="ranks that share the experts")
+    add("--attention", choices=ATTENTION, default="auto")
+    add("--seed", type=int, default=0, help="of a preset's random weights")
+    add("--json", action="store_true", help="print one JSON object as the last line")
+
+
+def selection(args: argparse.Namespace, **more: Any) -> RuntimeConfig:
+    """The configuration those options name.
+
+    Raises:
+        ValueError: contradictory options.
+    """
+    return RuntimeConfig(
+        model=args.model,
+        bs=args.bs,
+        ladder=args.ladder,
+        max_seq_len=args.max_seq_len,
+        num_pages=args.num_pages,
+        page_size=args.page_size,
+        layers=args.layers,
+        overrides=tuple(args.override),
+        device=args.device,
+        store=args.store,
+        ep_size=args.ep_size,
+        attention=args.attention,
+        seed=args.seed,
+        **more,
+    )
+
+
+class Bar:
+    """A progress bar on a terminal, and nothing elsewhere. One task per kind of work."""
+
+    def __init__(self) -> None:
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            console=console,
+            disable=not console.is_terminal,
+            transient=True,
+        )
+        self._tasks: dict[str, Any] = {}
+
+    def __call__(self, kind: str, total: int, item: object = "") -> None:
+        """One more of `total` pieces of `kind` is done; `item` says which."""
+        if kind not in self._tasks:
+            self._tasks[kind] = self._progress.add_task(kind, total=total)
+        self._progress.update(self._tasks[kind], advance=1, description=f"{kind} {item}".strip())
+
+    def __enter__(self) -> Bar:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+
+def print_json(report: dict[str, Any]) -> None:
+    sys.stdout.write(json.dumps(report, allow_nan=False) + "\n")
+    sys.stdout.flush()
+
+
+def run(main: Callable[[list[str] | None], int], argv: list[str] | None = None) -> None:
+    """Run a command's `main` and exit with its code; named errors become one line, not a trace."""
+    try:
+        code = main(argv)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = 2
+    except NAMED_FAILURES as error:
+        print(f"error: {type(error).__name__}: {error}", file=sys.stderr)
+        code = 1
+    sys.exit(code)

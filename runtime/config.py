@@ -1,0 +1,111 @@
+"""One place where options become configuration; the only place that reads the environment."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+DEVICES = ("auto", "cuda", "cpu")
+ATTENTION = ("auto", "flashinfer", "triton")
+# Spellings of other engines for the same thing.
+ALIASES = {
+    "model_path": "model",
+    "ckpt": "model",
+    "cuda_graph_bs": "ladder",
+    "max_batch_size": "bs",
+    "max_model_len": "max_seq_len",
+    "context_length": "max_seq_len",
+}
+
+
+@dataclass(frozen=True)
+class RuntimeConfig:
+    """Everything a runtime is built from.
+
+    Attributes:
+        model: Hugging Face directory or preset name.
+        bs: global decode batch; a rank holds `bs / ep_size` rows.
+        max_seq_len: tokens, prompt and output together.
+        num_pages: KV pages of a rank; None: what the rows can use, or what memory allows.
+        page_size: tokens.
+        ladder: graph keys as text ("1,2,4,8+64"); None: the default ladder.
+        layers: run only the first so many layers.
+        overrides: "key=value" of the model's config.
+        device: auto, cuda or cpu.
+        store: directory of compiled kernels and manifests.
+        ep_size: ranks that share the experts.
+        attention: auto, flashinfer or triton.
+        seed: of a preset's random weights.
+        verify: prove every key after capture.
+        proof_replays: replays per key of that proof; None: 100 on a device, 2 on the CPU twin.
+        deadline_s: longest wait for a step, seconds.
+    """
+
+    model: str
+    bs: int = 256
+    max_seq_len: int = 4096
+    num_pages: int | None = None
+    page_size: int = 64
+    ladder: str | None = None
+    layers: int | None = None
+    overrides: tuple[str, ...] = ()
+    device: str = "auto"
+    store: str | None = None
+    ep_size: int = 1
+    attention: str = "auto"
+    seed: int = 0
+    verify: bool = True
+    proof_replays: int | None = None
+    deadline_s: float = 10.0
+
+    def __post_init__(self) -> None:
+        for name, choices in (("device", DEVICES), ("attention", ATTENTION)):
+            if getattr(self, name) not in choices:
+                raise ValueError(
+                    f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}"
+                )
+        for name in ("bs", "max_seq_len", "page_size", "ep_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.bs % self.ep_size:
+            raise ValueError(
+                f"bs {self.bs} is global and must divide by ep_size {self.ep_size}; "
+                f"use --bs {-(-self.bs // self.ep_size) * self.ep_size}"
+            )
+
+    @classmethod
+    def of(cls, **options: Any) -> RuntimeConfig:
+        """From keyword arguments, the spellings of other engines included.
+
+        Raises:
+            ValueError: an unknown option, or one given twice.
+        """
+        known = {f.name for f in dataclasses.fields(cls)}
+        named: dict[str, Any] = {}
+        for key, value in options.items():
+            name = ALIASES.get(key, key)
+            if name not in known:
+                raise ValueError(f"unknown option {key!r}; known: {', '.join(sorted(known))}")
+            if name in named and key != name:
+                raise ValueError(f"{key!r} is another spelling of {name!r}, which is given too")
+            named[name] = value
+        overrides = named.get("overrides")
+        if isinstance(overrides, Mapping):
+            named["overrides"] = tuple(f"{k}={v}" for k, v in overrides.items())
+        elif overrides is not None:
+            named["overrides"] = tuple(overrides)
+        return cls(**named)
+
+    @property
+    def rows_per_rank(self) -> int:
+        return self.bs // self.ep_size
+
+    @property
+    def store_path(self) -> Path:
+        """The store: the option, else $LOCKSTEP_STORE, else ~/.cache/lockstep."""
+        chosen = self.store or os.environ.get("LOCKSTEP_STORE")
+        return Path(chosen) if chosen else Path.home() / ".cache" / "lockstep"

@@ -1,0 +1,128 @@
+"""`python -m runtime.generate --model DIR --prompt "…"`: stream text, with DIR's tokenizer."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+from typing import Any, Protocol
+
+from runtime.cli import Bar, add_selection, print_json, run, selection
+from runtime.driver import Runtime
+from runtime.engine import Engine
+from runtime.sampling import SamplingParams
+
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+
+
+class Tokenizer(Protocol):
+    """What streaming needs of a `tokenizers.Tokenizer`."""
+
+    def encode(self, text: str) -> Any: ...
+
+    def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str: ...
+
+
+class TextStream:
+    """Turns tokens into text as they come, never splitting a character.
+
+    A token may hold a part of a UTF-8 character, and what a token decodes to may depend on the one
+    before it. So a window of tokens is decoded with and without the new one, and text is held back
+    while it ends in a replacement character.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._ids: list[int] = []
+        self._shown = 0  # tokens whose text has been given out
+        self._start = 0  # first token of the window: context for the decoder
+
+    def push(self, token: int) -> str:
+        """The text that `token` completes; empty while a character is incomplete."""
+        self._ids.append(token)
+        return self._take(final=False)
+
+    def finish(self) -> str:
+        """What is left, an incomplete character as a replacement character."""
+        return self._take(final=True)
+
+    def _take(self, *, final: bool) -> str:
+        before = self._tokenizer.decode(self._ids[self._start : self._shown])
+        after = self._tokenizer.decode(self._ids[self._start :])
+        if not final and (after.endswith(REPLACEMENT) or len(after) <= len(before)):
+            return ""
+        self._start, self._shown = self._shown, len(self._ids)
+        return after[len(before) :]
+
+
+def load_tokenizer(model: str) -> Tokenizer:
+    """The checkpoint's `tokenizer.json`.
+
+    Raises:
+        ValueError: there is none.
+    """
+    from tokenizers import Tokenizer as Fast
+
+    path = Path(model) / "tokenizer.json"
+    if not path.is_file():
+        raise ValueError(
+            f"{path} does not exist: text needs a checkpoint directory with its tokenizer; "
+            "presets have none (step them through Runtime.add with token ids)"
+        )
+    tokenizer: Tokenizer = Fast.from_file(str(path))
+    return tokenizer
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(prog="python -m runtime.generate", description=__doc__)
+    add_selection(p)
+    p.set_defaults(bs=1)
+    p.add_argument("--prompt", required=True)
+    p.add_argument("--max-tokens", type=int, default=128)
+    p.add_argument("--ignore-eos", action="store_true")
+    return p
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parser().parse_args(argv)
+    tokenizer = load_tokenizer(args.model)
+    prompt = tokenizer.encode(args.prompt).ids
+    params = SamplingParams(max_tokens=args.max_tokens, ignore_eos=args.ignore_eos)
+    with Bar() as bar:
+        engine = Engine.build(selection(args), bar)
+    tokens: list[int] = []
+    reason = ""
+    stream = TextStream(tokenizer)
+    with Runtime(engine) as runtime:
+        runtime.add(prompt, params)
+        start = time.perf_counter()
+        while runtime.num_running:
+            out = runtime.step()
+            for token, why in zip(out.tokens.tolist(), out.finish_reasons.tolist(), strict=True):
+                reason = why
+                if token >= 0:
+                    tokens.append(token)
+                    _write(stream.push(token))
+        seconds = time.perf_counter() - start
+    _write(stream.finish() + "\n")
+    if args.json:
+        print_json(
+            {
+                "prompt_tokens": len(prompt),
+                "tokens": tokens,
+                "text": tokenizer.decode(tokens),
+                "finish_reason": reason,
+                "seconds": seconds,
+            }
+        )
+    return 1 if reason == "error" else 0
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    run(main)

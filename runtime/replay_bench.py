@@ -1,0 +1,337 @@
+"""`python -m runtime.replay_bench`: time the captured graphs beside their floor.
+
+Every key is driven as a user would drive it (`launch` / `collect`, two steps ahead) over rows that
+hold `--ctx-len` tokens; a mixed key gets a fresh prompt chunk each step. Device times come from the
+graph's own clock stamps, host times from the driver's calls without the wait between them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.table import Table
+
+from graphs.floor import READ_BYTES_PER_S, Floor, step_floor
+from graphs.keys import GraphKey
+from runtime.capture import TWIN_NOTE
+from runtime.cli import Bar, add_selection, console, print_json, run, selection
+from runtime.driver import Runtime
+from runtime.engine import Engine
+from runtime.report import provenance, write_files
+from runtime.sampling import SamplingParams
+
+WARM_UP = 3  # steps before the ones that are timed
+
+
+@dataclass(frozen=True)
+class KeyTimes:
+    """One key, timed. Microseconds; percentiles are over steps.
+
+    Attributes:
+        idle_us: device time between the end of a step and the begin of the next.
+        host_us: what the driver's two calls take, the wait for the device left out.
+        floor: bytes that a step must read.
+        floor_us: the same as time at the device's read bandwidth; None where that is not known.
+    """
+
+    key: str
+    tokens: int
+    rows: int
+    p50_us: float
+    p99_us: float
+    span_us: float
+    idle_us: float
+    host_us: float
+    new_tokens_per_s: float
+    floor: Floor
+    floor_us: float | None
+
+    @property
+    def fraction(self) -> float | None:
+        """Floor over time: 1.0 is the best that any kernel could do."""
+        return None if self.floor_us is None else self.floor_us / self.p50_us
+
+    def to_json(self) -> dict[str, Any]:
+        return vars(self) | {
+            "floor": vars(self.floor) | {"total": self.floor.total},
+            "fraction_of_floor": self.fraction,
+        }
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(prog="python -m runtime.replay_bench", description=__doc__)
+    add_selection(p)
+    p.add_argument("--ctx-len", type=int, default=2000, help="KV tokens a row holds at the start")
+    p.add_argument("--steps", type=int, default=100, help="timed steps a key")
+    p.add_argument("--keys", help="time only these keys of the ladder")
+    p.add_argument("--out", help="directory for the JSON, the PNG and the Chrome trace")
+    p.add_argument("--bandwidth", type=float, help="device read bandwidth for the floor, TB/s")
+    p.add_argument("--verify", action=argparse.BooleanOptionalAction, default=True)
+    return p
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parser().parse_args(argv)
+    most = args.max_seq_len - WARM_UP - args.steps
+    if not 1 <= args.ctx_len <= most:
+        raise ValueError(
+            f"--ctx-len {args.ctx_len} with {args.steps} steps: expected 1 … {most} "
+            f"(--max-seq-len {args.max_seq_len} less the steps); raise --max-seq-len"
+        )
+    with Bar() as bar:
+        engine = Engine.build(selection(args, verify=args.verify), bar)
+        with Runtime(engine) as runtime:
+            bench = ReplayBench(runtime, args.ctx_len, args.steps, args.bandwidth)
+            keys = _keys(engine, args.keys)
+            times = []
+            for key in keys:
+                times.append(bench.time_key(key))
+                bar("replay", len(keys), key)
+            largest = max((k for k in keys if k.tokens == k.rows), default=keys[-1])
+            parts = bench.time_parts(largest)
+            report = _report(engine, args, times, largest, parts)
+    _show(engine, times, largest, parts, args.ctx_len)
+    if args.out:
+        for path in write_files(Path(args.out), report, bench.trace):
+            console.print(f"wrote      {path}")
+    if args.json:
+        print_json(report)
+    return 0
+
+
+def _keys(engine: Engine, chosen: str | None) -> list[GraphKey]:
+    if chosen is None:
+        return list(engine.ladder.keys)
+    keys = [GraphKey.parse(part) for part in chosen.split(",")]
+    missing = [str(k) for k in keys if k not in engine.ladder.keys]
+    if missing:
+        raise ValueError(f"--keys {','.join(missing)}: not in the ladder {engine.ladder}")
+    return keys
+
+
+class ReplayBench:
+    """Drives one runtime key by key.
+
+    Attributes:
+        trace: Chrome trace events of the last `time_parts`.
+    """
+
+    def __init__(
+        self, runtime: Runtime, ctx_len: int, steps: int, bandwidth_tb: float | None
+    ) -> None:
+        self.runtime, self.ctx_len, self.steps = runtime, ctx_len, steps
+        self.engine = runtime.engine
+        self.bandwidth = (
+            bandwidth_tb * 1e12 if bandwidth_tb else READ_BYTES_PER_S.get(self.engine.device_name)
+        )
+        self.trace: list[dict[str, Any]] = []
+        self._rng = np.random.default_rng(0)
+        self.engine.fill_kv(seed=0)
+
+    def time_key(self, key: GraphKey) -> KeyTimes:
+        """Time `steps` steps of `key` after a few untimed ones."""
+        prompt = key.tokens - key.rows
+        decoding = key.rows - 1 if prompt else key.rows
+        self._occupy(decoding)
+        run = self._mixed if prompt else self._decode
+        begin, end, host = run(key, WARM_UP + self.steps)
+        self._release()
+        step_us = np.diff(end)[WARM_UP - 1 :] / 1e3
+        kv = decoding * (self.ctx_len + self.steps // 2)
+        kv += (prompt + 1) * (prompt + 2) // 2 if prompt else 0
+        floor = step_floor(
+            self.engine.model_config, self.engine.config, rows=key.tokens, kv_tokens=kv
+        )
+        p50 = float(np.median(step_us))
+        return KeyTimes(
+            key=str(key),
+            tokens=key.tokens,
+            rows=key.rows,
+            p50_us=p50,
+            p99_us=float(np.percentile(step_us, 99)),
+            span_us=float(np.median((end - begin)[WARM_UP:])) / 1e3,
+            idle_us=float(np.median((begin[1:] - end[:-1])[WARM_UP - 1 :])) / 1e3,
+            host_us=float(np.median(host[WARM_UP:])) * 1e6,
+            new_tokens_per_s=key.rows / p50 * 1e6,
+            floor=floor,
+            floor_us=floor.microseconds(self.bandwidth) if self.bandwidth else None,
+        )
+
+    def _occupy(self, rows: int) -> None:
+        if rows:
+            self.runtime.occupy(rows, self.ctx_len, WARM_UP + self.steps + 1)
+
+    def _release(self) -> None:
+        for row in range(self.engine.config.max_rows):
+            self.runtime.cancel(row)
+        self.runtime.step()  # carries the cancels to the device
+
+    def _decode(self, key: GraphKey, steps: int) -> tuple[Any, Any, list[float]]:
+        """Two steps ahead, as a serving loop would run."""
+        begin: list[int] = []
+        end: list[int] = []
+        host: list[float] = []
+        launched = [self._timed_launch(key), self._timed_launch(key)] if steps > 1 else []
+        for i in range(steps):
+            collect_s = self._timed_collect(begin, end)
+            host.append(launched[i] + collect_s)
+            if len(launched) < steps:
+                launched.append(self._timed_launch(key))
+        assert self.runtime.num_in_flight == 0
+        return np.array(begin), np.array(end), host
+
+    def _mixed(self, key: GraphKey, steps: int) -> tuple[Any, Any, list[float]]:
+        """A fresh prompt of the key's size each step; it ends with its first token."""
+        begin: list[int] = []
+        end: list[int] = []
+        host: list[float] = []
+        vocab, size = self.engine.model_config.vocab_size, key.tokens - key.rows + 1
+        for _ in range(steps):
+            prompt = self._rng.integers(0, vocab, min(size, self.engine.config.max_seq_len - 1))
+            self.runtime.add(prompt, SamplingParams(max_tokens=1))
+            launch_s = self._timed_launch(key)
+            host.append(launch_s + self._timed_collect(begin, end))
+        return np.array(begin), np.array(end), host
+
+    def _timed_launch(self, key: GraphKey) -> float:
+        start = time.perf_counter()
+        self.runtime.launch()
+        seconds = time.perf_counter() - start
+        if self.runtime.last_key != key:
+            raise RuntimeError(
+                f"expected a step of key {key}, the driver took {self.runtime.last_key}"
+            )
+        return seconds
+
+    def _timed_collect(self, begin: list[int], end: list[int]) -> float:
+        self.runtime.wait()
+        start = time.perf_counter()
+        out = self.runtime.collect()
+        seconds = time.perf_counter() - start
+        if (out.tokens < 0).any():
+            raise RuntimeError(
+                f"step {out.step}: logits were not finite; the times would mean nothing"
+            )
+        entry = self.runtime.last_entry
+        assert entry is not None
+        begin.append(entry.begin_ns)
+        end.append(entry.end_ns)
+        return seconds
+
+    def time_parts(self, key: GraphKey, repeats: int = 20) -> dict[str, float]:
+        """Median microseconds of each part of a step, from stamps inside a graph of its own."""
+        self._occupy(key.rows)
+        samples = []
+        with self.engine.graphs.stamped(key) as names:
+            for _ in range(min(repeats, self.steps)):
+                self.runtime.launch()
+                self.runtime.collect()
+                samples.append(self.engine.read_stamps(len(names)))
+        self._release()
+        stamps = np.array(samples)
+        spans = np.median(np.diff(stamps, axis=1), axis=0) / 1e3
+        first = stamps[-1]
+        self.trace = [
+            {
+                "name": n,
+                "ph": "X",
+                "pid": 0,
+                "tid": 0,
+                "ts": (a - first[0]) / 1e3,
+                "dur": (b - a) / 1e3,
+            }
+            for n, a, b in zip(names[1:], first[:-1].tolist(), first[1:].tolist(), strict=True)
+        ]
+        return dict(zip(names[1:], spans.tolist(), strict=True))
+
+
+def _report(
+    engine: Engine,
+    args: argparse.Namespace,
+    times: list[KeyTimes],
+    largest: GraphKey,
+    parts: dict[str, float],
+) -> dict[str, Any]:
+    return provenance(engine.device_name) | {
+        "model": args.model,
+        "overrides": args.override,
+        "layers": engine.model_config.num_layers,
+        "bs": args.bs,
+        "ctx_len": args.ctx_len,
+        "steps": args.steps,
+        "attention": engine.config.attention,
+        "times_mean_something": engine.selection.on_device,
+        "stages_s": engine.stages.seconds,
+        "keys": [t.to_json() for t in times],
+        "parts_key": str(largest),
+        "parts_us": parts,
+    }
+
+
+def _show(
+    engine: Engine, times: list[KeyTimes], largest: GraphKey, parts: dict[str, float], ctx_len: int
+) -> None:
+    table = Table(title=f"replay, {engine.device_name}, context {ctx_len}")
+    for name in (
+        "key",
+        "p50 ms",
+        "p99 ms",
+        "tok/s",
+        "host us",
+        "idle us",
+        "GB",
+        "floor ms",
+        "of floor",
+    ):
+        table.add_column(name, justify="right")
+    for t in times:
+        table.add_row(
+            t.key,
+            f"{t.p50_us / 1e3:.3f}",
+            f"{t.p99_us / 1e3:.3f}",
+            f"{t.new_tokens_per_s:,.0f}",
+            f"{t.host_us:.0f}",
+            f"{t.idle_us:.1f}",
+            f"{t.floor.total / 1e9:.2f}",
+            "-" if t.floor_us is None else f"{t.floor_us / 1e3:.3f}",
+            "-" if t.fraction is None else f"{t.fraction:.0%}",
+        )
+    console.print(table)
+    split = Table(title=f"inside one step of key {largest} (stamps add about a microsecond each)")
+    for name in ("part", "count", "median us", "sum us", "share"):
+        split.add_column(name, justify="left" if name == "part" else "right")
+    whole = sum(parts.values())
+    for part, spans in _grouped(engine, parts).items():
+        split.add_row(
+            part,
+            str(len(spans)),
+            f"{np.median(spans):.1f}",
+            f"{sum(spans):.1f}",
+            f"{sum(spans) / whole:.0%}" if math.isfinite(whole) and whole else "-",
+        )
+    console.print(split)
+    if not engine.selection.on_device:
+        console.print(TWIN_NOTE)
+
+
+def _grouped(engine: Engine, parts: dict[str, float]) -> dict[str, list[float]]:
+    """The parts of all layers together: attention, dense MLP, expert MLP."""
+    groups: dict[str, list[float]] = {}
+    for name, us in parts.items():
+        label = name
+        if name.startswith("layer "):
+            _, layer, kind = name.split(" ", 2)
+            moe = engine.model_config.is_moe(int(layer))
+            label = "attention" if kind == "attention" else "experts" if moe else "dense mlp"
+        groups.setdefault(label, []).append(us)
+    return groups
+
+
+if __name__ == "__main__":
+    run(main)

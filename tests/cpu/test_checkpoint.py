@@ -1,0 +1,670 @@
+"""Weights in: round trips through transformers' and the released FP8 formats, and every refusal."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from graphs.checkpoint import (
+    CheckpointError,
+    LoadReport,
+    load_checkpoint,
+    model_digest,
+    resolve_model,
+)
+from graphs.model_config import ModelConfig, UnsupportedModel
+from tests.cpu.checkpoints import (
+    INDEX,
+    YARN,
+    Tensors,
+    as_fp8,
+    as_transformers_4,
+    dequantised,
+    edit_config,
+    empty_views,
+    is_fp8_linear,
+    quantised,
+    random_model,
+    read_tensors,
+    save_model,
+    small_config,
+    unpacked,
+    write_tensors,
+)
+
+GATE = "model.layers.2.mlp.experts.5.gate_proj.weight"
+O_PROJ = "model.layers.0.self_attn.o_proj.weight"
+
+
+def make(path: Path, *, max_shard_size: str = "5GB", **changes: Any) -> Path:
+    return save_model(path, random_model(small_config(**changes)), max_shard_size=max_shard_size)
+
+
+def load(
+    path: Path, *, ep_rank: int = 0, ep_size: int = 1, **options: Any
+) -> tuple[ModelConfig, Tensors, LoadReport]:
+    cfg, source = resolve_model(str(path), **options)
+    assert source.path is not None
+    views = empty_views(cfg, ep_size=ep_size)
+    report = load_checkpoint(source.path, cfg, views, ep_rank=ep_rank, ep_size=ep_size)
+    for name, view in views.items():
+        assert view.float().isfinite().all(), f"{name} was not filled"
+    return cfg, views, report
+
+
+def assert_same(state: Tensors, expected: Tensors) -> None:
+    for name, value in state.items():
+        assert torch.equal(value.float(), expected[name].float()), name
+
+
+def change_tensors(path: Path, change: Callable[[Tensors], object]) -> None:
+    """Rewrite the directory as one file after `change`."""
+    tensors = read_tensors(path)
+    change(tensors)
+    write_tensors(path, tensors)
+
+
+def refused(path: Path, **options: Any) -> CheckpointError:
+    with pytest.raises(CheckpointError) as info:
+        load(path, **options)
+    return info.value
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"q_lora_rank": None},
+        {"rope_parameters": YARN, "rope_interleave": False},
+        {"n_shared_experts": 0},
+        {"n_shared_experts": 2},
+        {"first_k_dense_replace": 0},
+        {"first_k_dense_replace": 3},
+        {"tie_word_embeddings": True},
+        {"n_group": 1, "topk_group": 1, "v_head_dim": 8},
+        {"max_shard_size": "40KB"},
+    ],
+    ids=lambda changes: ",".join(changes) or "plain",
+)
+def test_transformers_checkpoint_round_trip(tmp_path: Path, changes: dict[str, Any]) -> None:
+    make(tmp_path, **changes)
+    cfg, views, report = load(tmp_path)
+    assert_same(unpacked(cfg, views), read_tensors(tmp_path) | _tied(cfg, tmp_path))
+    assert report.quantised == ()
+    assert (tmp_path / INDEX).exists() == ("max_shard_size" in changes)
+
+
+def _tied(cfg: ModelConfig, path: Path) -> Tensors:
+    if not cfg.tie_word_embeddings:
+        return {}
+    return {"lm_head.weight": read_tensors(path)["model.embed_tokens.weight"]}
+
+
+def test_packed_rows_are_where_the_step_reads_them(tmp_path: Path) -> None:
+    """Against transformers' own modules, without the table that the loader follows."""
+    model = random_model(small_config())
+    save_model(tmp_path, model)
+    _, views, _ = load(tmp_path)
+    attention, experts = model.model.layers[1].self_attn, model.model.layers[1].mlp.experts
+    qkv_a = torch.cat((attention.q_a_proj.weight, attention.kv_a_proj_with_mqa.weight))
+    assert torch.equal(views["layers.1.qkv_a"], qkv_a)
+    w_uk, w_uv = attention.kv_b_proj.weight.view(4, 32, 16).split(16, dim=1)
+    assert torch.equal(views["layers.1.w_uk"], w_uk)
+    assert torch.equal(views["layers.1.w_uv"], w_uv)
+    assert torch.equal(views["layers.1.experts_gate_up"], experts.gate_up_proj)
+    assert torch.equal(views["layers.1.experts_down"], experts.down_proj)
+    dense = model.model.layers[0].mlp
+    gate_up = torch.cat((dense.gate_proj.weight, dense.up_proj.weight))
+    assert torch.equal(views["layers.0.gate_up"], gate_up)
+    bias = model.model.layers[1].mlp.gate.e_score_correction_bias
+    assert torch.equal(views["layers.1.router_bias"], bias)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_checkpoint_keeps_its_type(tmp_path: Path, dtype: torch.dtype) -> None:
+    save_model(tmp_path, random_model(small_config(), dtype=dtype))
+    cfg, views, _ = load(tmp_path)
+    assert cfg.act_dtype == str(dtype).removeprefix("torch.")
+    assert views["layers.1.router"].dtype == torch.float32
+    assert_same(unpacked(cfg, views), read_tensors(tmp_path))
+
+
+def test_dtype_override_casts(tmp_path: Path) -> None:
+    make(tmp_path)
+    _, views, _ = load(tmp_path, overrides={"dtype": "bfloat16"})
+    assert torch.equal(views["layers.0.o"], read_tensors(tmp_path)[O_PROJ].bfloat16())
+
+
+def test_dtype_is_the_embedding_s_where_the_config_names_none(tmp_path: Path) -> None:
+    make(tmp_path)
+    edit_config(tmp_path, lambda config: config.pop("dtype"))
+    assert resolve_model(str(tmp_path))[0].act_dtype == "float32"
+
+
+def test_transformers_4_directory(tmp_path: Path) -> None:
+    make(tmp_path, rope_parameters=YARN)
+    five, _ = resolve_model(str(tmp_path))
+    edit_config(tmp_path, as_transformers_4)
+    change_tensors(tmp_path, _add_inv_freq)
+    cfg, views, report = load(tmp_path)
+    assert cfg == five
+    assert_same(unpacked(cfg, views), read_tensors(tmp_path))
+    assert list(report.left_out) == ["rotary frequencies, computed from config.json"]
+
+
+def _add_inv_freq(tensors: Tensors) -> None:
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+
+
+def test_fused_experts(tmp_path: Path) -> None:
+    model = random_model(small_config())
+    save_model(tmp_path, model)
+    cfg, one_by_one, _ = load(tmp_path)
+    write_tensors(tmp_path, {k: v for k, v in model.state_dict().items() if "inv_freq" not in k})
+    assert "model.layers.1.mlp.experts.gate_up_proj" in read_tensors(tmp_path)
+    for ep_rank in range(2):
+        _, views, _ = load(tmp_path, ep_rank=ep_rank, ep_size=2)
+        mine = slice(4 * ep_rank, 4 * ep_rank + 4)
+        for name in ("layers.1.experts_gate_up", "layers.2.experts_down"):
+            assert torch.equal(views[name], one_by_one[name][mine])
+
+
+def test_each_rank_reads_its_experts_only(tmp_path: Path) -> None:
+    make(tmp_path)
+    _, whole, report = load(tmp_path)
+    for ep_rank in range(4):
+        _, views, part = load(tmp_path, ep_rank=ep_rank, ep_size=4)
+        mine = whole["layers.2.experts_down"][2 * ep_rank : 2 * ep_rank + 2]
+        assert torch.equal(views["layers.2.experts_down"], mine)
+        assert torch.equal(views["layers.2.router"], whole["layers.2.router"])
+        assert report.num_tensors - part.num_tensors == 2 * 6 * 3
+
+
+ODD_SIZES = {
+    "hidden_size": 192,
+    "q_lora_rank": 136,
+    "kv_lora_rank": 72,
+    "intermediate_size": 200,
+    "moe_intermediate_size": 136,
+}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        ODD_SIZES,
+        ODD_SIZES | {"q_lora_rank": None, "n_shared_experts": 2},
+        ODD_SIZES | {"n_shared_experts": 0, "first_k_dense_replace": 2},
+        {"hidden_size": 256, "q_lora_rank": 128, "moe_intermediate_size": 128},
+    ],
+    ids=["odd", "odd,one query matrix", "odd,no shared", "whole blocks"],
+)
+def test_fp8_checkpoint_round_trip(tmp_path: Path, changes: dict[str, Any]) -> None:
+    make(tmp_path, num_attention_heads=3, num_key_value_heads=3, **changes)
+    values = as_fp8(tmp_path, shards=3)
+    cfg, views, report = load(tmp_path)
+    assert cfg.is_fp8
+    assert report.quantised == ()
+    assert_same(unpacked(cfg, views), values)
+    stored = read_tensors(tmp_path)
+    q = stored[GATE].view(torch.uint8)
+    width = cfg.moe_intermediate_size
+    assert torch.equal(views["layers.2.experts_gate_up"][5, :width].view(torch.uint8), q)
+    scale = stored[f"{GATE}_scale_inv"]
+    assert torch.equal(views["layers.2.experts_gate_up_scale"][5, : len(scale)], scale)
+
+
+def test_fp8_padding_is_zero(tmp_path: Path) -> None:
+    make(tmp_path, **ODD_SIZES)
+    as_fp8(tmp_path)
+    _, views, _ = load(tmp_path)
+    assert not views["layers.0.qkv_a"][136:256].float().any()
+    assert not views["layers.0.gate_up"][200:256].float().any()
+    assert not views["layers.0.gate_up"][456:512].float().any()
+    assert not views["layers.1.shared_gate_up"][136:256].float().any()
+
+
+def test_fp8_fused_experts(tmp_path: Path) -> None:
+    make(tmp_path, hidden_size=192, moe_intermediate_size=128)
+    values = as_fp8(tmp_path)
+    change_tensors(tmp_path, _fuse_experts)
+    cfg, views, _ = load(tmp_path)
+    assert_same(unpacked(cfg, views), values)
+
+
+def _fuse_experts(tensors: Tensors) -> None:
+    for layer in (1, 2):
+        here = f"model.layers.{layer}.mlp.experts"
+        for suffix, fused_suffix in (("weight", ""), ("weight_scale_inv", "_scale_inv")):
+            parts = {
+                proj: [tensors.pop(f"{here}.{e}.{proj}_proj.{suffix}") for e in range(8)]
+                for proj in ("gate", "up", "down")
+            }
+            both = [torch.cat(p) for p in zip(parts["gate"], parts["up"], strict=True)]
+            tensors[f"{here}.gate_up_proj{fused_suffix}"] = torch.stack(both)
+            tensors[f"{here}.down_proj{fused_suffix}"] = torch.stack(parts["down"])
+
+
+def test_fp8_fused_experts_that_split_a_block_are_refused(tmp_path: Path) -> None:
+    make(tmp_path, moe_intermediate_size=136)
+    as_fp8(tmp_path)
+    change_tensors(tmp_path, _fuse_experts)
+    assert "scale blocks do not divide moe_intermediate_size 136" in str(refused(tmp_path))
+
+
+def test_partly_fp8_checkpoint_is_quantised_and_says_so(tmp_path: Path) -> None:
+    make(tmp_path, **ODD_SIZES)
+    plain = read_tensors(tmp_path)
+    values = as_fp8(tmp_path, only=".experts.")
+    cfg, views, report = load(tmp_path)
+    assert O_PROJ in report.quantised
+    assert GATE not in report.quantised
+    state = unpacked(cfg, views)
+    kv_b = "model.layers.0.self_attn.kv_b_proj.weight"
+    assert kv_b not in report.quantised  # kept in the activations' type, absorbed
+    assert torch.equal(state[kv_b], plain[kv_b])
+    assert torch.equal(state[GATE], values[GATE])
+    for name in report.quantised:
+        assert torch.equal(state[name], dequantised(*quantised(plain[name]))), name
+
+
+def test_plain_checkpoint_can_be_quantised_on_request(tmp_path: Path) -> None:
+    make(tmp_path)
+    _, _, report = load(tmp_path, overrides={"quantization": "fp8"})
+    linears = [n for n in read_tensors(tmp_path) if is_fp8_linear(n) and "kv_b" not in n]
+    assert sorted(report.quantised) == sorted(linears)
+
+
+def test_large_tensor_in_several_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make(tmp_path, vocab_size=1000, **ODD_SIZES)
+    values = as_fp8(tmp_path, only=".experts.")
+    _, whole, _ = load(tmp_path)
+    monkeypatch.setattr("graphs.checkpoint._PIECE_BYTES", 1)  # a piece is then 128 rows
+    cfg, views, _ = load(tmp_path)
+    for name, view in views.items():
+        assert torch.equal(view.float(), whole[name].float()), name
+    assert torch.equal(unpacked(cfg, views)[GATE], values[GATE])
+
+
+def test_progress_ends_at_the_total(tmp_path: Path) -> None:
+    make(tmp_path)
+    as_fp8(tmp_path)
+    cfg, _ = resolve_model(str(tmp_path))
+    seen: list[tuple[int, int]] = []
+    report = load_checkpoint(
+        tmp_path, cfg, empty_views(cfg), progress=lambda done, total: seen.append((done, total))
+    )
+    assert seen[-1] == (report.bytes_read, report.bytes_read)
+    assert report.bytes_read == sum(t.nbytes for t in read_tensors(tmp_path).values())
+    assert seen == sorted(seen)
+
+
+def _add_next_token_layer(tensors: Tensors) -> None:
+    for name in [n for n in tensors if n.startswith("model.layers.2.")]:
+        tensors[name.replace("layers.2.", "layers.3.")] = tensors[name].clone()
+    for name in ("eh_proj", "enorm", "hnorm", "shared_head.norm", "shared_head.head"):
+        tensors[f"model.layers.3.{name}.weight"] = torch.ones(4, 4)
+    tensors["model.layers.3.embed_tokens.weight"] = torch.ones(4, 4)
+
+
+def test_next_token_layer_is_left_out_by_name(tmp_path: Path) -> None:
+    make(tmp_path)
+    change_tensors(tmp_path, _add_next_token_layer)
+    _, _, report = load(tmp_path)
+    (reason, names), *others = report.left_out.items()
+    assert not others
+    assert reason == "next-token-prediction layer model.layers.3"
+    assert "model.layers.3.eh_proj.weight" in names
+    assert len(names) == 6 + sum(n.startswith("model.layers.2.") for n in read_tensors(tmp_path))
+
+
+def test_a_further_decoder_layer_is_not_taken_for_one(tmp_path: Path) -> None:
+    make(tmp_path)
+    edit_config(tmp_path, lambda config: config.update(num_hidden_layers=2))
+    error = refused(tmp_path)
+    assert all("model.layers.2." in p and "expected no such tensor" in p for p in error.problems)
+
+
+def test_layers_past_those_that_run_are_left_out(tmp_path: Path) -> None:
+    make(tmp_path)
+    change_tensors(tmp_path, _add_next_token_layer)
+    cfg, views, report = load(tmp_path, layers=2)
+    assert "layers past the first 2" in report.left_out
+    assert "next-token-prediction layer model.layers.3" in report.left_out
+    assert_same(unpacked(cfg, views), read_tensors(tmp_path))
+
+
+def test_empty_shared_experts_are_left_out(tmp_path: Path) -> None:
+    make(tmp_path, n_shared_experts=0)
+    _, _, report = load(tmp_path)
+    assert list(report.left_out) == ["shared experts of width 0"]
+
+
+def test_stored_head_of_a_tied_model_must_be_the_embedding(tmp_path: Path) -> None:
+    make(tmp_path, tie_word_embeddings=True)
+    embed = read_tensors(tmp_path)["model.embed_tokens.weight"]
+    change_tensors(tmp_path, lambda t: t.update({"lm_head.weight": embed}))
+    _, _, report = load(tmp_path)
+    assert report.left_out == {"lm_head, the same as the embedding": ("lm_head.weight",)}
+    change_tensors(tmp_path, lambda t: t.update({"lm_head.weight": embed + 1}))
+    error = refused(tmp_path)
+    assert "lm_head.weight: expected model.embed_tokens.weight" in str(error)
+    assert "--override tie_word_embeddings=false" in str(error)
+    assert load(tmp_path, overrides={"tie_word_embeddings": False})[1]["head"].equal(embed + 1)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (
+            lambda t: t.pop(O_PROJ),
+            f"model.safetensors: {O_PROJ}: expected [64, 64] bfloat16|float16|float32, got no such",
+        ),
+        (
+            lambda t: t.update(extra=torch.ones(3, 2)),
+            "model.safetensors: extra: expected no such tensor in this model, got [3, 2] float32",
+        ),
+        (
+            lambda t: t.update({O_PROJ: t[O_PROJ][:5]}),
+            f"model.safetensors: {O_PROJ}: expected shape [64, 64], got [5, 64] float32",
+        ),
+        (
+            lambda t: t.update({O_PROJ: t[O_PROJ].to(torch.int32)}),
+            f"{O_PROJ}: expected bfloat16|float16|float32|float8_e4m3fn, got [64, 64] I32",
+        ),
+        (
+            lambda t: t.update({"model.norm.weight": torch.ones(64).to(torch.float8_e4m3fn)}),
+            "model.norm.weight: expected bfloat16|float16|float32, got [64] float8_e4m3fn",
+        ),
+        (
+            lambda t: t.update({O_PROJ: t[O_PROJ].to(torch.float8_e4m3fn)}),
+            "expected bfloat16|float16|float32 as config.json has no quantization_config",
+        ),
+    ],
+    ids=["missing", "extra", "shape", "type", "fp8 norm", "fp8 in a plain model"],
+)
+def test_tensor_that_does_not_fit_is_named(
+    tmp_path: Path, change: Callable[[Tensors], object], words: str
+) -> None:
+    make(tmp_path)
+    change_tensors(tmp_path, change)
+    assert words in str(refused(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (
+            lambda t: t.pop(f"{GATE}_scale_inv"),
+            f"{GATE}_scale_inv: expected [1, 1] bfloat16|float16|float32 beside FP8 {GATE}, got no",
+        ),
+        (
+            lambda t: t.update({f"{GATE}_scale_inv": torch.ones(2, 1)}),
+            f"{GATE}_scale_inv: expected [1, 1] bfloat16|float16|float32, got [2, 1] float32",
+        ),
+        (
+            lambda t: t.update({GATE: t[GATE].float()}),
+            f"{GATE}_scale_inv: expected no such tensor in this model",
+        ),
+    ],
+    ids=["missing", "shape", "without an FP8 weight"],
+)
+def test_scale_that_does_not_fit_is_named(
+    tmp_path: Path, change: Callable[[Tensors], object], words: str
+) -> None:
+    make(tmp_path)
+    as_fp8(tmp_path)
+    change_tensors(tmp_path, change)
+    assert words in str(refused(tmp_path))
+
+
+def test_all_problems_are_counted_and_the_first_shown(tmp_path: Path) -> None:
+    make(tmp_path)
+    change_tensors(tmp_path, lambda t: t.update({f"x{i}": torch.ones(1) for i in range(30)}))
+    error = refused(tmp_path)
+    assert len(error.problems) == 30
+    assert "30 problems" in str(error)
+    assert "… and 10 more" in str(error)
+    assert len(str(error).splitlines()) == 23
+
+
+def test_another_width_than_the_config_s_is_refused(tmp_path: Path) -> None:
+    make(tmp_path)
+    error = refused(tmp_path, overrides={"n_routed_experts": 4, "n_group": 1, "topk_group": 1})
+    assert any("experts.7" in p and "no such tensor" in p for p in error.problems)
+    assert any("mlp.gate.weight: expected shape [4, 64], got [8, 64]" in p for p in error.problems)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("name", [O_PROJ, "model.norm.weight", "lm_head.weight"])
+def test_value_that_is_not_finite_is_named(tmp_path: Path, name: str, bad: float) -> None:
+    make(tmp_path)
+    at = 3 if name == "model.norm.weight" else (3, 5)
+    change_tensors(tmp_path, lambda t: t[name].__setitem__(at, bad))
+    words = f"model.safetensors: {name}: expected finite values, got NaN or infinity, 1 here"
+    error = str(refused(tmp_path))
+    assert words in error
+    assert ("at [3]" if name == "model.norm.weight" else "at [3, 5]") in error
+
+
+@pytest.mark.parametrize("byte", [0x7F, 0xFF])
+def test_fp8_nan_is_named(tmp_path: Path, byte: int) -> None:
+    make(tmp_path)
+    as_fp8(tmp_path)
+    change_tensors(tmp_path, lambda t: t[GATE].view(torch.uint8).__setitem__((1, 2), byte))
+    assert f"{GATE}: expected finite values, got NaN or infinity, 1 here" in str(refused(tmp_path))
+
+
+@pytest.mark.parametrize("name", [GATE, "model.layers.0.self_attn.kv_b_proj.weight"])
+def test_fp8_scale_that_is_not_finite_is_named(tmp_path: Path, name: str) -> None:
+    make(tmp_path)
+    as_fp8(tmp_path)
+    change_tensors(tmp_path, lambda t: t[f"{name}_scale_inv"].fill_(torch.nan))
+    assert f"{name}_scale_inv: expected finite values" in str(refused(tmp_path))
+
+
+def test_value_too_large_for_float16_is_named(tmp_path: Path) -> None:
+    make(tmp_path)
+    change_tensors(tmp_path, lambda t: t[O_PROJ].__setitem__((0, 0), 1e6))
+    assert "expected values that fit float16" in str(
+        refused(tmp_path, overrides={"dtype": "float16"})
+    )
+
+
+def _header_length(file: Path) -> int:
+    return int(struct.unpack("<Q", file.read_bytes()[:8])[0])
+
+
+@pytest.mark.parametrize(
+    ("keep", "words"),
+    [
+        (lambda size, header: 0, "expected a safetensors file, got 0 bytes"),
+        (lambda size, header: 7, "expected a safetensors file, got 7 bytes"),
+        (lambda size, header: 8, "cut short: expected a header of"),
+        (lambda size, header: 8 + header // 2, "cut short: expected a header of"),
+        (lambda size, header: 8 + header, "cut short: expected"),
+        (lambda size, header: size - 1, "cut short: expected"),
+    ],
+    ids=["empty", "in the length", "no header", "in the header", "no data", "last byte"],
+)
+def test_truncated_file_is_named(
+    tmp_path: Path, keep: Callable[[int, int], int], words: str
+) -> None:
+    make(tmp_path)
+    file = tmp_path / "model.safetensors"
+    data = file.read_bytes()
+    file.write_bytes(data[: keep(len(data), _header_length(file))])
+    error = str(refused(tmp_path))
+    assert f"model.safetensors: {words}" in error
+    assert "download" in error
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (b"\xff" * 64, "got a header of 18446744073709551615 bytes"),
+        (struct.pack("<Q", 8) + b"not json", "expected a safetensors header, got"),
+        (struct.pack("<Q", 2) + b"[]", "expected a safetensors header, got"),
+        (struct.pack("<Q", 8) + b'{"a": 1}', "expected a safetensors header, got"),
+    ],
+)
+def test_file_of_another_kind_is_named(tmp_path: Path, data: bytes, words: str) -> None:
+    make(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(data)
+    assert words in str(refused(tmp_path))
+
+
+def test_header_with_wrong_offsets_is_named(tmp_path: Path) -> None:
+    make(tmp_path)
+    file = tmp_path / "model.safetensors"
+    data, length = file.read_bytes(), _header_length(file)
+    header = json.loads(data[8 : 8 + length])
+    header["model.norm.weight"]["shape"] = [63]
+    text = json.dumps(header).encode()
+    file.write_bytes(struct.pack("<Q", len(text)) + text + data[8 + length :])
+    assert "model.norm.weight: expected [63] float32 at byte" in str(refused(tmp_path))
+
+
+def test_bytes_after_the_last_tensor_are_named(tmp_path: Path) -> None:
+    make(tmp_path)
+    with (tmp_path / "model.safetensors").open("ab") as file:
+        file.write(b"tail")
+    assert "too long: expected" in str(refused(tmp_path))
+
+
+def edit_index(path: Path, edit: Callable[[dict[str, str]], object]) -> None:
+    index = json.loads((path / INDEX).read_text())
+    edit(index["weight_map"])
+    (path / INDEX).write_text(json.dumps(index))
+
+
+def test_missing_and_renamed_shards_are_named(tmp_path: Path) -> None:
+    make(tmp_path, max_shard_size="40KB")
+    shards = sorted(tmp_path.glob("*.safetensors"))
+    shards[0].unlink()
+    shards[1].rename(tmp_path / "renamed.safetensors")
+    error = refused(tmp_path)
+    expected = [f"{shard.name}: expected a file, got nothing" for shard in shards[:2]]
+    assert list(error.problems) == expected
+
+
+def test_index_that_names_the_wrong_file_is_refused(tmp_path: Path) -> None:
+    make(tmp_path, max_shard_size="100KB")
+    right, wrong = (s.name for s in sorted(tmp_path.glob("*.safetensors"))[:2])
+    edit_index(tmp_path, lambda index: index.update({"lm_head.weight": wrong}))
+    error = str(refused(tmp_path))
+    assert f"{wrong}: lm_head.weight: expected here by {INDEX}, got no such tensor" in error
+    assert f"{right}: lm_head.weight: expected what {INDEX} lists, got a tensor listed in" in error
+
+
+def test_tensor_that_the_index_lacks_is_named(tmp_path: Path) -> None:
+    make(tmp_path, max_shard_size="100KB")
+    edit_index(tmp_path, lambda index: index.pop("lm_head.weight"))
+    words = f"lm_head.weight: expected what {INDEX} lists, got a tensor not listed"
+    assert words in str(refused(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("{", f"{INDEX}: expected JSON, got"),
+        ("[]", f"{INDEX}: expected a JSON object, got list"),
+        ("{}", f"{INDEX}: expected weight_map"),
+        ('{"weight_map": {"a": "../b.safetensors"}}', f"{INDEX}: expected weight_map"),
+    ],
+)
+def test_invalid_index_is_named(tmp_path: Path, text: str, words: str) -> None:
+    make(tmp_path, max_shard_size="40KB")
+    (tmp_path / INDEX).write_text(text)
+    assert words in str(refused(tmp_path))
+
+
+def test_index_beside_a_single_file_is_refused(tmp_path: Path) -> None:
+    make(tmp_path)
+    (tmp_path / INDEX).write_text("{}")
+    assert "got both" in str(refused(tmp_path))
+
+
+def test_directory_without_safetensors_is_refused(tmp_path: Path) -> None:
+    make(tmp_path)
+    (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
+    assert "got pytorch_model.bin" in str(refused(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (None, "config.json: expected a file, got nothing"),
+        ("{", "config.json: expected JSON, got"),
+        ("[]", "config.json: expected a JSON object, got list"),
+    ],
+)
+def test_config_that_cannot_be_read_is_named(tmp_path: Path, text: str | None, words: str) -> None:
+    if text is not None:
+        (tmp_path / "config.json").write_text(text)
+    assert words in str(refused(tmp_path))
+
+
+def test_config_of_another_architecture_is_refused(tmp_path: Path) -> None:
+    make(tmp_path)
+    edit_config(tmp_path, lambda config: config.update(architectures=["LlamaForCausalLM"]))
+    with pytest.raises(UnsupportedModel, match="LlamaForCausalLM"):
+        resolve_model(str(tmp_path))
+
+
+def test_file_in_place_of_a_directory_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "model.gguf"
+    file.write_text("x")
+    with pytest.raises(CheckpointError, match="expected a directory, got a file"):
+        resolve_model(str(file))
+
+
+def test_views_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    make(tmp_path)
+    cfg, _ = resolve_model(str(tmp_path))
+    views = empty_views(cfg)
+    views["embed"] = views["embed"].bfloat16()
+    with pytest.raises(ValueError, match=r"embed: expected \[96, 64\] float32, got .*bfloat16"):
+        load_checkpoint(tmp_path, cfg, views)
+    with pytest.raises(ValueError, match="ep_rank: expected 0 … 1, got 2"):
+        load_checkpoint(tmp_path, cfg, views, ep_rank=2, ep_size=2)
+
+
+def test_unknown_model_lists_the_presets() -> None:
+    with pytest.raises(ValueError, match="tiny, moonlight, deepseek-v3, kimi-k2, got 'tniy'"):
+        resolve_model("tniy")
+
+
+def test_preset_name_that_is_also_a_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(tmp_path / "tiny")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="a preset and a directory; write ./tiny"):
+        resolve_model("tiny")
+    assert resolve_model("./tiny")[0].vocab_size == 96
+
+
+def test_stop_ids_are_those_of_generation(tmp_path: Path) -> None:
+    make(tmp_path)
+    assert resolve_model(str(tmp_path))[0].eos_token_ids == (1,)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [7, 8]}')
+    assert resolve_model(str(tmp_path))[0].eos_token_ids == (7, 8)
+    cfg, _ = resolve_model(str(tmp_path), overrides={"eos_token_id": 9})
+    assert cfg.eos_token_ids == (9,)
+
+
+def test_model_digest_is_of_config_index_and_layout(tmp_path: Path) -> None:
+    make(tmp_path, max_shard_size="40KB")
+    digest = model_digest(tmp_path)
+    assert model_digest(tmp_path) == digest
+    edit_config(tmp_path, lambda config: config.update(vocab_size=97))
+    other_config = model_digest(tmp_path)
+    write_tensors(tmp_path, read_tensors(tmp_path), shards=2)
+    assert len({digest, other_config, model_digest(tmp_path)}) == 3

@@ -1,0 +1,431 @@
+"""MLA kernels: preparation, absorption and decode, against their oracles and a naive attention."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from kernels.triton.launch import JitLauncher
+from kernels.triton.mla_absorb import absorb_q, absorb_q_ref, absorb_v, absorb_v_ref
+from kernels.triton.mla_decode import merge, merge_ref, mla_decode, mla_decode_ref, num_splits
+from kernels.triton.mla_plan import PlanLayout, mla_plan
+from kernels.triton.mla_prep import mla_prep, mla_prep_ref, rope_ref
+
+F32, BF16, F16, FP8 = torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn
+NAN = float("nan")
+LAUNCH = JitLauncher()
+
+
+def _i32(*values: int) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+# Preparation
+
+
+@dataclass
+class _Prep:
+    """Inputs of `mla_prep`; token 2 is padding and holds NaN."""
+
+    args: tuple[Any, ...]
+    eps: float
+    kv_start: int
+    width: int
+    latent: int
+
+
+def _prep(q_width: int | None, dc: int, dr: int, dtype: torch.dtype) -> _Prep:
+    torch.manual_seed(0)
+    tokens, start = 5, (q_width or 40) + 3
+    qkv = torch.randn(tokens, start + dc + dr + 4, dtype=F32).to(dtype)
+    qkv[2] = NAN
+    args = (
+        qkv,
+        _i32(0, 1, -1, 2, 3),
+        torch.randint(0, 50, (tokens,), dtype=torch.int32),
+        torch.tensor([16, 40, 0, 17, 99]),
+        torch.randn(50, dr),
+        None if q_width is None else torch.rand(q_width).to(dtype),
+        torch.rand(dc).to(dtype),
+    )
+    return _Prep(args, 1e-6, start, q_width or 0, dc + dr)
+
+
+def _run_prep(op: Any, case: _Prep, interleave: bool, outputs: str) -> dict[str, torch.Tensor]:
+    tokens, dtype = case.args[0].shape[0], case.args[0].dtype
+    out = {"kv_cache": torch.full((128, case.latent), 7.0, dtype=dtype)}
+    if "plain" in outputs:
+        out["out"] = torch.full((tokens, case.width), NAN, dtype=dtype)
+    if "quantised" in outputs:
+        out["out_q"] = torch.empty(tokens, case.width, dtype=FP8)
+        out["out_scale"] = torch.empty(tokens, -(-case.width // 128))
+    op(*case.args, eps=case.eps, kv_start=case.kv_start, interleave=interleave, **out)
+    return out
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("interleave", [True, False])
+@pytest.mark.parametrize(
+    ("q_width", "dc", "dr", "outputs"),
+    [
+        (None, 48, 16, ""),
+        (130, 128, 32, "plain"),
+        (300, 96, 64, "quantised"),
+        (128, 512, 64, "plain, quantised"),
+    ],
+)
+def test_prep_matches_its_oracle(
+    q_width: int | None, dc: int, dr: int, outputs: str, interleave: bool, dtype: torch.dtype
+) -> None:
+    case = _prep(q_width, dc, dr, dtype)
+    got = _run_prep(lambda *a, **k: mla_prep(LAUNCH, *a, **k), case, interleave, outputs)
+    want = _run_prep(mla_prep_ref, case, interleave, outputs)
+    # The reciprocal root may differ by an ulp, which can move a rounding by one step.
+    step = {F32: 1e-6, BF16: 2**-7}[dtype]
+    for name, tensor in want.items():
+        rtol = 2**-3 if name == "out_q" else step
+        torch.testing.assert_close(got[name].float(), tensor.float(), rtol=rtol, atol=2e-3 * rtol)
+
+
+def test_prep_skips_padding_and_other_slots() -> None:
+    got = _run_prep(
+        lambda *a, **k: mla_prep(LAUNCH, *a, **k), _prep(130, 32, 16, F32), True, "plain"
+    )
+    written = [16, 40, 17, 99]
+    untouched = [s for s in range(128) if s not in written]
+    assert (got["kv_cache"][untouched] == 7.0).all()
+    assert (got["kv_cache"][written] != 7.0).all()
+    assert (got["out"][2] == 0.0).all()
+
+
+@pytest.mark.parametrize("interleave", [True, False])
+def test_rope_is_that_of_transformers(interleave: bool) -> None:
+    from transformers.models.deepseek_v3 import modeling_deepseek_v3 as oracle
+
+    torch.manual_seed(0)
+    x, angle = torch.randn(1, 3, 7, 32), torch.randn(1, 7, 16)
+    cos, sin = (torch.cat((f(angle), f(angle)), -1) for f in (torch.cos, torch.sin))
+    apply = oracle.apply_rotary_pos_emb
+    if interleave:
+        apply = oracle.apply_rotary_pos_emb_interleave
+    table = torch.cat((angle.cos(), angle.sin()), -1)[:, None]
+    torch.testing.assert_close(
+        rope_ref(x, table, interleave=interleave), apply(x, x, cos, sin)[0], rtol=0, atol=1e-6
+    )
+
+
+def test_prep_refuses_outputs_without_a_norm() -> None:
+    case = replace(_prep(None, 48, 16, F32), width=40)
+    with pytest.raises(ValueError, match="exactly where q_norm_weight is given"):
+        _run_prep(mla_prep_ref, case, True, "plain")
+
+
+# Absorption
+
+
+def _absorb_q_args(tokens: int, heads: int, dn: int, dr: int, dc: int) -> tuple[Any, ...]:
+    torch.manual_seed(tokens)
+    q = torch.randn(tokens, heads * (dn + dr) + 8)[:, : heads * (dn + dr)]
+    row = torch.arange(tokens, dtype=torch.int32)
+    if tokens > 1:
+        row[tokens // 2], q[tokens // 2] = -1, NAN
+    pos = torch.randint(0, 50, (tokens,), dtype=torch.int32)
+    return q, torch.randn(heads, dn, dc), pos, row, torch.randn(50, dr)
+
+
+@pytest.mark.parametrize("tokens", [1, 17, 70])
+@pytest.mark.parametrize(
+    ("heads", "dn", "dr", "dc"), [(3, 24, 8, 48), (2, 128, 64, 128), (1, 64, 16, 96)]
+)
+def test_absorb_q_matches_its_oracle(tokens: int, heads: int, dn: int, dr: int, dc: int) -> None:
+    args = _absorb_q_args(tokens, heads, dn, dr, dc)
+    got, want = torch.full((2, tokens, heads, dc + dr), NAN)
+    absorb_q(LAUNCH, *args, interleave=True, out=got)
+    absorb_q_ref(*args, interleave=True, out=want)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-4)
+    if tokens > 1:
+        assert (got[tokens // 2] == 0.0).all()
+
+
+@pytest.mark.parametrize("tokens", [1, 17, 70])
+@pytest.mark.parametrize(("heads", "dv", "dc"), [(3, 20, 48), (2, 128, 128), (1, 256, 96)])
+def test_absorb_v_matches_its_oracle(tokens: int, heads: int, dv: int, dc: int) -> None:
+    torch.manual_seed(tokens)
+    args = torch.randn(tokens, heads, dc), torch.randn(heads, dv, dc)
+    got, want = torch.full((2, tokens, heads * dv), NAN)
+    quantised: list[dict[str, torch.Tensor]] = [{}, {}]
+    if dv % 128 == 0:
+        for q in quantised:
+            q["out_q"] = torch.empty(tokens, heads * dv, dtype=FP8)
+            q["out_scale"] = torch.empty(tokens, heads * dv // 128)
+    absorb_v(LAUNCH, *args, out=got, **quantised[0])
+    absorb_v_ref(*args, out=want, **quantised[1])
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-4)
+    for name, tensor in quantised[1].items():
+        rtol = 2**-3 if name == "out_q" else 1e-5
+        torch.testing.assert_close(
+            quantised[0][name].float(), tensor.float(), rtol=rtol, atol=2**-9
+        )
+
+
+def test_absorption_of_a_token_does_not_depend_on_the_others() -> None:
+    q, w_uk, pos, row, table = _absorb_q_args(40, 2, 24, 8, 48)
+    row[:] = 0
+    q = torch.randn(q.shape)
+    w_uv = torch.randn(2, 20, 48)
+    many, alone = torch.empty(40, 2, 56), torch.empty(1, 2, 56)
+    out_many, out_alone = torch.empty(40, 40), torch.empty(1, 40)
+    absorb_q(LAUNCH, q, w_uk, pos, row, table, interleave=False, out=many)
+    absorb_v(LAUNCH, many[..., :48].contiguous(), w_uv, out=out_many)
+    one = slice(33, 34)
+    absorb_q(LAUNCH, q[one], w_uk, pos[one], row[one], table, interleave=False, out=alone)
+    absorb_v(LAUNCH, alone[..., :48].contiguous(), w_uv, out=out_alone)
+    assert torch.equal(many[one], alone)
+    assert torch.equal(out_many[one], out_alone)
+
+
+def test_absorb_v_refuses_to_quantise_a_partial_group() -> None:
+    o, w_uv = torch.randn(2, 3, 48), torch.randn(3, 20, 48)
+    with pytest.raises(ValueError, match="multiples of 128, got 20"):
+        absorb_v_ref(o, w_uv, out_q=torch.empty(2, 60, dtype=FP8), out_scale=torch.empty(2, 1))
+
+
+# Decode
+
+
+@dataclass
+class _Decode:
+    """A paged cache that is NaN wherever nothing was written, the null page included."""
+
+    q: torch.Tensor
+    kv: torch.Tensor
+    table: torch.Tensor
+    row: torch.Tensor
+    length: torch.Tensor
+    page: int
+    cut: int
+    dc: int
+    scale: float = 0.2
+
+    @property
+    def splits(self) -> int:
+        return num_splits(self.table.shape[1] * self.page, self.cut)
+
+    def token(self, t: int) -> _Decode:
+        one = slice(t, t + 1)
+        return replace(self, q=self.q[one], row=self.row[one], length=self.length[one])
+
+    def run(self, op: Any) -> torch.Tensor:
+        tokens, heads = self.q.shape[:2]
+        out = torch.full((tokens, heads, self.dc), NAN, dtype=self.q.dtype)
+        op(
+            *(self.q, self.kv, self.table, self.row, self.length),
+            page_size=self.page,
+            softmax_scale=self.scale,
+            cut=self.cut,
+            out=out,
+            part_o=torch.full((tokens, self.splits, heads, self.dc), NAN),
+            part_lse=torch.full((tokens, self.splits, heads), NAN),
+        )
+        return out
+
+    def naive(self) -> torch.Tensor:
+        out = torch.zeros(*self.q.shape[:2], self.dc, dtype=torch.float64)
+        for t, length in enumerate(self.length.tolist()):
+            pages = self.table[self.row[t]].tolist()
+            slots = [pages[i // self.page] * self.page + i % self.page for i in range(length)]
+            if slots:
+                k = self.kv[slots].double()
+                out[t] = torch.softmax(self.q[t].double() @ k.T * self.scale, -1) @ k[:, : self.dc]
+        return out
+
+
+def _decode(
+    heads: int, dc: int, dr: int, page: int, cut: int, lengths: list[int], dtype: torch.dtype = F32
+) -> _Decode:
+    torch.manual_seed(heads)
+    rows, max_pages = len(lengths), -(-max(lengths) // page)
+    table = (torch.randperm(rows * max_pages) + 1).view(rows, max_pages).to(torch.int32)
+    kv = torch.full(((rows * max_pages + 1) * page, dc + dr), NAN, dtype=dtype)
+    for row, length in enumerate(lengths):
+        at = torch.arange(length)
+        slots = table[row][at // page].long() * page + at % page
+        kv[slots] = torch.randn(length, dc + dr).to(dtype)
+    length = _i32(*lengths)
+    row = torch.arange(rows, dtype=torch.int32).masked_fill(length == 0, -1)
+    q = torch.randn(rows, heads, dc + dr).to(dtype)
+    return _Decode(q, kv, table, row, length, page, cut, dc)
+
+
+SHAPES = [  # heads, dc, dr, page, cut; above 32 heads the tile has the query on its left
+    (3, 48, 16, 16, 32),
+    (40, 32, 16, 32, 64),
+    (16, 64, 32, 64, 128),
+]
+
+
+def _edges(page: int, cut: int) -> list[int]:
+    return [0, 1, page, page + 1, cut - 1, cut, cut + 1, 2 * cut, 0, 3 * cut + 5, 4 * cut]
+
+
+@pytest.mark.parametrize(("heads", "dc", "dr", "page", "cut"), SHAPES)
+def test_decode_matches_naive_attention(heads: int, dc: int, dr: int, page: int, cut: int) -> None:
+    case = _decode(heads, dc, dr, page, cut, _edges(page, cut))
+    want = case.naive()
+    for op in (lambda *a, **k: mla_decode(LAUNCH, *a, **k), mla_decode_ref):
+        torch.testing.assert_close(case.run(op).double(), want, rtol=0, atol=5e-6)
+
+
+def test_decode_oracle_takes_bf16() -> None:
+    case = _decode(4, 32, 16, 16, 32, [0, 5, 40, 70], BF16)
+    got = case.run(mla_decode_ref)
+    assert got.dtype == BF16
+    torch.testing.assert_close(got.double(), case.naive(), rtol=2**-7, atol=2**-8)
+
+
+def test_decode_without_a_split_needs_no_merge() -> None:
+    case = _decode(3, 48, 16, 16, 64, [0, 1, 63, 64])
+    assert case.splits == 1
+    got = case.run(lambda *a, **k: mla_decode(LAUNCH, *a, **k))
+    torch.testing.assert_close(got.double(), case.naive(), rtol=0, atol=5e-6)
+
+
+@pytest.mark.parametrize("op", [lambda *a, **k: mla_decode(LAUNCH, *a, **k), mla_decode_ref])
+def test_a_token_s_bits_do_not_depend_on_the_others(op: Any) -> None:
+    case = _decode(3, 48, 16, 16, 32, [33, 100, 0, 31, 64, 97, 64, 2])
+    together = case.run(op)
+    for t in (0, 1, 4, 7):
+        assert torch.equal(case.token(t).run(op)[0], together[t]), f"token {t}"
+
+
+def test_decode_of_a_chunk_is_decode_of_its_tokens() -> None:
+    """Tokens of one row attend to growing prefixes of it."""
+    case = _decode(3, 48, 16, 16, 32, [70])
+    lengths = [30, 32, 33, 70]
+    chunk = replace(case, q=case.q.repeat(4, 1, 1), row=_i32(0, 0, 0, 0), length=_i32(*lengths))
+    got = chunk.run(lambda *a, **k: mla_decode(LAUNCH, *a, **k))
+    torch.testing.assert_close(got.double(), chunk.naive(), rtol=0, atol=5e-6)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_merge_adds_only_used_splits(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    length, cut, heads, dc = _i32(0, 5, 32, 33, 64, 100), 32, 5, 24
+    part_o = torch.randn(6, 4, heads, dc).to(dtype)
+    part_lse = torch.randn(6, 4, heads) * 20
+    for t, used in enumerate([0, 0, 0, 2, 2, 4]):  # a single split writes no part
+        part_o[t, used:], part_lse[t, used:] = NAN, NAN
+    got, want = torch.full((2, 6, heads, dc), 3.0)
+    merge(LAUNCH, length, part_o, part_lse, cut=cut, out=got)
+    merge_ref(length, part_o, part_lse, cut=cut, out=want)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+    assert (got[0] == 0.0).all()
+    assert (got[1:3] == 3.0).all()
+    by_hand = torch.softmax(part_lse[5].double() * math.log(2), 0)[..., None] * part_o[5].double()
+    torch.testing.assert_close(got[5].double(), by_hand.sum(0), rtol=1e-5, atol=1e-6)
+
+
+def test_decode_refuses_a_cut_across_tiles() -> None:
+    case = replace(_decode(3, 48, 16, 16, 32, [33]), cut=40)
+    with pytest.raises(ValueError, match="cut a multiple of 16; got 16 and 40"):
+        case.run(mla_decode_ref)
+
+
+# Compilation for the chips, in a process without the interpreter
+
+
+def test_kernels_compile_without_spills() -> None:
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    env["PYTHONPATH"] = str(Path(__file__).parents[2])
+    run = subprocess.run(
+        [sys.executable, __file__], env=env, capture_output=True, text=True, timeout=250
+    )
+    assert run.returncode == 0, run.stderr
+    built = json.loads(run.stdout.splitlines()[-1])
+    assert {b["name"] for b in built} == {
+        *("_mla_prep", "_absorb_q", "_absorb_v", "_mla_decode", "_merge", "_mla_plan")
+    }
+    # A chip's 227 KiB must hold every tile; decode on Blackwell spills a little outside its loop.
+    assert not [b for b in built if b["shared_bytes"] > 227 * 1024]
+    assert not [b for b in built if b["spills"] and (b["name"], b["arch"]) != ("_mla_decode", 100)]
+
+
+def _meta(*shape: int, dtype: torch.dtype = BF16) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _launch_deepseek(launch: Any, tokens: int = 64, heads: int = 128) -> None:
+    i32 = torch.int32
+    row, pos, length = (_meta(tokens, dtype=i32) for _ in range(3))
+    rope = _meta(4096, 64, dtype=F32)
+    mla_prep(
+        *(launch, _meta(tokens, 2176), row, pos, _meta(tokens, dtype=torch.int64), rope),
+        *(_meta(1536), _meta(512)),
+        eps=1e-6,
+        kv_start=1536,
+        interleave=True,
+        kv_cache=_meta(6400, 576),
+        out_q=_meta(tokens, 1536, dtype=FP8),
+        out_scale=_meta(tokens, 12, dtype=F32),
+    )
+    q = _meta(tokens, heads, 576)
+    absorb_q(
+        *(launch, _meta(tokens, heads * 192), _meta(heads, 128, 512), pos, row, rope),
+        interleave=True,
+        out=q,
+    )
+    mla_decode(
+        *(launch, q, _meta(6400, 576), _meta(64, 64, dtype=i32), row, length),
+        page_size=64,
+        softmax_scale=0.1,
+        cut=1024,
+        out=_meta(tokens, heads, 512),
+        part_o=_meta(tokens, 4, heads, 512, dtype=F32),
+        part_lse=_meta(tokens, 4, heads, dtype=F32),
+    )
+    absorb_v(
+        *(launch, _meta(tokens, heads, 512), _meta(heads, 128, 512)),
+        out_q=_meta(tokens, heads * 128, dtype=FP8),
+        out_scale=_meta(tokens, heads, dtype=F32),
+    )
+    layout = PlanLayout(tokens, 4, heads, launch.num_sms)
+    ws = _meta(layout.words, dtype=i32)
+    mla_plan(launch, row, length, max_pages=64, cut=1024, layout=layout, ws=ws)
+
+
+def _compile_all(arch: int) -> list[dict[str, Any]]:
+    from graphs.compile import RecordingLauncher
+    from graphs.triton_compile import compile_kernel
+
+    class Recorder(RecordingLauncher):
+        arch = ""
+
+    recorder = Recorder()
+    recorder.arch = f"sm_{arch}"
+    _launch_deepseek(recorder)
+    built = []
+    for request in recorder.requests:
+        made = compile_kernel(request.spec, request.resolve(), dict(request.constexprs), arch)
+        built.append(
+            {
+                "name": request.function,
+                "arch": arch,
+                "registers": made.registers,
+                "spills": made.spill_bytes,
+                "shared_bytes": made.shared_bytes,
+            }
+        )
+    return built
+
+
+if __name__ == "__main__":
+    print(json.dumps(_compile_all(90) + _compile_all(100)))
