@@ -4,7 +4,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
 PACKAGES := runtime graphs kernels barriers capture_cache bench
-DEMO := --model tiny --bs 256 --store .venv/demo-store
+DEMO := --model tiny --bs 256 --max-seq-len 512 --store .venv/demo-store
 
 .PHONY: demo test lint types unit clean
 

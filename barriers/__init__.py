@@ -1,4 +1,4 @@
-"""Ranks of one node: how they find each other, share memory, wait for each other, and name who is late.
+"""Ranks of one node: how they meet, share memory, wait for each other, and name who is late.
 
-Importing this package, or any module of it but the transports, imports no torch and initialises no CUDA.
+Importing any module of it but the transports imports no torch, and none initialises CUDA.
 """

@@ -1,4 +1,4 @@
-"""The named outcomes of ranks; every message names the ranks and says what was expected, got, and to do."""
+"""The named outcomes of ranks; every message names ranks, what was expected and got, what to do."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 
 class RankError(RuntimeError):
-    """Something is wrong between ranks; `ranks` are those at fault, as far as this rank can tell."""
+    """Something is wrong between ranks; `ranks` are those at fault, as far as this rank knows."""
 
     def __init__(self, message: str, ranks: Sequence[int] = ()) -> None:
         super().__init__(message)
@@ -26,7 +26,7 @@ class RanksMissing(RankError):
 
 
 class BarrierTimeout(RankError):
-    """A barrier's deadline passed; `ranks` are late. The run is poisoned: close it, start a new one."""
+    """A barrier's deadline passed; `ranks` are late. The run is poisoned: close it."""
 
 
 class StepMismatch(RankError):

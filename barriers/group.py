@@ -1,9 +1,9 @@
-"""Ranks of one node find each other over a Unix socket, compare what they were started with, and pass files.
+"""Ranks of one node meet over a Unix socket, compare their configurations, and pass open files.
 
-Rank 0 listens on an abstract socket (it leaves no file, and goes with its process); the others connect to
-it, and it relays. The listener closes once all ranks have come, so the name is free again even while a
-stopped process of an earlier run lives on. Every wait has a deadline and names the ranks that are missing:
-rank 0 tells those who wait whom it waits for, so that all of them say the same.
+Rank 0 listens on an abstract socket (it leaves no file, and goes with its process); the others
+connect to it, and it relays. The listener closes once all ranks have come, so the name is free
+again even while a stopped process of an earlier run lives on. Every wait has a deadline and names
+the ranks that are missing: rank 0 tells those who wait whom it waits for, so all say the same.
 
 This is for starting and for diagnosis. No step of a run goes through here.
 """
@@ -18,74 +18,16 @@ import socket
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NoReturn
 
+from barriers.config import GroupConfig, all_fields, compare_fields
 from barriers.errors import RankError, RankMismatch, RanksMissing, name_ranks
 from barriers.members import Member
 from barriers.packets import address_of, check_user, close_all, open_socket, receive, tell
 
-MAX_RANKS = 32  # one lane of a warp each
 MAX_VALUE_BYTES = 4096  # of one rank's part of a gathering; all parts must fit in one packet
 _TICK_S = 0.1  # how often rank 0 tells the others whom it waits for
 _GRACE_S = 1.0  # the others wait this much longer, so that rank 0's verdict reaches them first
-
-
-@dataclass(frozen=True)
-class GroupConfig:
-    """Where this rank stands and where the ranks meet.
-
-    Attributes:
-        rank: of this process, 0 <= rank < world.
-        world: processes, all on this node.
-        name: of the meeting point; the same on every rank of a run and on no other run of this host.
-        timeout_s: of every meeting.
-    """
-
-    rank: int
-    world: int
-    name: str
-    timeout_s: float = 60.0
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.world <= MAX_RANKS or not 0 <= self.rank < self.world:
-            raise ValueError(
-                f"expected 1 to {MAX_RANKS} ranks of one node and a rank among them, got rank "
-                f"{self.rank} of {self.world}; start one process a GPU"
-            )
-        if not self.name or self.timeout_s <= 0:
-            raise ValueError(
-                f"expected a name and a positive time-out, got {self.name!r} and {self.timeout_s} s"
-            )
-
-    @classmethod
-    def from_env(cls, env: Mapping[str, str], timeout_s: float = 60.0) -> GroupConfig:
-        """What `torchrun` tells each process it starts; no variables at all mean one rank.
-
-        Raises:
-            ValueError: some of the variables are missing or no numbers.
-            RankMismatch: the world spans more than one node.
-        """
-        if "RANK" not in env and "WORLD_SIZE" not in env:
-            return cls(0, 1, f"single-{os.getpid()}", timeout_s)
-        missing = [n for n in ("RANK", "WORLD_SIZE", "MASTER_PORT") if n not in env]
-        if missing:
-            raise ValueError(
-                f"expected the environment of torchrun, got none of {', '.join(missing)}; "
-                "start with torchrun --nproc-per-node N -m …"
-            )
-        try:
-            rank, world = int(env["RANK"]), int(env["WORLD_SIZE"])
-            local = int(env.get("LOCAL_WORLD_SIZE", world))
-        except ValueError as e:
-            raise ValueError(f"RANK, WORLD_SIZE and LOCAL_WORLD_SIZE must be numbers: {e}") from e
-        if local != world:
-            raise RankMismatch(
-                f"expected all ranks on one node, got WORLD_SIZE {world} but LOCAL_WORLD_SIZE {local}; "
-                "start one world a node (torchrun --standalone --nproc-per-node N)"
-            )
-        parts = ("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT")
-        return cls(rank, world, "/".join(env.get(p, "") for p in parts), timeout_s)
 
 
 @dataclass(frozen=True)
@@ -101,8 +43,8 @@ class RankGroup:
 
     Args:
         config: this rank's place.
-        fields: what every rank must have been started with, such as model, fingerprint and ladder, as
-            short strings. Host and world are compared, too.
+        fields: what every rank must have been started with, such as model, fingerprint and ladder,
+            as short strings. Host and world are compared, too.
 
     Raises:
         RankMismatch: two ranks differ; names the field, both values and both ranks.
@@ -121,10 +63,11 @@ class RankGroup:
                 self._connect()
             me = Member.current(self.rank)
             parts = self.allgather(
-                "start", {"member": [me.pid, me.started, me.pid_namespace], "fields": _all(fields)}
+                "start",
+                {"member": [me.pid, me.started, me.pid_namespace], "fields": all_fields(fields)},
             )
             self.members = tuple(Member(r, *p.value["member"]) for r, p in enumerate(parts))
-            _compare([p.value["fields"] for p in parts])
+            compare_fields([p.value["fields"] for p in parts])
         except BaseException:
             self.close()
             raise
@@ -223,8 +166,8 @@ class RankGroup:
             except OSError as e:
                 if time.monotonic() > deadline:
                     raise RankError(
-                        f"rank 0 cannot listen at {self.config.name!r} ({e.strerror}): another run of "
-                        "this host uses the name; end it, or set another MASTER_PORT",
+                        f"rank 0 cannot listen at {self.config.name!r} ({e.strerror}): another run "
+                        "of this host uses the name; end it, or set another MASTER_PORT",
                         (0,),
                     ) from e
                 time.sleep(_TICK_S)
@@ -242,8 +185,8 @@ class RankGroup:
         problem = None
         if world != self.world or not 0 < rank < self.world:
             problem = (
-                f"rank 0 was started in a world of {self.world}, but rank {rank} in a world of {world}; "
-                "start all ranks alike"
+                f"rank 0 was started in a world of {self.world}, but rank {rank} in a world of "
+                f"{world}; start all ranks alike"
             )
         elif rank in self._links:
             problem = (
@@ -270,9 +213,8 @@ class RankGroup:
                 link.close()
                 if time.monotonic() > deadline:
                     raise RanksMissing(
-                        f"rank {self.rank} waited {self.config.timeout_s:.1f} s at start: rank 0 is "
-                        f"missing at {self.config.name!r}; start it on this host, in the same network "
-                        "namespace",
+                        f"waited {self.config.timeout_s:.1f} s at start: rank 0 is missing at "
+                        f"{self.config.name!r}; start it on this host and network namespace",
                         (0,),
                     ) from e
                 time.sleep(0.02)
@@ -351,7 +293,7 @@ class RankGroup:
     def _ask(self, message: dict[str, Any], fds: Sequence[int], wait_s: float) -> list[Part]:
         """Another rank: send its part to rank 0 and wait for all of them."""
         link, what = self._links[0], message["what"]
-        tell(link, message, fds, f"rank 0 left before {what}{self.describe([0])}")
+        tell(link, message, fds)  # should it fail, rank 0 may have left word why
         deadline = time.monotonic() + wait_s + _GRACE_S
         missing, heard = [0], 0.0
         while True:
@@ -378,30 +320,6 @@ class RankGroup:
             if "waiting" not in reply:
                 _raise(reply)
             missing, heard = list(reply["waiting"]), time.monotonic()
-
-
-def _all(fields: Mapping[str, str] | None) -> dict[str, str]:
-    """The caller's fields and those that every world must agree on."""
-    boot = Path("/proc/sys/kernel/random/boot_id")
-    host = (
-        f"{socket.gethostname()} (boot {boot.read_text().strip() if boot.exists() else 'unknown'})"
-    )
-    return {"host": host, **(fields or {})}
-
-
-def _compare(fields: Sequence[Mapping[str, str]]) -> None:
-    """Raises RankMismatch naming the first field in which a rank differs from rank 0."""
-    for rank, theirs in enumerate(fields):
-        for name in (*fields[0], *theirs):
-            here, there = fields[0].get(name, "nothing"), theirs.get(name, "nothing")
-            if here != there:
-                remedy = (
-                    "start all ranks on one node" if name == "host" else "start all ranks alike"
-                )
-                raise RankMismatch(
-                    f"ranks disagree on {name}: rank 0 has {here}, rank {rank} has {there}; {remedy}",
-                    (rank,),
-                )
 
 
 def _deal(messages: Sequence[Mapping[str, Any]], fds: list[int]) -> list[Part]:

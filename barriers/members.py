@@ -1,4 +1,4 @@
-"""The processes behind the ranks, and what can be seen of them from outside: running, stopped, ended."""
+"""The processes behind the ranks, and what others can see of them: running, stopped, ended."""
 
 from __future__ import annotations
 

@@ -67,7 +67,11 @@ def receive(link: socket.socket) -> tuple[dict[str, Any], list[int]]:
         RankError: not one of our packets.
     """
     flags = getattr(socket, "MSG_CMSG_CLOEXEC", 0)
-    data, fds, got, _ = socket.recv_fds(link, _PACKET_BYTES, 253, flags)
+    try:
+        data, fds, got, _ = socket.recv_fds(link, _PACKET_BYTES, 253, flags)
+    except ConnectionResetError:
+        # Reported first if the other end closed without reading all; what it sent is still there.
+        data, fds, got, _ = socket.recv_fds(link, _PACKET_BYTES, 253, flags)
     if not data:
         raise RanksMissing("the other end is gone")
     try:

@@ -1,8 +1,8 @@
 """The oracle of the wire: n ranks in one process, in plain torch, rounding where the device rounds.
 
 Lists are indexed by rank. Every result is bit-exact to what `rdep` computes on a device, except
-rows that are undefined there and zeros here. `moe_fp64` is the other oracle: what the whole exchange
-is for, without any rounding.
+rows that are undefined there and zeros here. `moe_fp64` is the other oracle: what the exchange is
+for, without any rounding.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def _receive(
         at = slice(source * config.capacity, source * config.capacity + x.shape[0])
         local = id_ - config.expert_start
         mine = (id_ >= 0) & (local >= 0) & (local < config.local_experts)
-        out.ids[at] = id_.masked_fill(~mine, -1)
+        out.ids[at] = local.masked_fill(~mine, -1)
         out.weights[at] = weight.masked_fill(~mine, 0.0)
         wanted = mine.any(1)
         if out.scale is None:
@@ -92,7 +92,8 @@ def experts_ref(config: TransportConfig, received: Received, expert: Expert) -> 
     for e in torch.unique(flat).tolist():
         if e >= 0:
             pairs = (flat == e).nonzero().flatten()
-            y[pairs] = expert(e, x[pairs // received.ids.shape[1]]).to(y.dtype)
+            tokens = x[pairs // received.ids.shape[1]]
+            y[pairs] = expert(config.expert_start + e, tokens).to(y.dtype)
     return y
 
 

@@ -99,6 +99,10 @@ class TransportConfig:
         return -(-self.hidden // GROUP)
 
     @property
+    def act_bytes(self) -> int:
+        return 4 if self.act_dtype == "float32" else 2
+
+    @property
     def row_dtype(self) -> str:
         """Of a token on the wire."""
         return "float8_e4m3fn" if self.fp8 else self.act_dtype
@@ -106,12 +110,13 @@ class TransportConfig:
 
 @dataclass(frozen=True)
 class Received:
-    """What the experts of this rank read; R rows.
+    """What the experts of this rank read; R rows of up to K choices each.
 
     Attributes:
         x: e4m3 or act [R, H]; a row without an id >= 0 may hold anything.
         scale: fp32 [R, ceil(H/128)] of e4m3 rows, else None.
-        ids: int32 [R, K]; global expert ids, -1 for what is not this rank's.
+        ids: int32 [R, K]; index among this rank's experts (so a graph that uses them serves every
+            rank), -1 for what is not its own.
         weights: fp32 [R, K]; undefined where the id is -1.
     """
 
@@ -122,7 +127,7 @@ class Received:
 
 
 class Transport(Protocol):
-    """A step calls, per layer and in this order: `received`, `dispatch`, its experts, `combine`.
+    """A step calls, per layer and in this order: `dispatch`, its experts, `combine`.
 
     Shapes: T tokens of this rank's key, T <= capacity; R received rows, a function of T alone.
     """
@@ -130,31 +135,27 @@ class Transport(Protocol):
     name: str
     config: TransportConfig
 
-    def received(
-        self,
-        x: torch.Tensor,
-        scale: torch.Tensor | None,
-        ids: torch.Tensor,
-        weights: torch.Tensor,
-    ) -> Received:
-        """Where `dispatch` of these inputs will put what arrives. Launches nothing."""
-
     def dispatch(
         self,
-        out: Received,
         x: torch.Tensor,
         scale: torch.Tensor | None,
         ids: torch.Tensor,
         weights: torch.Tensor,
-    ) -> None:
+        *,
+        layer: int = 0,
+        opens_step: bool = False,
+    ) -> Received:
         """Give every rank the tokens that need one of its experts.
 
         Args:
-            out: from `received`.
             x: act [T, H]; or e4m3 [T, H] with `scale`. act is quantised on the way if config.fp8.
             scale: fp32 [T, ceil(H/128)] or None.
             ids: int32 [T, K]; -1 is no expert, a token of only -1 is sent nowhere.
             weights: fp32 [T, K].
+            layer: what a late rank's record names.
+            opens_step: the first exchange of a step: ranks that are in different steps find out.
+        Returns:
+            The transport's own buffers, the same at every call with T tokens.
         Raises:
             ValueError: shapes or dtypes that do not fit.
         Capture-safe, as is `combine`; see each transport for exceptions.
@@ -167,6 +168,8 @@ class Transport(Protocol):
         received: Received,
         ids: torch.Tensor,
         shared: torch.Tensor | None,
+        *,
+        layer: int = 0,
     ) -> None:
         """out[t] = sum of weight * y over token t's experts, + shared[t].
 
@@ -177,9 +180,10 @@ class Transport(Protocol):
         Args:
             out: act [T, H].
             y: act [R*K, H]; row r*K + k is choice k of received row r; not read where the id is -1.
-            received: as dispatched in the same layer.
+            received: what `dispatch` of this layer returned.
             ids: as dispatched.
             shared: act [T, H] or None.
+            layer: as in `dispatch`.
         """
 
 
@@ -301,26 +305,20 @@ class Local:
         """Nothing."""
         return iter(())
 
-    def received(
-        self,
-        x: torch.Tensor,
-        scale: torch.Tensor | None,
-        ids: torch.Tensor,
-        weights: torch.Tensor,
-    ) -> Received:
-        return Received(x, scale, ids, weights)
-
     def dispatch(
         self,
-        out: Received,
         x: torch.Tensor,
         scale: torch.Tensor | None,
         ids: torch.Tensor,
         weights: torch.Tensor,
-    ) -> None:
+        *,
+        layer: int = 0,
+        opens_step: bool = False,
+    ) -> Received:
         check_dispatch(self.config, x, scale, ids, weights)
         if self.config.fp8 and scale is None:
             raise ValueError("local does not copy, so with fp8 it takes e4m3 tokens with scales")
+        return Received(x, scale, ids, weights)
 
     def combine(
         self,
@@ -329,9 +327,11 @@ class Local:
         received: Received,
         ids: torch.Tensor,
         shared: torch.Tensor | None,
+        *,
+        layer: int = 0,
     ) -> None:
         check_combine(self.config, out, y, received, shared)
-        _weighted_sum(self._launch, y, received.ids, received.weights, shared, out)
+        weighted_sum(self._launch, y, received.ids, received.weights, shared, out)
 
 
 class AllGather:
@@ -378,27 +378,20 @@ class AllGather:
         yield "scratch", "ep_returned", (config.recv_rows, hidden), config.act_dtype
         yield "scratch", "ep_total", (rows, hidden), "float32"
 
-    def received(
-        self,
-        x: torch.Tensor,
-        scale: torch.Tensor | None,
-        ids: torch.Tensor,
-        weights: torch.Tensor,
-    ) -> Received:
-        return self._out
-
     def dispatch(
         self,
-        out: Received,
         x: torch.Tensor,
         scale: torch.Tensor | None,
         ids: torch.Tensor,
         weights: torch.Tensor,
-    ) -> None:
+        *,
+        layer: int = 0,
+        opens_step: bool = False,
+    ) -> Received:
         check_dispatch(self.config, x, scale, ids, weights)
         b, tokens = self._buffers, x.shape[0]
         if self.config.fp8 and scale is None:
-            _quantize(self._launch, x, b["ep_send_x"][:tokens], b["ep_send_scale"][:tokens])
+            quantize(self._launch, x, b["ep_send_x"][:tokens], b["ep_send_scale"][:tokens])
         else:
             b["ep_send_x"][:tokens].copy_(x)
             if scale is not None:
@@ -408,7 +401,8 @@ class AllGather:
         for part in ("x", "scale", "ids", "weights"):
             if f"ep_send_{part}" in b:
                 self._gather(b[f"ep_recv_{part}"], b[f"ep_send_{part}"])
-        self._drop_foreign(out.ids)
+        self._renumber(b["ep_recv_ids"])
+        return self._out
 
     def combine(
         self,
@@ -417,10 +411,12 @@ class AllGather:
         received: Received,
         ids: torch.Tensor,
         shared: torch.Tensor | None,
+        *,
+        layer: int = 0,
     ) -> None:
         check_combine(self.config, out, y, received, shared)
         b, tokens = self._buffers, out.shape[0]
-        _weighted_sum(self._launch, y, received.ids, received.weights, None, b["ep_partial"])
+        weighted_sum(self._launch, y, received.ids, received.weights, None, b["ep_partial"])
         dist.all_to_all_single(_bytes(b["ep_returned"]), _bytes(b["ep_partial"]), group=self._group)
         total = b["ep_total"][:tokens].zero_()
         for of_rank in b["ep_returned"].view(self.config.world, self.config.capacity, -1):
@@ -433,16 +429,17 @@ class AllGather:
     def _gather(self, out: torch.Tensor, mine: torch.Tensor) -> None:
         _ALL_GATHER(_bytes(out), _bytes(mine), group=self._group)
 
-    def _drop_foreign(self, ids: torch.Tensor) -> None:
-        """Put -1 for other ranks' experts, without a temporary tensor."""
-        start, foreign = self.config.expert_start, self._buffers["ep_foreign"]
-        torch.lt(ids, start, out=foreign)
+    def _renumber(self, ids: torch.Tensor) -> None:
+        """Renumber to this rank's experts, -1 for others', without a temporary tensor."""
+        foreign = self._buffers["ep_foreign"]
+        ids.sub_(self.config.expert_start)
+        torch.lt(ids, 0, out=foreign)
         ids.masked_fill_(foreign, -1)
-        torch.ge(ids, start + self.config.local_experts, out=foreign)
+        torch.ge(ids, self.config.local_experts, out=foreign)
         ids.masked_fill_(foreign, -1)
 
 
-def _weighted_sum(
+def weighted_sum(
     launch: Launcher | None,
     y: torch.Tensor,
     ids: torch.Tensor,
@@ -450,15 +447,17 @@ def _weighted_sum(
     shared: torch.Tensor | None,
     out: torch.Tensor,
 ) -> None:
+    """`kernels.triton.routing.combine` or its oracle."""
     if launch is None:
         routing.combine_ref(y, ids, weights, shared, out=out)
     else:
         routing.combine(launch, y, ids, weights, shared, out=out)
 
 
-def _quantize(
+def quantize(
     launch: Launcher | None, x: torch.Tensor, out_q: torch.Tensor, out_scale: torch.Tensor
 ) -> None:
+    """`kernels.triton.activation.quantize` or its oracle; no tokens are fine."""
     if x.shape[0] == 0:
         return
     if launch is None:

@@ -288,7 +288,7 @@ class Store:
     def _prepare(self, parents: tuple[str, ...]) -> None:
         """Make the directories above an entry and see that they are safe."""
         try:
-            self.root.mkdir(parents=True, exist_ok=True)
+            self.root.mkdir(0o755, parents=True, exist_ok=True)
             for depth in range(len(parents)):
                 folder = self.root.joinpath(*parents[: depth + 1])
                 with contextlib.suppress(FileExistsError):

@@ -62,7 +62,7 @@ class AotLauncher:
         visible: Callable[[torch.Tensor], bool] | None = None,
     ) -> None:
         self.compiler = compiler
-        self.num_sms = num_sms
+        self.arch, self.num_sms = compiler.arch, num_sms
         self.frozen = False
         self._given_backend = backend
         self._stream = stream or _current_stream

@@ -178,7 +178,8 @@ def _scratch(cfg: ModelConfig, step: StepConfig, tokens: int, rows: int) -> Iter
     else:
         yield entry("part_o", (tokens, step.splits, heads, cfg.kv_lora_rank), "float32")
         yield entry("part_lse", (tokens, step.splits, heads), "float32")
-    yield from activation("o", tokens, o_dim)
+    # A head that is whole groups of 128 is quantised where it is made.
+    yield from activation("o", tokens, o_dim, plain=cfg.v_head_dim % 128 != 0)
     yield entry("delta", (tokens, hidden), act)
     yield from _mlp_scratch(cfg, step, tokens, activation, entry)
     yield entry("final", (rows, hidden), act)

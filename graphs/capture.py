@@ -129,11 +129,11 @@ class CudaBackend:
         Raises:
             CaptureError: the step allocated, synchronised or compiled while being captured.
         """
-        before = torch.cuda.memory_stats(self.device).get("allocation.all.allocated", 0)
         free, start = memory_info()[0], time.perf_counter()
         graph = torch.cuda.CUDAGraph(keep_graph=True)
         with torch.cuda.stream(self.stream):
             graph.capture_begin(capture_error_mode="thread_local")
+            before = self._num_allocations()  # beginning a capture may allocate torch's own state
             try:
                 run()
             except BaseException as error:
@@ -141,9 +141,9 @@ class CudaBackend:
                 with suppress(RuntimeError):
                     graph.capture_end()
                 raise CaptureError(f"key {key} could not be captured: {error}") from error
+            after = self._num_allocations()
             graph.capture_end()
         graph.instantiate()
-        after = torch.cuda.memory_stats(self.device).get("allocation.all.allocated", 0)
         if after != before:
             raise CaptureError(
                 f"key {key}: the step made {after - before} allocations while being captured; "
@@ -156,6 +156,10 @@ class CudaBackend:
             graph_bytes=max(0, free - memory_info()[0]),
             seconds=time.perf_counter() - start,
         )
+
+    def _num_allocations(self) -> int:
+        """Allocations that torch has made on the device so far."""
+        return int(torch.cuda.memory_stats(self.device).get("allocation.all.allocated", 0))
 
     def _launcher(self, graph: Any) -> Callable[[], None]:
         stream = self.stream

@@ -116,12 +116,13 @@ class CompileRequest:
             CompileError: the module has no such kernel, or another version of it.
         """
         kernel = getattr(importlib.import_module(self.module), self.function, None)
-        got = source_hash(kernel) if hasattr(kernel, "src") else repr(kernel)
-        if got != self.spec.source_hash:
+        require_compilable(kernel)
+        found = source_hash(kernel)
+        if found != self.spec.source_hash:
             raise CompileError(
                 f"expected kernel {self.module}.{self.function} with source "
-                f"{self.spec.source_hash[:12]}, got {got[:12]}; do not change it meanwhile, "
-                "and define it at the top of its module"
+                f"{self.spec.source_hash[:12]}, got {found[:12]}; do not change it meanwhile, and "
+                "define it at the top of a module that can be imported by name"
             )
         return kernel
 
@@ -158,8 +159,8 @@ class RecordingLauncher:
     Run the step on `meta` tensors with it to learn what has to be compiled.
     """
 
-    def __init__(self, num_sms: int = 132) -> None:
-        self.num_sms = num_sms
+    def __init__(self, arch: str = "sm_90", num_sms: int = 132) -> None:
+        self.arch, self.num_sms = arch, num_sms
         self._requests: dict[KernelSpec, CompileRequest] = {}
 
     @property

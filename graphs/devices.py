@@ -27,7 +27,7 @@ def bind_views(
         device: "cpu" for a `HostArena`, "cuda[:N]" for a `DeviceArena`, "meta" for none.
 
     Raises:
-        ValueError: the arena has another layout, or does not fit the device.
+        ValueError: the arena has another layout, or is not on `device`.
     """
     device = torch.device(device)
     kind = "meta" if arena is None else "cpu" if isinstance(arena, HostArena) else "cuda"
@@ -60,6 +60,8 @@ def _device_views(
     whole = {False: torch.empty(0, dtype=torch.uint8, device=device), True: torch.empty(0)}
     if layout.device_bytes:
         whole[False] = torch.as_tensor(_DeviceBytes(arena), device=device)
+        if whole[False].data_ptr() != arena.base:  # torch copied it
+            raise ValueError(f"the arena is not on {device}; name the device that it was made on")
     if layout.host_bytes:
         memory = (ctypes.c_uint8 * layout.host_bytes).from_address(arena.host_base)
         whole[True] = torch.frombuffer(memory, dtype=torch.uint8)

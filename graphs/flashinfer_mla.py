@@ -63,10 +63,22 @@ class FlashinferMla:
     @staticmethod
     def available(model: ModelConfig, library: Path | None = None) -> tuple[bool, str]:
         """Whether this process can run the kernel for this model, and the reason."""
-        for reason in (_unfit(model), _no_device(), _no_library(library)):
+        for reason in (FlashinferMla.unfit(model), _no_device(), _no_library(library)):
             if reason:
                 return False, reason
         return True, f"flashinfer {VERSION} FA3 MLA"
+
+    @staticmethod
+    def unfit(model: ModelConfig) -> str:
+        """Why the kernel does not take this model; empty if it does."""
+        got = (model.kv_lora_rank, model.qk_rope_head_dim)
+        if got != (LATENT_DIM, ROPE_DIM):
+            return f"FA3 MLA takes latent {LATENT_DIM} and rotary part {ROPE_DIM}, not {got}"
+        if model.act_dtype != "bfloat16":
+            return f"FA3 MLA takes bfloat16, not {model.act_dtype}"
+        if model.num_heads > MAX_HEADS:
+            return f"FA3 MLA takes at most {MAX_HEADS} heads a token, not {model.num_heads}"
+        return ""
 
     @staticmethod
     def workspace(
@@ -249,17 +261,6 @@ def _spec() -> Any:
     return gen_batch_mla_module(
         "fa3", bf16, bf16, bf16, torch.int32, LATENT_DIM, ROPE_DIM, use_profiler=False
     )
-
-
-def _unfit(model: ModelConfig) -> str:
-    got = (model.kv_lora_rank, model.qk_rope_head_dim)
-    if got != (LATENT_DIM, ROPE_DIM):
-        return f"FA3 MLA takes a latent of {LATENT_DIM} and a rotary part of {ROPE_DIM}, not {got}"
-    if model.act_dtype != "bfloat16":
-        return f"FA3 MLA takes bfloat16, not {model.act_dtype}"
-    if model.num_heads > MAX_HEADS:
-        return f"FA3 MLA takes at most {MAX_HEADS} heads a token, not {model.num_heads}"
-    return ""
 
 
 def _no_device() -> str:

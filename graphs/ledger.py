@@ -6,11 +6,13 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from capture_cache.kernel import CompiledKernel
 from graphs.buffers import StepConfig, arena_layout, kv_bytes_per_token, scratch_bytes
 from graphs.capture import Captured
 from graphs.keys import GraphKey, Ladder
 from graphs.model_config import ModelConfig
 from graphs.prove import Proof
+from kernels.triton.launch import KernelSpec
 
 
 @dataclass(frozen=True)
@@ -39,12 +41,38 @@ class KeyCost:
 
 
 @dataclass(frozen=True)
+class KernelUse:
+    """One compiled kernel that the graphs launch.
+
+    Attributes:
+        variant: its compile-time parameters.
+        general: it takes a path for shapes that the fast one cannot: no bulk copies, or masked tiles.
+    """
+
+    name: str
+    variant: str
+    registers: int
+    spill_bytes: int
+    shared_bytes: int
+    general: bool
+
+    @classmethod
+    def of(cls, spec: KernelSpec, kernel: CompiledKernel) -> KernelUse:
+        flags = dict(spec.constexprs)
+        slow = any(flags.get(name) is False for name in ("W_TMA", "EVEN_N", "EVEN_K"))
+        variant = " ".join(f"{k}={v}" for k, v in spec.constexprs)
+        numbers = (kernel.registers, kernel.spill_bytes, kernel.shared_bytes)
+        return cls(spec.name, variant, *numbers, slow)
+
+
+@dataclass(frozen=True)
 class Ledger:
     """Costs of a whole capture.
 
     Attributes:
         section_bytes: of the arena.
         kv_capacity_tokens: KV tokens that the cache holds.
+        kernels: empty on the CPU twin.
     """
 
     section_bytes: dict[str, int]
@@ -52,9 +80,15 @@ class Ledger:
     kv_capacity_tokens: int
     attention: str
     keys: tuple[KeyCost, ...]
+    kernels: tuple[KernelUse, ...]
+
+    @property
+    def general_kernels(self) -> list[str]:
+        """Names of kernels of which a general variant is in use."""
+        return sorted({k.name for k in self.kernels if k.general})
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self) | {"keys": [asdict(k) for k in self.keys]}
+        return asdict(self)
 
 
 def make_ledger(
@@ -63,6 +97,7 @@ def make_ledger(
     ladder: Ladder,
     graphs: Mapping[GraphKey, Captured],
     proofs: Mapping[GraphKey, Proof],
+    kernels: Mapping[KernelSpec, CompiledKernel],
 ) -> Ledger:
     """Sum up a capture."""
     need = {key: scratch_bytes(cfg, step, key) for key in ladder.keys}
@@ -93,4 +128,5 @@ def make_ledger(
         kv_capacity_tokens=(step.num_pages - 1) * step.page_size,
         attention=step.attention,
         keys=tuple(costs),
+        kernels=tuple(KernelUse.of(*used) for used in kernels.items()),
     )

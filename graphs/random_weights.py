@@ -7,6 +7,7 @@ keep activations of order one through any depth and spread the logits enough for
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -18,6 +19,7 @@ from graphs.hf_layout import Kind, Part, checkpoint_parts, padded_rows
 from graphs.model_config import ModelConfig
 from graphs.weights import check_views, local_experts
 from kernels.triton.launch import Launcher
+from kernels.triton.random_init import fill_random, fill_random_ref
 
 _SQRT3 = math.sqrt(3.0)  # half-width of a uniform distribution of unit deviation
 _LOGIT_STD = 4.0
@@ -60,23 +62,16 @@ def random_weights(
 
 
 def _filler(device: torch.device, launch: Launcher | None) -> Callable[..., None]:
-    from kernels.triton.random_init import fill_random, fill_random_ref
-
     if device.type == "cpu":
         return fill_random_ref
     if launch is None:
         raise ValueError(f"random weights on {device}: expected a launcher, got None")
-    launcher = launch
-
-    def fill(out: torch.Tensor, **numbers: float) -> None:
-        fill_random(launcher, out, **numbers)
-
-    return fill
+    return functools.partial(fill_random, launch)
 
 
 def _stream(seed: int, name: str) -> int:
-    """A 31-bit seed of one tensor: every kernel argument then has the same type."""
-    return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:4], "little") >> 1
+    """The 64-bit seed of one tensor."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8], "little")
 
 
 def _fills(

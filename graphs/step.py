@@ -178,9 +178,12 @@ class DecodeStep:
         )
         self.attention.run(b, b[f"kv.{layer}"])
         o = Activation.of(b, "o")
-        self.ops.absorb_v(b["o_latent"], w[name + "w_uv"], out=o.plain)
-        if o.q is not None:
-            self.ops.quantize(o.plain, out_q=o.q, out_scale=o.scale)
+        if o.plain is None:
+            self.ops.absorb_v(b["o_latent"], w[name + "w_uv"], **o.quantised_only)
+        else:
+            self.ops.absorb_v(b["o_latent"], w[name + "w_uv"], out=o.plain)
+            if o.q is not None:
+                self.ops.quantize(o.plain, out_q=o.q, out_scale=o.scale)
         self._linear(b, name + "o", o, b["delta"])
 
     def _mlp(self, b: Buffers, name: str, buffer: str, x: Activation, out: torch.Tensor) -> None:

@@ -96,6 +96,9 @@ def _show(engine: Engine, report: dict[str, Any]) -> None:
         console.print(
             f"kernels    {report['kernels_compiled']} compiled, {report['kernels_loaded']} loaded"
         )
+        general = engine.ledger.general_kernels
+        if general:
+            console.print(f"general    {', '.join(general)}: shapes that the fast form cannot take")
     stages = ", ".join(f"{name} {s:.1f}" for name, s in engine.stages.seconds.items() if s >= 0.05)
     console.print(f"seconds    {report['seconds']:.1f} ({stages})")
     console.print(f"stored     {report['fingerprint'][:16]} in {engine.options.store_path}")
@@ -105,7 +108,7 @@ def _show(engine: Engine, report: dict[str, Any]) -> None:
 
 def _key_table(ledger: Ledger, *, twin: bool) -> Table:
     table = Table(title="captured keys (ROWS or ROWS+PROMPT_TOKENS)")
-    columns = ("key", "tokens", "nodes", "graph MiB", "scratch MiB", "in KV tokens", "ms", "proved")
+    columns = ("key", "tokens", "nodes", "graph MiB", "scratch MiB", "in KV tokens", "ms", "proofs")
     for name in columns:
         table.add_column(name, justify="right")
     for k in ledger.keys:
@@ -117,7 +120,7 @@ def _key_table(ledger: Ledger, *, twin: bool) -> Table:
             f"{k.scratch_bytes / 2**20:.1f}",
             f"{k.kv_tokens:,}",
             f"{k.capture_seconds * 1e3:.1f}",
-            f"{k.replays_proved} replays" if k.replays_proved else "not verified",
+            str(k.replays_proved or "no"),
         )
     return table
 

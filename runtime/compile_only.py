@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import time
+from dataclasses import replace
 
 import torch
 from rich.table import Table
@@ -16,6 +17,7 @@ from capture_cache.store import Store
 from graphs.checkpoint import random_weights
 from graphs.compile import Compiled, KernelCompiler, RecordingLauncher, compile_all
 from graphs.devices import bind_views
+from graphs.flashinfer_mla import FlashinferMla
 from graphs.ops import Ops
 from kernels.triton.state import stamp
 from runtime.cli import Bar, console, print_json
@@ -23,13 +25,22 @@ from runtime.config import RuntimeConfig
 from runtime.engine import Selection, choose, make_step
 
 
-def list_kernels(selection: Selection) -> RecordingLauncher:
-    """Everything that a capture of `selection` launches, random weights and timestamps included."""
-    launcher = RecordingLauncher()
-    views = bind_views(None, selection.layout, torch.device("meta"))
-    step = make_step(selection, Ops(launcher), views)
-    for key in selection.ladder.keys:
-        step.run(key)
+def list_kernels(selection: Selection, arch: str) -> RecordingLauncher:
+    """Everything that a capture of `selection` launches, random weights and timestamps included.
+
+    Where the model suits flashinfer, what stands around its kernel is listed too: whether it is
+    installed is known only on the machine that captures.
+    """
+    launcher = RecordingLauncher(arch)
+    kinds = ["triton"]
+    if arch == "sm_90" and not FlashinferMla.unfit(selection.model):
+        kinds.append("flashinfer")
+    for kind in kinds:
+        chosen = replace(selection, step=replace(selection.step, attention=kind))
+        views = bind_views(None, chosen.layout, torch.device("meta"))
+        step = make_step(chosen, Ops(launcher), views)
+        for key in chosen.ladder.keys:
+            step.run(key)
     stamp(launcher, views["stamps"], 0)
     stamp(launcher, views["stamps"], 1)
     if selection.source.is_preset:
@@ -46,11 +57,11 @@ def compile_only(options: RuntimeConfig, arch: str, *, jobs: int | None, as_json
     Raises:
         ValueError: `arch` is not a chip that the kernels are written for.
     """
-    if not re.fullmatch(r"sm_(90|100|103|120)", arch):
+    if not re.fullmatch(r"sm_(90|100)", arch):
         raise ValueError(f"--compile-only takes sm_90 (Hopper) or sm_100 (Blackwell), got {arch!r}")
     start = time.perf_counter()
     selection = choose(options, compile_only=True)
-    requests = list_kernels(selection).requests
+    requests = list_kernels(selection, arch).requests
     with Bar() as bar:
         rows = compile_all(
             requests,

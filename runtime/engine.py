@@ -267,7 +267,12 @@ class Engine:
     def _record(self, store: Store) -> None:
         """Write the manifest: fingerprint, arena table, ledger, kernels."""
         self.ledger = make_ledger(
-            self.model_config, self.config, self.ladder, self.graphs.graphs, self.proofs
+            self.model_config,
+            self.config,
+            self.ladder,
+            self.graphs.graphs,
+            self.proofs,
+            self.launcher.kernels if self.launcher else {},
         )
         facts = self.fingerprint()
         kernels = tuple(self.launcher.used) if self.launcher else ()

@@ -54,17 +54,21 @@ struct State {
   i64 own_step;       // int64 [1]: what `step` points to when no runtime keeps one
 };
 
-// The head of every slot. Each word has one writer rank beside its owner.
-struct Control {
+// Each word has one writer rank beside its owner.
+struct Signals {
   int tag[kMaxRanks * 8];     // [k * spacing]: signals from slot k, owed minus taken, times kTag
   u32 epoch[kMaxRanks * 8];   // [k * spacing]: barriers that slot k has arrived at; [0]: our own count
   u32 phase[kMaxRanks * 8];   // [k * spacing]: the last count that slot k sent
-  i64 steps[2][kMaxRanks];    // [step % 2][k]: the step that slot k announced
+  i64 steps[kMaxRanks];       // [k]: the step that slot k announced
+};
+
+// The head of every slot.
+struct Control : Signals {
   State state;
 };
 
 #ifdef LOCKSTEP_STATE_AT  // given by the host code that lays out the same block
-static_assert(__builtin_offsetof(Control, state) == LOCKSTEP_STATE_AT, "Control is not as the host has it");
+static_assert(sizeof(Signals) == LOCKSTEP_STATE_AT, "Control is not as the host has it");
 static_assert(sizeof(State) == LOCKSTEP_STATE_BYTES, "State is not as the host has it");
 static_assert(sizeof(Record) == LOCKSTEP_RECORD_BYTES, "Record is not as the host has it");
 #endif
@@ -88,6 +92,8 @@ struct Where {
 };
 
 // ---- memory operations ---------------------------------------------------------------------------------
+
+#ifndef LOCKSTEP_EMULATED  // the test that runs this file on a CPU brings its own
 
 __device__ __forceinline__ int ld_acquire_sys(const int* p) {
   int v;
@@ -126,6 +132,13 @@ __device__ __forceinline__ void wait_for_prior_kernels() {
 __device__ __forceinline__ void let_next_kernel_start() {
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 }
+__device__ __forceinline__ int increment_acq_rel_gpu(int* p) {
+  int before;
+  asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], 1;" : "=r"(before) : "l"(p) : "memory");
+  return before;
+}
+
+#endif
 
 // ---- waiting -------------------------------------------------------------------------------------------
 
@@ -197,22 +210,18 @@ __device__ __forceinline__ bool wait_all(State* state, Where where, bool late, c
 // ---- announcing the step -------------------------------------------------------------------------------
 
 // In a step's first barrier ranks tell each other which step they are in, so that a rank that skipped one is
-// found there, and not when the others wait for it at the end. Two words per peer, by parity: a peer writes
-// the word of step s again in s + 2, hence after it has passed a barrier of s + 1, which we enter after
-// reading s.
+// found there, and not when the others wait for it at the end. A step needs another barrier after this one: a
+// peer leaves that only when we have read what it announced here, so it cannot announce its next step too soon.
 __device__ __forceinline__ void announce_step(const Peers& p, int lane) {
   i64 step = *p.control(0)->state.step;
-  if (lane > 0 && lane < p.n) p.control(lane)->steps[step & 1][p.us_at(lane)] = step;  // released by the signal
+  if (lane > 0 && lane < p.n) p.control(lane)->steps[p.us_at(lane)] = step;  // released by the signal
 }
 
 // The whole warp, after the barrier. False: some peer is in another step, and the run is poisoned.
 __device__ __forceinline__ bool check_step(const Peers& p, int lane, Where where) {
   Control* own = p.control(0);
   i64 step = *own->state.step, seen = step;
-  if (lane > 0 && lane < p.n) {
-    i64 same = own->steps[step & 1][lane], other = own->steps[~step & 1][lane];
-    seen = same == step ? step : (same > other ? same : other);
-  }
+  if (lane > 0 && lane < p.n) seen = own->steps[lane];
   u32 wrong = __ballot_sync(kWarp, seen != step);
   if (wrong != 0 && lane == __ffs(wrong) - 1) stop_run(&own->state, kStepMismatch, where, wrong, seen, 0);
   return wrong == 0;
@@ -303,9 +312,7 @@ __device__ __forceinline__ bool last_block(int* counter, int blocks) {
   __shared__ int is_last;
   __syncthreads();
   if (threadIdx.x == 0) {
-    int before;
-    asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
-    is_last = before == blocks - 1;
+    is_last = increment_acq_rel_gpu(counter) == blocks - 1;
     if (is_last) *counter = 0;
   }
   __syncthreads();

@@ -1,10 +1,10 @@
 """Products of the routed experts, on activations that stay where they are.
 
-A pair is `p = token * top_k + k`. `offsets` and `pairs`, made on the device, list the pairs of each local
-expert; a program gathers the rows of its pairs and streams one tile of that expert's weights past them.
-Invariants: as in `linear`, the K order is fixed by the weight's shape and the tile height along the
-pairs changes no bit, so a pair's result does not depend on T, on its place in the list or on which other
-pairs the expert has. Rows of `out` whose pair is not listed are not written.
+A pair is `p = token * top_k + k`. `offsets` and `pairs`, made on the device, list the pairs of each
+local expert; a program gathers the rows of its pairs and streams one tile of that expert's weights
+past them. Invariants: as in `linear`, the K order is fixed by the weight's shape, and the tile
+height along the pairs changes no bit, so a pair's result does not depend on T, on its place in the
+list or on which other pairs the expert has. Rows of `out` whose pair is not listed are not written.
 """
 
 from __future__ import annotations
@@ -12,18 +12,19 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
 from kernels.triton.launch import Arg, Launcher, TensorMap
-from kernels.triton.linear import (
+from kernels.triton.tiles import (
     BLOCK_K_BYTES,
     FP8_GROUP,
     FP32_BLOCK_N,
+    SHARED_BUDGET_BYTES,
     SINGLE_BUDGET_BYTES,
-    STAGE_BUDGET_BYTES,
     check_fp8,
     check_scale,
     dequantize_blocks,
@@ -42,7 +43,7 @@ FP8_MIN_AMAX = 1e-4
 
 @triton.jit
 def _expert_of(offsets, slot, E: tl.constexpr, E_POW2: tl.constexpr, COMPACT: tl.constexpr):
-    """(expert, first, end) of the pairs that grid slot `slot` works on; first == end: nothing to do."""
+    """Expert of a grid slot, and the bounds of its pairs; first == end leaves nothing to do."""
     if COMPACT:
         # The grid is as high as experts can be busy: slot j takes the j-th expert that has pairs.
         ids = tl.arange(0, E_POW2)
@@ -83,9 +84,7 @@ def _gather_rows(
 def _store_pairs(out, acc, pair, live, n, N: tl.constexpr):
     """Write acc [BLOCK_N, BLOCK_P] to out[pair, n], the part inside the matrix."""
     at = out + pair.to(tl.int64)[:, None] * N + n[None, :]
-    tl.store(
-        at, tl.trans(acc).to(out.dtype.element_ty), mask=live[:, None] & (n < N)[None, :]
-    )
+    tl.store(at, tl.trans(acc).to(out.dtype.element_ty), mask=live[:, None] & (n < N)[None, :])
 
 
 @triton.jit
@@ -117,8 +116,9 @@ def _gate_up_tiles(
     """One gate tile and one up tile of an expert against all its pairs, BLOCK_P at a time."""
     blocks: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
     scale_rows: tl.constexpr = (INTER + 127) // 128
-    gate_row = expert * (2 * INTER) + n_tile * BLOCK_N
-    up_row = gate_row + INTER
+    up_begin = expert * (2 * INTER) + INTER
+    up_row = up_begin + n_tile * BLOCK_N
+    gate_row = up_row - INTER
     gate_scale = w_scale + (expert * (2 * scale_rows) + n_tile) * blocks
     up_scale = gate_scale + scale_rows * blocks
     n = n_tile * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -132,15 +132,14 @@ def _gate_up_tiles(
         up = tl.zeros([BLOCK_N, BLOCK_P], tl.float32)
         for kb in tl.range(0, blocks, num_stages=STAGES):
             k = kb * BLOCK_K
-            gt = load_tile(
-                w, gate_row, k, gate_row + INTER, K, K, BLOCK_N, BLOCK_K, W_TMA, EVEN_N, EVEN_K
-            )
+            gt = load_tile(w, gate_row, k, up_begin, K, K, BLOCK_N, BLOCK_K, W_TMA, EVEN_N, EVEN_K)
             ut = load_tile(
-                w, up_row, k, up_row + INTER, K, K, BLOCK_N, BLOCK_K, W_TMA, EVEN_N, EVEN_K
+                w, up_row, k, up_begin + INTER, K, K, BLOCK_N, BLOCK_K, W_TMA, EVEN_N, EVEN_K
             )
             xt = tl.trans(_gather_rows(x, row, live, k, K, X_PITCH, BLOCK_K, EVEN_K))
             if FP8:
                 scale = load_scale(x_scale, token, live, kb, blocks, blocks, BLOCK_P)
+                # The weights' scales stay scalars: one set of token scales serves both products.
                 gate += tl.dot(gt, xt) * scale[None, :] * tl.load(gate_scale + kb)
                 up += tl.dot(ut, xt) * scale[None, :] * tl.load(up_scale + kb)
             else:
@@ -184,6 +183,7 @@ def _gate_up_kernel(
     STAGES_32: tl.constexpr,
     STAGES_64: tl.constexpr,
 ):
+    # The host does not know how many pairs an expert has, so one kernel holds every tile height.
     n_tile = tl.program_id(0)
     expert, first, end = _expert_of(offsets, tl.program_id(1), E, E_POW2, COMPACT)
     if not ADAPT or end - first <= 16:
@@ -280,6 +280,7 @@ def _down_kernel(
     STAGES_32: tl.constexpr,
     STAGES_64: tl.constexpr,
 ):
+    # The host does not know how many pairs an expert has, so one kernel holds every tile height.
     n_tile = tl.program_id(0)
     expert, first, end = _expert_of(offsets, tl.program_id(1), E, E_POW2, COMPACT)
     if not ADAPT or end - first <= 16:
@@ -314,8 +315,8 @@ def grouped_gate_up(
 ) -> None:
     """out[p] = silu(x[t] @ gate.T) * (x[t] @ up.T) for every pair p of each expert, t = p // top_k.
 
-    The product, SwiGLU and (FP8) the 1x128 quantisation are one kernel; nothing is rounded before the
-    result: gate, up and their product stay fp32.
+    The products, SwiGLU and (FP8) the 1x128 quantisation are one kernel. Nothing is rounded before
+    the result: gate, up and their product stay fp32.
 
     Args:
         x: e4m3 or act dtype [T, K]; the row pitch may exceed K.
@@ -423,7 +424,7 @@ class _Tiles:
 
     w: Arg
     grid: tuple[int, int]
-    constexprs: dict[str, int | bool]
+    constexprs: dict[str, Any]
     stages: tuple[int, ...]
     num_warps: int
 
@@ -436,10 +437,8 @@ class _Tiles:
         block_k = BLOCK_K_BYTES // w.element_size()
         source = flat if w.dtype == torch.float32 else tile_source(flat, (block_n, block_k))
         # Two fp32 accumulators and a partial product leave registers for one program on an SM.
-        budget = SINGLE_BUDGET_BYTES if fp8 and halves == 2 else STAGE_BUDGET_BYTES
-        stages = tuple(
-            pipeline_stages(halves * block_n, height, budget) for height in PAIR_BLOCKS
-        )
+        budget = SINGLE_BUDGET_BYTES if fp8 and halves == 2 else SHARED_BUDGET_BYTES
+        stages = tuple(pipeline_stages(halves * block_n, height, budget) for height in PAIR_BLOCKS)
         bulk = isinstance(source, TensorMap)
         return cls(
             w=source,
@@ -519,17 +518,14 @@ def grouped_gate_up_ref(
     out_scale: torch.Tensor | None,
 ) -> None:
     """Oracle of `grouped_gate_up`: fp32 throughout, one rounding (or quantisation) at the end."""
-    inter = w.shape[1] // 2
     for expert, listed in _busy_experts(offsets, pairs):
         rows = _widen(x, x_scale, listed // top_k)
         if w_scale is None:
-            gate, up = w[expert].float().split(inter)
+            gate, up = w[expert].float().chunk(2)
         else:
             gate, up = (
                 dequantize_blocks(half, scale)
-                for half, scale in zip(
-                    w[expert].split(inter), w_scale[expert].chunk(2), strict=True
-                )
+                for half, scale in zip(w[expert].chunk(2), w_scale[expert].chunk(2), strict=True)
             )
         h = torch.nn.functional.silu(rows @ gate.T) * (rows @ up.T)
         if out_scale is None:
@@ -559,9 +555,7 @@ def grouped_down_ref(
         out[listed] = (_widen(h, h_scale, listed) @ weight.T).to(out.dtype)
 
 
-def _busy_experts(
-    offsets: torch.Tensor, pairs: torch.Tensor
-) -> Iterator[tuple[int, torch.Tensor]]:
+def _busy_experts(offsets: torch.Tensor, pairs: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
     """Each expert that has pairs, with their ids."""
     bounds = offsets.tolist()
     for expert, (first, end) in enumerate(pairwise(bounds)):

@@ -57,8 +57,13 @@ class Launcher(Protocol):
     """Launches `kernel` over `grid` on the current stream.
 
     `args` are the kernel's run-time arguments in order, `constexprs` its compile-time ones by name.
+
+    Attributes:
+        arch: of the device, such as "sm_90".
+        num_sms: multiprocessors of the device.
     """
 
+    arch: str
     num_sms: int
 
     def __call__(
@@ -77,8 +82,8 @@ class JitLauncher:
     """Triton's own launcher: the interpreter in tests (`TRITON_INTERPRET=1`), JIT in
     experiments."""
 
-    def __init__(self, num_sms: int = 132) -> None:
-        self.num_sms = num_sms
+    def __init__(self, num_sms: int = 132, arch: str = "sm_90") -> None:
+        self.num_sms, self.arch = num_sms, arch
 
     def __call__(
         self,

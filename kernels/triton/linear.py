@@ -1,90 +1,44 @@
 """Dense matrix products of a step: few tokens against weights that are streamed once.
 
-The weight tile is the first operand of each tile product and the tokens the second ("swap-AB"), so a
-handful of tokens still fills a tensor-core instruction. Invariants: the K loop order and the number of
-K splits are functions of (N, K, number format) only; every tile height along the tokens uses the same
-instruction family and the same block along K. A token's bits therefore depend on that token alone.
+The weight tile is the first operand of each tile product and the tokens the second ("swap-AB"), so
+a handful of tokens still fills a tensor-core instruction. Invariants: the K order and the number of
+K splits are functions of (N, K, number format) only, and every tile height along the tokens uses
+the same instruction family and the same block along K: a token's bits depend on that token alone.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
-from kernels.triton.launch import ALIGNMENT, Arg, Launcher, TensorMap
+from kernels.triton.launch import Arg, Launcher, TensorMap
+from kernels.triton.tiles import (
+    BLOCK_K_BYTES,
+    FP8_GROUP,
+    FP32_BLOCK_N,
+    SHARED_BUDGET_BYTES,
+    SINGLE_BUDGET_BYTES,
+    check_fp8,
+    check_scale,
+    dequantize_blocks,
+    dequantize_rows,
+    load_scale,
+    load_tile,
+    pipeline_stages,
+    tile_source,
+)
 
-FP8_GROUP = 128  # elements that share one scale
-BLOCK_K_BYTES = 128  # of one tile row: a full swizzle span of the bulk copy engine
-STAGE_BUDGET_BYTES = 112 << 10  # of pipeline buffers; two programs then share a Hopper SM
-SINGLE_BUDGET_BYTES = 208 << 10  # where registers leave room for one program only
-MAX_STAGES = 10
 TOKEN_BLOCKS = (16, 32, 64, 128)
-FP32_BLOCK_N = 64  # no tensor cores, so operands live in registers: smaller tiles
 FP32_TOKEN_BLOCKS = (16, 32)
-# The plan must be the same on every chip, so it counts on a fixed number of SMs, not on this chip's.
+# The plan must be the same on every chip, so it counts on a fixed number of SMs.
 MIN_PROGRAMS = 120
 UNSPLIT_PROGRAMS = 112
 SHORT_PRODUCT_BYTES = 32 << 20  # below it a second launch costs more than narrow tiles
 SUM_BLOCK = 512
-MAX_SCALE_SPAN = 8  # scales of a token that `load_scale` stages at once
-
-
-@triton.jit
-def load_tile(
-    src,  # [rows, COLS] row-major, pointer or tensor map
-    row,
-    col,
-    end_row,
-    COLS: tl.constexpr,
-    PITCH: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    TMA: tl.constexpr,
-    EVEN_R: tl.constexpr,
-    EVEN_C: tl.constexpr,
-):
-    """The [BLOCK_R, BLOCK_C] tile at (row, col), zero outside the matrix."""
-    if TMA:
-        tile = src.load([row, col])
-    else:
-        # A 64-bit corner and 32-bit offsets inside the tile: half the address registers.
-        r = tl.arange(0, BLOCK_R)
-        c = tl.arange(0, BLOCK_C)
-        inside = tl.full([BLOCK_R, BLOCK_C], True, tl.int1)
-        if not EVEN_R:
-            inside = inside & (r < end_row - row)[:, None]
-        if not EVEN_C:
-            inside = inside & (c < COLS - col)[None, :]
-        corner = src + tl.cast(row, tl.int64) * PITCH + col
-        tile = tl.load(corner + r[:, None] * PITCH + c[None, :], mask=inside, other=0.0)
-    return tile
-
-
-@triton.jit
-def load_scale(
-    scale,  # f32 [rows, GROUPS], pitch PITCH
-    row,  # i32 [BLOCK]
-    live,  # bool [BLOCK]
-    group,
-    GROUPS: tl.constexpr,
-    PITCH: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """One scale of each row, zero where a row is not live."""
-    if BLOCK < 32:
-        column = tl.load(scale + group + row * PITCH, mask=live, other=0.0)
-    else:
-        SPAN: tl.constexpr = 8 if BLOCK == 32 else 4
-        # Loaded straight into the layout of the product, every thread would hold the addresses of a
-        # quarter of the rows. Four groups at a time stay one row a thread; the sum picks one exactly.
-        near = group // SPAN * SPAN + tl.arange(0, SPAN)
-        inside = live[:, None] & (near < GROUPS)[None, :]
-        four = tl.load(scale + row[:, None] * PITCH + near[None, :], mask=inside, other=0.0)
-        column = tl.sum(tl.where((near == group)[None, :], four, 0.0), 1)
-    return column
 
 
 @triton.jit
@@ -167,8 +121,8 @@ def _linear_fp32_kernel(
     blocks: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
     begin, end = _split_range(split, blocks, SPLITS)
     acc = tl.zeros([BLOCK_N, BLOCK_T], tl.float32)
-    # The widened tokens go through the loop, one block ahead. Where the compiler (Triton 3.6) can see a
-    # 16-bit load behind an fp32 operand it takes TF32 tensor cores on sm_100 and ignores "ieee".
+    # The widened tokens pass through the loop's carried values, one block ahead. Where Triton 3.6
+    # sees a 16-bit load behind an fp32 operand it takes TF32 tensor cores on sm_100, "ieee" or not.
     xt = load_tile(
         x, t0, begin * BLOCK_K, num_tokens, K, X_PITCH, BLOCK_T, BLOCK_K, False, False, EVEN_K
     ).to(tl.float32)
@@ -348,7 +302,7 @@ def linear_fp8(
     check_fp8("xq", xq)
     check_fp8("w", w)
     groups = triton.cdiv(w.shape[1], FP8_GROUP)
-    check_scale("xs", xs, (xq.shape[0], groups))
+    check_scale("xs", xs, (xq.shape[0], groups), pitched=True)
     check_scale("ws", ws, (triton.cdiv(w.shape[0], FP8_GROUP), groups))
     tiles = _Tiles.of(xq, w, *linear_plan(w.shape[0], w.shape[1], fp8=True))
     dst = tiles.destination(out, workspace)
@@ -416,13 +370,13 @@ class _Tiles:
             stages=pipeline_stages(
                 block_n,
                 block_t,
-                STAGE_BUDGET_BYTES if block_t < 128 else SINGLE_BUDGET_BYTES,
+                SHARED_BUDGET_BYTES if block_t < 128 else SINGLE_BUDGET_BYTES,
             ),
         )
 
     @property
     def grid(self) -> tuple[int, int, int]:
-        # Token tiles first: programs that share a weight tile run together and read it from HBM once.
+        # Token tiles first: programs that share a weight tile run together, and HBM is read once.
         return (
             triton.cdiv(self.num_tokens, self.block_t),
             triton.cdiv(self.n, self.block_n),
@@ -433,7 +387,7 @@ class _Tiles:
     def num_warps(self) -> int:
         return self.block_n // 16  # a warp group for each 64 weight rows
 
-    def constexprs(self, dst: torch.Tensor) -> dict[str, int | bool]:
+    def constexprs(self, dst: torch.Tensor) -> dict[str, Any]:
         return {
             "N": self.n,
             "K": self.k,
@@ -449,7 +403,7 @@ class _Tiles:
         }
 
     @property
-    def sources(self) -> dict[str, int | bool]:
+    def sources(self) -> dict[str, Any]:
         return {"X_TMA": isinstance(self.x, TensorMap), "W_TMA": isinstance(self.w, TensorMap)}
 
     def destination(self, out: torch.Tensor, workspace: torch.Tensor | None) -> torch.Tensor:
@@ -460,8 +414,8 @@ class _Tiles:
         if workspace is None or workspace.numel() < need or workspace.dtype != torch.float32:
             got = "none" if workspace is None else f"{workspace.numel()} of {workspace.dtype}"
             raise ValueError(
-                f"a {self.n}x{self.k} product of {self.num_tokens} tokens is split {self.splits} ways"
-                f" and needs {need} float32 elements of workspace, got {got};"
+                f"a {self.n}x{self.k} product of {self.num_tokens} tokens is split in {self.splits}"
+                f" along K and needs {need} float32 elements of workspace, got {got};"
                 " size it with linear_workspace_elems"
             )
         return workspace
@@ -483,38 +437,6 @@ class _Tiles:
         )
 
 
-def pipeline_stages(weight_rows: int, tokens: int, budget: int) -> int:
-    """As many stages as fit, so that enough bytes are in flight to hide the latency of HBM."""
-    scales = tokens * MAX_SCALE_SPAN * 4
-    return min(MAX_STAGES, budget // ((weight_rows + tokens) * BLOCK_K_BYTES + scales))
-
-
-def tile_source(matrix: torch.Tensor, block: tuple[int, int]) -> Arg:
-    """`matrix` behind a tensor map if the bulk copy engine can read it, else as it is."""
-    size = matrix.element_size()
-    at = (
-        matrix.storage_offset() * size if matrix.device.type == "meta" else matrix.data_ptr()
-    )
-    if at % ALIGNMENT or matrix.stride(0) * size % ALIGNMENT:
-        return matrix
-    return TensorMap(matrix, block)
-
-
-def check_fp8(name: str, tensor: torch.Tensor) -> None:
-    if tensor.dtype != torch.float8_e4m3fn:
-        raise ValueError(f"{name} must be float8_e4m3fn, got {tensor.dtype}")
-
-
-def check_scale(name: str, scale: torch.Tensor | None, shape: tuple[int, ...]) -> None:
-    if scale is None:
-        raise ValueError(f"{name} must be float32 {list(shape)} for FP8 operands, got None")
-    if tuple(scale.shape) != shape or scale.dtype != torch.float32 or scale.stride(-1) != 1:
-        raise ValueError(
-            f"{name} must be float32 {list(shape)} with last stride 1,"
-            f" got {scale.dtype} {list(scale.shape)} with strides {list(scale.stride())}"
-        )
-
-
 def _check_product(x: torch.Tensor, w: torch.Tensor, out: torch.Tensor) -> None:
     if x.ndim != 2 or w.ndim != 2 or x.shape[1] != w.shape[1]:
         raise ValueError(f"x [T, K] and w [N, K] expected, got {list(x.shape)}, {list(w.shape)}")
@@ -523,7 +445,9 @@ def _check_product(x: torch.Tensor, w: torch.Tensor, out: torch.Tensor) -> None:
             f"out must be [{x.shape[0]}, {w.shape[0]}] with at least one row, got {list(out.shape)}"
         )
     if x.stride(1) != 1 or w.stride(1) != 1 or out.stride(1) != 1:
-        raise ValueError("x, w and out need a last stride of 1; pass the rows of a contiguous buffer")
+        raise ValueError(
+            "x, w and out need a last stride of 1; pass the rows of a contiguous buffer"
+        )
 
 
 def linear_ref(
@@ -550,13 +474,3 @@ def linear_fp8_ref(
     """Oracle of `linear_fp8`: dequantise both operands, fp32 product, one rounding."""
     _check_product(xq, w, out)
     out.copy_(dequantize_rows(xq, xs) @ dequantize_blocks(w, ws).T)
-
-
-def dequantize_rows(q: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """fp32 values of e4m3 `q` [..., K] with scales [..., ceil(K/128)]."""
-    return q.float() * scale.repeat_interleave(FP8_GROUP, -1)[..., : q.shape[-1]]
-
-
-def dequantize_blocks(q: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """fp32 values of e4m3 `q` [N, K] with scales [ceil(N/128), ceil(K/128)]."""
-    return dequantize_rows(q, scale.repeat_interleave(FP8_GROUP, 0)[: q.shape[0]])

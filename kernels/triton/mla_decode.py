@@ -40,35 +40,21 @@ def _attend(  # type: ignore[no-untyped-def]
     scale,
     high,  # fp32 [BLOCK_H]: running maximum score, in powers of two
     total,  # fp32 [BLOCK_H]: running sum of weights
-    acc,  # fp32 [BLOCK_H, BLOCK_C], or its transpose: running sum of weighted latents
-    KV_LEFT: tl.constexpr,
+    acc,  # fp32 [BLOCK_H, BLOCK_C]: running sum of weighted latents
     MASKED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Take one tile of KV into the running softmax."""
-    if KV_LEFT:
-        score = tl.dot(rope, tl.trans(q_rope), input_precision=PRECISION)
-        score = tl.dot(latent, tl.trans(q_latent), score, input_precision=PRECISION) * scale
-        if MASKED:
-            score = tl.where(live[:, None], score, float("-inf"))
-        new_high = tl.maximum(high, tl.max(score, axis=0))
-        weight = tl.exp2(score - new_high[None, :])
-        decay = tl.exp2(high - new_high)
-        total = total * decay + tl.sum(weight, axis=0)
-        acc = acc * decay[None, :]
-        weight = weight.to(latent.dtype)
-        acc = tl.dot(tl.trans(latent), weight, acc, input_precision=PRECISION)
-    else:
-        score = tl.dot(q_rope, tl.trans(rope), input_precision=PRECISION)
-        score = tl.dot(q_latent, tl.trans(latent), score, input_precision=PRECISION) * scale
-        if MASKED:
-            score = tl.where(live[None, :], score, float("-inf"))
-        new_high = tl.maximum(high, tl.max(score, axis=1))
-        weight = tl.exp2(score - new_high[:, None])
-        decay = tl.exp2(high - new_high)
-        total = total * decay + tl.sum(weight, axis=1)
-        acc = acc * decay[:, None]
-        acc = tl.dot(weight.to(latent.dtype), latent, acc, input_precision=PRECISION)
+    score = tl.dot(q_rope, tl.trans(rope), input_precision=PRECISION)
+    score = tl.dot(q_latent, tl.trans(latent), score, input_precision=PRECISION) * scale
+    if MASKED:
+        score = tl.where(live[None, :], score, float("-inf"))
+    new_high = tl.maximum(high, tl.max(score, axis=1))
+    weight = tl.exp2(score - new_high[:, None])
+    decay = tl.exp2(high - new_high)
+    total = total * decay + tl.sum(weight, axis=1)
+    acc = acc * decay[:, None]
+    acc = tl.dot(weight.to(latent.dtype), latent, acc, input_precision=PRECISION)
     return new_high, total, acc
 
 
@@ -99,7 +85,6 @@ def _mla_decode(  # type: ignore[no-untyped-def]
     BLOCK_R: tl.constexpr,
     BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,
-    KV_LEFT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     HEAD_TILES: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
@@ -124,10 +109,7 @@ def _mla_decode(  # type: ignore[no-untyped-def]
 
     high = tl.full([BLOCK_H], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_H], tl.float32)
-    if KV_LEFT:
-        acc = tl.zeros([BLOCK_C, BLOCK_H], tl.float32)
-    else:
-        acc = tl.zeros([BLOCK_H, BLOCK_C], tl.float32)
+    acc = tl.zeros([BLOCK_H, BLOCK_C], tl.float32)
     tail = begin + (end - begin) // BLOCK_N * BLOCK_N
     for n0 in tl.range(begin, tail, BLOCK_N, num_stages=STAGES):
         # A tile lies within a page. Columns past DC or DR meet zeros in the query.
@@ -135,7 +117,7 @@ def _mla_decode(  # type: ignore[no-untyped-def]
         latent = latents.load([slot, 0])
         rope = ropes.load([slot, DC])
         high, total, acc = _attend(
-            q_latent, q_rope, latent, rope, high, scale, high, total, acc, KV_LEFT, False, PRECISION
+            q_latent, q_rope, latent, rope, high, scale, high, total, acc, False, PRECISION
         )
     if tail < end:
         n = tail + tl.arange(0, BLOCK_N)
@@ -145,10 +127,8 @@ def _mla_decode(  # type: ignore[no-untyped-def]
         latent = tl.load(kv_at + c, mask=live[:, None] & (c < DC), other=0.0)
         rope = tl.load(kv_at + DC + r, mask=live[:, None] & (r < DR), other=0.0)
         high, total, acc = _attend(
-            q_latent, q_rope, latent, rope, live, scale, high, total, acc, KV_LEFT, True, PRECISION
+            q_latent, q_rope, latent, rope, live, scale, high, total, acc, True, PRECISION
         )
-    if KV_LEFT:
-        acc = tl.trans(acc)
     o = acc / total[:, None]
     if length <= CUT:
         tl.store(out_at, o, mask=out_mask)
@@ -240,7 +220,7 @@ def mla_decode(
     tokens, num_heads, dc = out.shape
     dr = q.shape[2] - dc
     splits = part_o.shape[1]
-    tile = _tile(q, page_size, getattr(launch, "arch", HOPPER))
+    tile = _tile(q, page_size, launch.arch)
     block_c, block_r = _pow2(dc), _pow2(dr)
     launch(
         _mla_decode,
@@ -270,7 +250,6 @@ def mla_decode(
         BLOCK_R=block_r,
         BLOCK_N=tile.tokens,
         STAGES=tile.stages,
-        KV_LEFT=tile.heads < 64,
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
         num_warps=tile.warps,
     )
@@ -393,8 +372,12 @@ def _tile(q: torch.Tensor, page_size: int, arch: str) -> _Tile:
     if arch != HOPPER:
         # The pipeliner keeps one buffer more there; a tile of 64 would not fit beside the query.
         return _Tile(heads if heads == 64 else 16, min(32, page_size), 8, 2)
-    # 64 heads want two warp groups, each with half of the value columns; fewer heads fit in one.
-    return _Tile(heads, min(64, page_size), 8 if heads == 64 else 4, 2)
+    # 64 heads take two warp groups, each with half of the value columns. Fewer heads take the
+    # warp-level product where its accumulator fits in registers, and are padded to 64 elsewhere.
+    # (With KV as its left operand, Triton 3.6 makes a product that reads past its shared memory.)
+    if heads == 64 or q.shape[2] > 200:
+        return _Tile(64, min(64, page_size), 8, 2)
+    return _Tile(heads, min(64, page_size), 4, 2)
 
 
 def _pow2(width: int) -> int:

@@ -21,6 +21,7 @@ Step numbers of the ring are int64 [RING_SLOTS], apart from the slots; a finishe
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 
 import torch
@@ -307,7 +308,8 @@ def intake_ref(
     begin_ns: torch.Tensor,
     on_device: bool = True,
 ) -> None:
-    """`intake` in plain torch; `begin_ns` is left alone."""
+    """`intake` in plain torch; `begin_ns` is the host's clock."""
+    begin_ns[0] = time.perf_counter_ns()
     box = mailbox[int(step) % 2]
     fresh = int(box[0]) == int(step)
     admits, cancels, pages, chunks = box[1:5].tolist() if fresh else (0, 0, 0, 0)
@@ -587,7 +589,7 @@ def settle_ref(
     ring_step: torch.Tensor,
     on_device: bool = True,
 ) -> None:
-    """`settle` in plain torch; no device times."""
+    """`settle` in plain torch; the end time is the host's clock."""
     now = int(step)
     n = int((sample_row >= 0).sum())
     row, token = sample_row[:n].long(), out_token[:n]
@@ -602,6 +604,8 @@ def settle_ref(
     for i, field in enumerate((row.int(), token, bits, reason)):
         out[HEADER + i * rows : HEADER + i * rows + n] = field
     out[0], out[1] = n, int(fault)
+    out[2:4] = begin_ns.view(torch.int32)
+    out[4:6] = torch.tensor([time.perf_counter_ns()]).view(torch.int32)
     ring_step[now % RING_SLOTS] = now + 1
     step[0] = now + 1
 

@@ -7,7 +7,9 @@ prints one JSON object.
 from __future__ import annotations
 
 import json
+import multiprocessing
 import sys
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -204,6 +206,13 @@ def _damage(store: Store) -> dict[str, Any]:
     }
 
 
+def _survivors(deadline: float) -> int:
+    """Compiling processes that are still there; they get until `deadline` to end."""
+    while multiprocessing.active_children() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return len(multiprocessing.active_children())
+
+
 def main(root: str) -> dict[str, Any]:
     """Everything the tests look at."""
     store = Store(Path(root))
@@ -231,9 +240,17 @@ def main(root: str) -> dict[str, Any]:
     report["failure"] = _message(CompileError, lambda: compile_all(requests, compiler, jobs=1))
     fresh = KernelCompiler(Store(Path(root) / "parallel"), 90)
     report["parallel"] = _rows(compile_all(record(step), fresh, jobs=2))
+    stuck = KernelCompiler(Store(Path(root) / "stuck"), 90)
+    report["stuck"] = _message(
+        CompileError, lambda: compile_all(record(step), stuck, jobs=2, timeout_s=0.01)
+    )
+    report["orphans"] = _survivors(time.monotonic() + 10)
     report["cuda"] = torch.cuda.is_initialized()
     return report
 
 
 if __name__ == "__main__":
-    print(json.dumps(main(sys.argv[1])))
+    # By name, because a compiling process would know this module by another.
+    from tests.cpu import aot_kernels
+
+    print(json.dumps(aot_kernels.main(sys.argv[1])))

@@ -88,6 +88,11 @@ def test_several_processes_compile_the_same(report: dict[str, Any]) -> None:
         assert {**one, "seconds": 0} == {**two, "seconds": 0}
 
 
+def test_compilers_that_hang_are_ended(report: dict[str, Any]) -> None:
+    assert "no kernel finished within 0.01 s, of gemm_nt, scale_add" in report["stuck"]
+    assert report["orphans"] == 0
+
+
 def test_all_failures_are_named_and_the_rest_is_compiled(report: dict[str, Any]) -> None:
     message = report["failure"]
     assert "2 of 4 kernels do not compile for sm_90" in message

@@ -343,6 +343,7 @@ def test_decode_refuses_a_cut_across_tiles() -> None:
 # Compilation for the chips, in a process without the interpreter
 
 
+@pytest.mark.slow
 def test_kernels_compile_without_spills() -> None:
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     env["PYTHONPATH"] = str(Path(__file__).parents[2])

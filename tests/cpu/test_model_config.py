@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -226,7 +227,8 @@ def test_contradictory_override_is_refused(
 
 def test_config_needs_no_torch() -> None:
     code = "import sys, graphs.model_config, graphs.presets; assert 'torch' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True)
+    root = Path(__file__).parents[2]
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=root)
 
 
 def test_fp8_parts_begin_at_whole_blocks() -> None:

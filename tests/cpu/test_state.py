@@ -218,5 +218,9 @@ def test_kernel_equals_ref_on_random_states(seed: int) -> None:
             device.advance(kernel)
             device.out_token.copy_(torch.from_numpy(rng.integers(-1, 5, 4, dtype=np.int32)))
             device.settle(kernel)
-    for name, tensor in devices[0].dump().items():
-        assert torch.equal(tensor, devices[1].dump()[name]), name
+    dumps = [device.dump() for device in devices]
+    for dump in dumps:  # the kernel has no clock in the interpreter
+        dump["begin_ns"].zero_()
+        dump["ring"][:, 2:6] = 0
+    for name, tensor in dumps[0].items():
+        assert torch.equal(tensor, dumps[1][name]), name

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 
-from barriers import rdep_ref
+from barriers import deepep, rdep_ref
 from barriers.transport import (
     AllGather,
     Local,
@@ -156,9 +158,8 @@ def test_local_copies_nothing_and_agrees_with_float64(fp8: bool) -> None:
     case = Case(config, [5])
     x, scale = rdep_ref.quantize_ref(case.xs[0]) if fp8 else (case.xs[0], None)
     transport = Local(config, None)
-    received = transport.received(x, scale, case.ids[0], case.weights[0])
+    received = transport.dispatch(x, scale, case.ids[0], case.weights[0])
     assert received.x is x
-    transport.dispatch(received, x, scale, case.ids[0], case.weights[0])
     y = rdep_ref.experts_ref(config, received, expert)
     out = torch.empty_like(case.xs[0])
     transport.combine(out, y, received, case.ids[0], case.shared[0])
@@ -169,19 +170,18 @@ def test_local_refuses_more_ranks_and_unquantised_tokens() -> None:
     with pytest.raises(ValueError, match="one rank, got 2"):
         Local(replace(SMALL, world=2), None)
     case, transport = Case(SMALL, [2]), Local(SMALL, None)
-    received = transport.received(case.xs[0], None, case.ids[0], case.weights[0])
     with pytest.raises(ValueError, match="takes e4m3 tokens with scales"):
-        transport.dispatch(received, case.xs[0], None, case.ids[0], case.weights[0])
+        transport.dispatch(case.xs[0], None, case.ids[0], case.weights[0])
 
 
 def test_dispatch_names_the_wrong_argument() -> None:
     case, transport = Case(SMALL, [7]), Local(SMALL, None)
     x, scale = rdep_ref.quantize_ref(case.xs[0])
-    received = transport.received(x, scale, case.ids[0], case.weights[0])
     with pytest.raises(ValueError, match="7 tokens do not fit the capacity 6"):
-        transport.dispatch(received, x, scale, case.ids[0], case.weights[0])
+        transport.dispatch(x, scale, case.ids[0], case.weights[0])
     with pytest.raises(ValueError, match="ids must be torch.int32"):
-        transport.dispatch(received, x[:2], scale[:2], case.ids[0][:2].long(), case.weights[0][:2])
+        transport.dispatch(x[:2], scale[:2], case.ids[0][:2].long(), case.weights[0][:2])
+    received = Received(x, scale, case.ids[0], case.weights[0])
     with pytest.raises(ValueError, match=r"out must be torch.bfloat16 \(3, 144\)"):
         transport.combine(torch.empty(3, 144), x, received, case.ids[0], None)
 
@@ -236,8 +236,7 @@ def _check_all(config: TransportConfig, group: object) -> None:
 def _run(transport: AllGather, case: Case) -> tuple[Received, torch.Tensor]:
     rank = transport.config.rank
     x, ids, weights = case.xs[rank], case.ids[rank], case.weights[rank]
-    received = transport.received(x, None, ids, weights)
-    transport.dispatch(received, x, None, ids, weights)
+    received = transport.dispatch(x, None, ids, weights)
     y = rdep_ref.experts_ref(transport.config, received, expert)
     y.view(-1, transport.config.hidden)[(received.ids.flatten() < 0)] = float("nan")
     out = torch.full_like(x, float("nan"))
@@ -285,6 +284,96 @@ def test_wire_buffers_depend_on_the_config_alone() -> None:
     assert shapes["ep_recv_x"] == ((24, 144), "float8_e4m3fn")
     assert shapes["ep_recv_scale"] == ((24, 2), "float32")
     assert shapes["ep_partial"] == ((24, 144), "bfloat16")
+
+
+# -- DeepEP, which is not here ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("present", "got"), [(None, "No module named"), (ModuleType("deep_ep"), "without")]
+)
+def test_deepep_says_how_to_get_it(
+    monkeypatch: pytest.MonkeyPatch, present: ModuleType | None, got: str
+) -> None:
+    if present is None:
+        monkeypatch.delitem(sys.modules, "deep_ep", raising=False)
+        monkeypatch.setattr(sys, "path", [])
+    else:
+        monkeypatch.setitem(sys.modules, "deep_ep", present)
+    with pytest.raises(deepep.DeepEpMissing, match=f"{got}.*github.com/deepseek-ai/DeepEP"):
+        deepep.load_buffer_class()
+
+
+class FakeBuffer:
+    """Upstream's interface for one rank: every token comes back as it went."""
+
+    def __init__(self, group: object, nvlink: int, rdma: int, **options: object) -> None:
+        self.combined = 0
+
+    @staticmethod
+    def get_low_latency_rdma_size_hint(*sizes: int) -> int:
+        return 1
+
+    def low_latency_dispatch(self, x, topk, capacity, num_experts, use_fp8):  # type: ignore[no-untyped-def]
+        rows = torch.zeros(num_experts, capacity, x.shape[1], dtype=x.dtype)
+        counts = torch.zeros(num_experts, dtype=torch.int32)
+        places = []
+        for t, k in (topk >= 0).nonzero().tolist():
+            e = int(topk[t, k])
+            rows[e, counts[e]] = x[t]
+            places.append((t, k, e, int(counts[e])))
+            counts[e] += 1
+        return rows, counts, places, None, None
+
+    def low_latency_combine(self, y, topk, weights, places, out):  # type: ignore[no-untyped-def]
+        total = torch.zeros(out.shape)
+        for t, k, e, slot in places:
+            total[t] += weights[t, k] * y[e, slot].float()
+        out.copy_(total)
+        self.combined += 1
+
+    get_dispatch_layout = combine = None
+
+
+@pytest.fixture
+def low_latency(monkeypatch: pytest.MonkeyPatch) -> deepep.DeepEpLowLatency:
+    fake = ModuleType("deep_ep")
+    fake.Buffer = FakeBuffer  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "deep_ep", fake)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda _: None)
+    config = replace(SMALL, hidden=2048, fp8=False)
+    buffers = {
+        name: torch.zeros(shape, dtype=getattr(torch, dtype))
+        for _, name, shape, dtype in deepep.DeepEpLowLatency.buffers(config)
+    }
+    return deepep.DeepEpLowLatency(config, buffers, None)
+
+
+def test_deepep_low_latency_rows_have_one_choice(low_latency: deepep.DeepEpLowLatency) -> None:
+    case = Case(low_latency.config, [5])
+    received = low_latency.dispatch(case.xs[0], None, case.ids[0], case.weights[0])
+    y = rdep_ref.experts_ref(low_latency.config, received, expert)
+    out = torch.empty_like(case.xs[0])
+    low_latency.combine(out, y, received, case.ids[0], case.shared[0])
+    assert rdep_ref.relative_error(out, case.fp64(0)) < MAX_ERROR
+
+
+def test_deepep_calls_come_in_pairs(low_latency: deepep.DeepEpLowLatency) -> None:
+    case = Case(low_latency.config, [2])
+    arguments = (case.xs[0], None, case.ids[0], case.weights[0])
+    received = low_latency.dispatch(*arguments)
+    with pytest.raises(deepep.ParityError, match="dispatch after a dispatch without its combine"):
+        low_latency.dispatch(*arguments)
+    y = torch.zeros(received.ids.numel(), 2048, dtype=torch.bfloat16)
+    low_latency.combine(torch.empty_like(case.xs[0]), y, received, case.ids[0], None)
+    low_latency.require_even("capture")
+    with pytest.raises(deepep.ParityError, match="combine without a dispatch"):
+        low_latency.combine(torch.empty_like(case.xs[0]), y, received, case.ids[0], None)
+
+
+def test_deepep_refuses_sizes_without_kernels() -> None:
+    with pytest.raises(ValueError, match="got 144 and 4; use --transport rdep"):
+        deepep.DeepEpLowLatency(SMALL, {}, None)
 
 
 # -- routing to benchmark with -------------------------------------------------------------------

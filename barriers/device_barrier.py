@@ -1,0 +1,125 @@
+"""Barriers between GPU ranks as kernels on a stream, and the host's watch over their deadlines."""
+
+from __future__ import annotations
+
+import ctypes
+
+from barriers.device_code import STATE_AT, State, compile_barriers, load_kernels
+from barriers.symmetric_device import DeviceMemory
+from barriers.watch import DEFAULT_DEADLINE_MS, NO_LAYER, OPERATIONS, Record, Watch
+from capture_cache.driver import check, cuda
+from capture_cache.store import Store
+
+KINDS = ("tag", "tag_relaxed", "epoch", "epoch_relaxed")
+DEFAULT_KIND = "tag"
+BARRIER_PARAMS = ("ptr", "i64", "i32", "i32", "i32", "i32")
+_PAGE = 4096
+
+
+class DeviceWatch(Watch):
+    """What this rank's waits go by, written to its device, and the record they leave.
+
+    Args:
+        memory: in whose control block the state lies.
+        deadline_ms: of every wait.
+        step_address: int64 [1] on the device, the number of the running step; None: the state's own
+            word, which whoever launches keeps.
+
+    All ranks make theirs before any of them launches a barrier: meet after this.
+    """
+
+    def __init__(
+        self,
+        memory: DeviceMemory,
+        *,
+        deadline_ms: int = DEFAULT_DEADLINE_MS,
+        step_address: int | None = None,
+    ) -> None:
+        if deadline_ms < 1:
+            raise ValueError(f"a deadline must be at least 1 ms, got {deadline_ms}")
+        self._memory, self._deadline_ns = memory, deadline_ms * 1_000_000
+        own_step = memory.base + STATE_AT + State.own_step.offset
+        self.step_address = own_step if step_address is None else step_address
+        self._pinned: int | None = memory.device.host_alloc(_PAGE)
+        ctypes.memset(self._pinned, 0, _PAGE)
+        record = Record.from_address(self._pinned)
+        group = memory.group
+        super().__init__(record, group.rank, group.world, describe=group.describe)
+        self._write_state()
+
+    def rearm(self) -> None:
+        """Forget a failure: zero this rank's signals, record and state.
+
+        Every rank's stream must be idle and every rank must do this: meet before and after. A
+        runtime never does; it closes. Tests and benchmarks go on to their next case.
+        """
+        assert self._pinned is not None
+        ctypes.memset(self._pinned, 0, _PAGE)
+        self._memory.clear_control()
+        self._write_state()
+
+    def close(self) -> None:
+        """Free the record; idempotent. Kernels that wait must be done."""
+        if self._pinned is not None:
+            pinned, self._pinned = self._pinned, None
+            # Not the freed page: a late `check` must not touch it.
+            self._record = Record.from_buffer_copy(self._record)
+            self._memory.device.host_free(pinned)
+
+    def _write_state(self) -> None:
+        assert self._pinned is not None
+        state = State(step=self.step_address, record=self._pinned, deadline_ns=self._deadline_ns)
+        cu, at = cuda(), self._memory.base + STATE_AT
+        result = cu.cuMemcpyHtoD(cu.CUdeviceptr(at), bytes(state), ctypes.sizeof(state))
+        check(result, "writing what barriers go by")
+
+
+class DeviceBarrier:
+    """One kind of barrier, ready to launch.
+
+    Args:
+        kind: one of `KINDS`.
+        store: of compiled code.
+        pdl: launch with programmatic dependent launch.
+    """
+
+    def __init__(
+        self,
+        memory: DeviceMemory,
+        kind: str = DEFAULT_KIND,
+        *,
+        store: Store | None = None,
+        pdl: bool = False,
+        spacing: int = 1,
+    ) -> None:
+        if kind not in KINDS:
+            raise ValueError(f"a barrier must be one of {', '.join(KINDS)}, got {kind!r}")
+        self.kind, self._memory = kind, memory
+        module = compile_barriers("barriers.cu", memory.device.arch, spacing=spacing, store=store)
+        name = f"barrier_{kind}"
+        self._kernel = load_kernels(memory.device, module, {name: BARRIER_PARAMS}, pdl=pdl)[name]
+
+    def launch(
+        self,
+        stream: int,
+        *,
+        layer: int = NO_LAYER,
+        operation: str = "barrier",
+        opens_step: bool = False,
+    ) -> None:
+        """Launch one barrier; capture-safe.
+
+        Args:
+            stream: a CUstream handle.
+            layer, operation: what the record will name.
+            opens_step: the first barrier of a step: ranks compare their step numbers in it. There
+                must be at least one more barrier in a step.
+        """
+        memory = self._memory
+        values = (memory.base, memory.stride, memory.group.world, layer)
+        where = (OPERATIONS.index(operation), int(opens_step))
+        self._kernel.launch((1,), (*values, *where), stream)
+
+    def close(self) -> None:
+        """Unload the code; idempotent."""
+        self._kernel.close()

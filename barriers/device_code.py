@@ -1,0 +1,93 @@
+"""The CUDA C++ of this package: its text, and its kernels compiled and loaded."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Mapping
+from importlib import resources
+
+from barriers.watch import Record
+from capture_cache.driver import Device
+from capture_cache.kernel import CompiledKernel
+from capture_cache.launch import LoadedKernel
+from capture_cache.nvrtc import CudaModule, compile_cuda
+from capture_cache.store import Store
+
+STATE_AT = 3328  # of `State` in the control block
+_LAYOUT = ("STATE_AT", "STATE_BYTES", "RECORD_BYTES")
+
+
+class State(ctypes.Structure):
+    """`State` of cuda/barrier.cuh: what a rank's waits go by, in its device memory."""
+
+    _fields_ = (
+        ("step", ctypes.c_uint64),
+        ("record", ctypes.c_uint64),
+        ("deadline_ns", ctypes.c_uint64),
+        ("poison", ctypes.c_int32),
+        ("reserved", ctypes.c_int32),
+        ("own_step", ctypes.c_int64),
+    )
+
+
+def cuda_source(name: str) -> str:
+    """The text of a file of `barriers/cuda`."""
+    return (resources.files("barriers") / "cuda" / name).read_text()
+
+
+def cuda_headers() -> dict[str, str]:
+    """Every header of `barriers/cuda`, by the name in an `#include`."""
+    folder = resources.files("barriers") / "cuda"
+    return {f.name: f.read_text() for f in folder.iterdir() if f.name.endswith(".cuh")}
+
+
+def compile_barriers(
+    name: str, arch: str, *, spacing: int = 1, store: Store | None = None
+) -> CudaModule:
+    """Compile a source of `barriers/cuda`; needs no GPU. Raises as `compile_cuda`.
+
+    Args:
+        spacing: words from one rank's signal to the next, 1 to 8; the same on all ranks.
+    """
+    sizes = (STATE_AT, ctypes.sizeof(State), ctypes.sizeof(Record))
+    options = [f"-DLOCKSTEP_{k}={v}" for k, v in zip(_LAYOUT, sizes, strict=True)]
+    options.append(f"-DLOCKSTEP_SPACING={spacing}")
+    return compile_cuda(cuda_source(name), arch, options, headers=cuda_headers(), store=store)
+
+
+def load_kernels(
+    device: Device,
+    module: CudaModule,
+    kinds: Mapping[str, tuple[str, ...]],
+    *,
+    num_warps: int = 1,
+    pdl: bool = False,
+) -> dict[str, LoadedKernel]:
+    """Load kernels of a module.
+
+    Args:
+        kinds: by kernel name, the kinds of its parameters (`capture_cache.kernel.PARAM_KINDS`).
+        num_warps: of a block.
+        pdl: launch with programmatic dependent launch.
+    """
+    loaded = {}
+    for name, params in kinds.items():
+        facts = module.kernels[name]
+        loaded[name] = LoadedKernel(
+            device,
+            CompiledKernel(
+                name=name,
+                arch=module.arch,
+                cubin=module.cubin,
+                num_warps=num_warps,
+                num_ctas=1,
+                pdl=pdl,
+                shared_bytes=0,
+                params=params,
+                tensor_maps=(),
+                registers=facts.registers,
+                local_bytes=facts.local_bytes,
+                spill_bytes=0,
+            ),
+        )
+    return loaded

@@ -1,0 +1,121 @@
+"""Pieces shared by the matrix kernels: loading tiles and scales, and how deep to pipeline them.
+
+Invariant: which way a tile is loaded changes no value, so no bit of a product.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from kernels.triton.launch import ALIGNMENT, Arg, TensorMap
+
+FP8_GROUP = 128  # elements that share one scale
+BLOCK_K_BYTES = 128  # of a tile's row: the full swizzle span of the bulk copy engine
+SHARED_BUDGET_BYTES = 112 << 10  # of pipeline buffers where two programs are to share a Hopper SM
+SINGLE_BUDGET_BYTES = 208 << 10  # where registers leave room for one program only
+FP32_BLOCK_N = 64  # weight rows of a tile without tensor cores: its operands live in registers
+MAX_STAGES = 10
+MAX_SCALE_SPAN = 8  # scales of a row that `load_scale` stages at once
+
+
+@triton.jit
+def load_tile(
+    src,  # [rows, COLS] row-major, pointer or tensor map
+    row,
+    col,
+    end_row,
+    COLS: tl.constexpr,
+    PITCH: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    TMA: tl.constexpr,
+    EVEN_R: tl.constexpr,
+    EVEN_C: tl.constexpr,
+):
+    """The [BLOCK_R, BLOCK_C] tile at (row, col), zero outside the matrix."""
+    if TMA:
+        tile = src.load([row, col])
+    else:
+        # A 64-bit corner and 32-bit offsets inside the tile: half the address registers.
+        r = tl.arange(0, BLOCK_R)
+        c = tl.arange(0, BLOCK_C)
+        inside = tl.full([BLOCK_R, BLOCK_C], True, tl.int1)
+        if not EVEN_R:
+            inside = inside & (r < end_row - row)[:, None]
+        if not EVEN_C:
+            inside = inside & (c < COLS - col)[None, :]
+        corner = src + tl.cast(row, tl.int64) * PITCH + col
+        tile = tl.load(corner + r[:, None] * PITCH + c[None, :], mask=inside, other=0.0)
+    return tile
+
+
+@triton.jit
+def load_scale(
+    scale,  # f32 [rows, GROUPS], pitch PITCH
+    row,  # i32 [BLOCK]
+    live,  # bool [BLOCK]
+    group,
+    GROUPS: tl.constexpr,
+    PITCH: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One scale of each row, zero where a row is not live."""
+    if BLOCK < 32:
+        column = tl.load(scale + group + row * PITCH, mask=live, other=0.0)
+    else:
+        # Loaded straight into the layout of the product, every thread would hold the addresses of a
+        # quarter of the rows. A few groups at once stay one element a thread; the sum picks one of
+        # them exactly.
+        SPAN: tl.constexpr = 8 if BLOCK == 32 else 4
+        near = group // SPAN * SPAN + tl.arange(0, SPAN)
+        inside = live[:, None] & (near < GROUPS)[None, :]
+        span = tl.load(scale + row[:, None] * PITCH + near[None, :], mask=inside, other=0.0)
+        column = tl.sum(tl.where((near == group)[None, :], span, 0.0), 1)
+    return column
+
+
+def pipeline_stages(weight_rows: int, tokens: int, budget: int) -> int:
+    """As many stages as fit, so that enough bytes are in flight to hide the latency of HBM."""
+    scales = tokens * MAX_SCALE_SPAN * 4
+    return min(MAX_STAGES, budget // ((weight_rows + tokens) * BLOCK_K_BYTES + scales))
+
+
+def tile_source(matrix: torch.Tensor, block: tuple[int, int]) -> Arg:
+    """`matrix` behind a tensor map if the bulk copy engine can read it, else as it is."""
+    size = matrix.element_size()
+    at = matrix.storage_offset() * size if matrix.device.type == "meta" else matrix.data_ptr()
+    if at % ALIGNMENT or matrix.stride(0) * size % ALIGNMENT:
+        return matrix
+    return TensorMap(matrix, block)
+
+
+def check_fp8(name: str, tensor: torch.Tensor) -> None:
+    """Refuse anything but e4m3."""
+    if tensor.dtype != torch.float8_e4m3fn:
+        raise ValueError(f"{name} must be float8_e4m3fn, got {tensor.dtype}")
+
+
+def check_scale(
+    name: str, scale: torch.Tensor | None, shape: tuple[int, ...], *, pitched: bool = False
+) -> None:
+    """Refuse scales that do not fit; `pitched` allows rows that are further apart."""
+    if scale is None:
+        raise ValueError(f"{name} must be float32 {list(shape)} for FP8 operands, got None")
+    dense = scale.stride(-1) == 1 if pitched else scale.is_contiguous()
+    if tuple(scale.shape) != shape or scale.dtype != torch.float32 or not dense:
+        raise ValueError(
+            f"{name} must be float32 {list(shape)}, {'last stride 1' if pitched else 'contiguous'};"
+            f" got {scale.dtype} {list(scale.shape)} with strides {list(scale.stride())}"
+        )
+
+
+def dequantize_rows(q: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """fp32 values of e4m3 `q` [..., K] with scales [..., ceil(K/128)]."""
+    return q.float() * scale.repeat_interleave(FP8_GROUP, -1)[..., : q.shape[-1]]
+
+
+def dequantize_blocks(q: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """fp32 values of e4m3 `q` [N, K] with scales [ceil(N/128), ceil(K/128)]."""
+    return dequantize_rows(q, scale.repeat_interleave(FP8_GROUP, 0)[: q.shape[0]])
