@@ -72,6 +72,8 @@ class DeviceWatch(Watch):
         cu, at = cuda(), self._memory.base + STATE_AT
         result = cu.cuMemcpyHtoD(cu.CUdeviceptr(at), bytes(state), ctypes.sizeof(state))
         check(result, "writing what barriers go by")
+        # The copy may still be on its way, and the streams that launch barriers do not wait for it.
+        check(cu.cuCtxSynchronize(), "writing what barriers go by")
 
 
 class DeviceBarrier:

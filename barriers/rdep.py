@@ -202,7 +202,7 @@ class Rdep:
         stream: Callable[[], int] | None = None,
     ) -> None:
         self.config, self.tuning = config, tuning or RdepTuning()
-        self._buffers, self._kernels = buffers, kernels
+        self._buffers, self.kernels = buffers, kernels
         self._peers = (base, stride)
         self._stream = stream or _current_stream
         self._out = wire_views(buffers)
@@ -242,7 +242,7 @@ class Rdep:
             int(opens_step),
         )
         name = "rdep_send_quantized" if quantize else "rdep_send"
-        self._kernels[name].launch((blocks,), values, self._stream())
+        self.kernels[name].launch((blocks,), values, self._stream())
         return out
 
     def combine(
@@ -269,7 +269,7 @@ class Rdep:
             *(_address(self._buffers[n]) for n in ("ep_recv_count", "ep_partial", "ep_words")),
             self.tuning.share(blocks),
         )
-        self._kernels["rdep_sum"].launch((blocks,), values, self._stream())
+        self.kernels["rdep_sum"].launch((blocks,), values, self._stream())
 
     def pull(
         self,
@@ -289,7 +289,7 @@ class Rdep:
             OPERATIONS.index("combine"),
         )
         grid = (out.shape[0] * self._parts("pull"),)
-        self._kernels["rdep_pull"].launch(grid, values, self._stream())
+        self.kernels["rdep_pull"].launch(grid, values, self._stream())
 
     def _parts(self, kernel: str) -> int:
         """Blocks a token."""

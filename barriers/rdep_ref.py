@@ -25,11 +25,12 @@ def ranks_of(config: TransportConfig) -> list[TransportConfig]:
 
 def quantize_ref(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(e4m3 [T, H], fp32 [T, ceil(H/128)]) of act [T, H], by the rule that holds everywhere."""
-    q = torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device)
-    scale = torch.empty(x.shape[0], -(-x.shape[1] // GROUP), dtype=torch.float32, device=x.device)
+    q = torch.empty(x.shape, dtype=torch.float8_e4m3fn)
+    scale = torch.empty(x.shape[0], -(-x.shape[1] // GROUP))
     if x.shape[0]:
-        activation.quantize_ref(x, out_q=q, out_scale=scale)
-    return q, scale
+        # On the CPU: torch on CUDA divides by a number as if it multiplied by its reciprocal.
+        activation.quantize_ref(x.cpu(), out_q=q, out_scale=scale)
+    return q.to(x.device), scale.to(x.device)
 
 
 def dequantize_ref(q: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

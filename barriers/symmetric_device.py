@@ -147,7 +147,8 @@ class DeviceMemory:
         result = cu.cuMemExportToShareableHandle(own, _file_handle(), 0)
         fd = int(check(result, "exporting peer memory as a file"))
         try:
-            bus = check(cu.cuDeviceGetPCIBusId(32, self.device.ordinal), "asking for the PCI bus")
+            device = check(cu.cuDeviceGet(self.device.ordinal), "opening the device")
+            bus = check(cu.cuDeviceGetPCIBusId(32, device), "asking for the PCI bus")
             value = {"bytes": self.stride, "gpu": bus.split(b"\0")[0].decode()}
             return self.group.allgather("peer memory", value, [fd])
         finally:

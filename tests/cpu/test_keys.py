@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from graphs.keys import GraphKey, Ladder, NotCaptured
@@ -32,11 +32,13 @@ def test_a_key_has_at_least_one_row_and_a_token_for_each(tokens: int, rows: int)
         GraphKey(tokens, rows)
 
 
+@settings(deadline=None)
 @given(keys)
 def test_text_and_back(key: GraphKey) -> None:
     assert GraphKey.parse(str(key)) == key
 
 
+@settings(deadline=None)
 @given(st.lists(keys, min_size=1, max_size=8), st.integers(0, 700), st.integers(0, 70))
 def test_select_takes_the_smallest_key_that_covers(
     captured: list[GraphKey], tokens: int, rows: int
@@ -59,6 +61,7 @@ def test_not_captured_names_bucket_ladder_and_the_flag_that_adds_it() -> None:
     )
 
 
+@settings(deadline=None)
 @given(st.integers(1, 300), st.integers(0, 300), st.integers(0, 800))
 def test_the_default_ladder_covers_all_that_its_rows_can_ask_for(
     most: int, rows: int, prompt: int

@@ -1,0 +1,145 @@
+"""The transports that `bench.transport_microbench` times, each made ready on this rank."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from barriers.deepep import DeepEpLowLatency, DeepEpNormal, load_buffer_class
+from barriers.device_barrier import DeviceWatch
+from barriers.group import RankGroup
+from barriers.rdep import Rdep, RdepTuning, load_rdep, peer_layout, peer_views
+from barriers.symmetric import CONTROL_BYTES
+from barriers.symmetric_device import DeviceMemory
+from barriers.transport import AllGather, BufferSpec, Received, Transport, TransportConfig
+from capture_cache.driver import Device, wait_stream
+from kernels.triton.launch import JitLauncher
+
+MODES = ("rdep", "deepep", "deepep-normal", "nccl")
+_WAIT_S = 20.0  # for the device, beyond every deadline
+
+
+@dataclass
+class Subject:
+    """A transport under test.
+
+    Attributes:
+        finish: waits for the device, for a bounded time, and raises what went wrong there.
+        close: gives everything back; never raises for a failed run.
+        separable: dispatch and combine may be repeated each by itself.
+        sum_alone: the part of `combine` that makes partial sums, if it can run alone.
+        retune: puts the same transport there with another tuning.
+    """
+
+    transport: Transport
+    finish: Callable[[], None]
+    close: Callable[[], None]
+    separable: bool = False
+    sum_alone: Callable[[torch.Tensor, Received], None] | None = None
+    retune: Callable[[RdepTuning], None] | None = None
+
+
+def make_subject(
+    mode: str,
+    config: TransportConfig,
+    group: RankGroup,
+    device: Device,
+    *,
+    deadline_ms: int,
+    tunings: Sequence[RdepTuning] = (RdepTuning(),),
+) -> Subject:
+    """Make `mode` ready on this rank; all ranks call this together and meet afterwards.
+
+    Args:
+        deadline_ms: of rdep's waits.
+        tunings: of rdep, ready to be chosen by `retune`; the first is in use.
+
+    Raises:
+        DeepEpMissing: the mode needs a package that is not here.
+        ValueError: sizes that the mode does not have.
+    """
+    if mode == "rdep":
+        return _rdep(config, group, device, deadline_ms, tunings)
+    if mode != "nccl":
+        load_buffer_class()  # before a process group is made for nothing
+    nccl = _nccl(group, device)
+    launch = JitLauncher(device.num_sms)
+    transport: AllGather | DeepEpLowLatency | DeepEpNormal
+    if mode == "nccl":
+        transport = AllGather(config, _allocate(AllGather.buffers(config)), nccl, launch)
+        return Subject(transport, _finish, lambda: None, separable=True)
+    if mode == "deepep":
+        transport = DeepEpLowLatency(config, _allocate(DeepEpLowLatency.buffers(config)), nccl)
+    else:
+        buffers = _allocate(DeepEpNormal.buffers(config))
+        transport = DeepEpNormal(config, buffers, nccl, launch)
+    return Subject(transport, _finish, transport.close)
+
+
+def _rdep(
+    config: TransportConfig,
+    group: RankGroup,
+    device: Device,
+    deadline_ms: int,
+    tunings: Sequence[RdepTuning],
+) -> Subject:
+    layout = peer_layout(config)
+    with ExitStack() as opened:
+        memory = DeviceMemory(group, device, layout.device_bytes)
+        opened.callback(memory.close)
+        watch = DeviceWatch(memory, deadline_ms=deadline_ms)
+        opened.callback(watch.close)
+        opened.callback(torch.cuda.synchronize)
+        # All of them now: a rank that compiles later is late.
+        kernels = {tuning: load_rdep(device, config, tuning) for tuning in tunings}
+        on = torch.device("cuda", device.ordinal)
+        views = peer_views(layout, memory.payload, on)
+        # Signals that go nowhere: slots without a stride are all this rank's own scratch.
+        nowhere = torch.zeros(CONTROL_BYTES, dtype=torch.uint8, device=on)
+
+        def make(tuning: RdepTuning, base: int, stride: int) -> Rdep:
+            return Rdep(config, views, kernels[tuning], base=base, stride=stride, tuning=tuning)
+
+        def use(tuning: RdepTuning) -> None:
+            subject.transport = make(tuning, memory.base, memory.stride)
+            subject.sum_alone = make(tuning, nowhere.data_ptr(), 0).sum
+
+        def finish() -> None:
+            _finish()
+            watch.check()
+
+        first = make(tunings[0], memory.base, memory.stride)
+        subject = Subject(first, finish, opened.pop_all().close, separable=True, retune=use)
+        use(tunings[0])
+    return subject
+
+
+def _allocate(specs: Iterable[BufferSpec]) -> dict[str, torch.Tensor]:
+    return {
+        name: torch.zeros(shape, dtype=getattr(torch, dtype), device="cuda")
+        for _, name, shape, dtype in specs
+    }
+
+
+def _nccl(group: RankGroup, device: Device) -> Any:
+    """torch's process group over all ranks, made once."""
+    if not dist.is_initialized():
+        dist.init_process_group(
+            "nccl",
+            rank=group.rank,
+            world_size=group.world,
+            # Alone there is no torchrun, hence no address to meet at.
+            store=dist.HashStore() if group.world == 1 else None,
+            device_id=torch.device("cuda", device.ordinal),
+        )
+    return dist.group.WORLD
+
+
+def _finish() -> None:
+    """Wait for this rank's device; its streams are ordered by events alone."""
+    wait_stream(torch.cuda.current_stream().cuda_stream, _WAIT_S, "waiting for a benchmark")
