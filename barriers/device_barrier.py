@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import ctypes
 
-from barriers.device_code import STATE_AT, State, compile_barriers, load_kernels
+from barriers.device_code import (
+    BARRIER_PARAMS,
+    STATE_AT,
+    State,
+    compile_barriers,
+    load_kernels,
+)
 from barriers.symmetric_device import DeviceMemory
 from barriers.watch import DEFAULT_DEADLINE_MS, NO_LAYER, OPERATIONS, Record, Watch
 from capture_cache.driver import check, cuda
+from capture_cache.nvrtc import CudaModule
 from capture_cache.store import Store
 
 KINDS = ("tag", "tag_relaxed", "epoch", "epoch_relaxed")
 DEFAULT_KIND = "tag"
-BARRIER_PARAMS = ("ptr", "i64", "i32", "i32", "i32", "i32")
 _PAGE = 4096
 
 
@@ -81,8 +87,11 @@ class DeviceBarrier:
 
     Args:
         kind: one of `KINDS`.
-        store: of compiled code.
+        module: `compile_barriers("barriers.cu", …)` for this device, if the caller has it.
+        store: of compiled code, if not.
         pdl: launch with programmatic dependent launch.
+
+    All ranks make theirs before any of them launches: loading waits for the device.
     """
 
     def __init__(
@@ -90,14 +99,14 @@ class DeviceBarrier:
         memory: DeviceMemory,
         kind: str = DEFAULT_KIND,
         *,
+        module: CudaModule | None = None,
         store: Store | None = None,
         pdl: bool = False,
-        spacing: int = 1,
     ) -> None:
         if kind not in KINDS:
             raise ValueError(f"a barrier must be one of {', '.join(KINDS)}, got {kind!r}")
         self.kind, self._memory = kind, memory
-        module = compile_barriers("barriers.cu", memory.device.arch, spacing=spacing, store=store)
+        module = module or compile_barriers("barriers.cu", memory.device.arch, store=store)
         name = f"barrier_{kind}"
         self._kernel = load_kernels(memory.device, module, {name: BARRIER_PARAMS}, pdl=pdl)[name]
 

@@ -14,6 +14,7 @@ from capture_cache.nvrtc import CudaModule, compile_cuda
 from capture_cache.store import Store
 
 STATE_AT = 3328  # of `State` in the control block
+BARRIER_PARAMS = ("ptr", "i64", "i32", "i32", "i32", "i32")  # of every kernel of barriers.cu
 _LAYOUT = ("STATE_AT", "STATE_BYTES", "RECORD_BYTES")
 
 

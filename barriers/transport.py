@@ -13,10 +13,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
-import torch.distributed as dist
 
 from kernels.triton import activation, routing
 from kernels.triton.launch import Launcher
@@ -25,9 +24,6 @@ MAX_WORLD = 8  # ranks of one node
 MAX_TOP_K = 16
 GROUP = activation.GROUP
 NAMES = ("auto", "local", "allgather", "rdep", "deepep", "deepep-normal")
-
-# torch renamed it in 2.13.
-_ALL_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 BufferSpec = tuple[str, str, tuple[int, ...], str]  # (arena section, name, shape, dtype name)
 
@@ -334,111 +330,6 @@ class Local:
         weighted_sum(self._launch, y, received.ids, received.weights, shared, out)
 
 
-class AllGather:
-    """The reference: plain collectives, every token to every rank, over NCCL or gloo.
-
-    Slow where that is simpler. Before they are captured, its collectives must have run once.
-
-    Args:
-        buffers: tensors by the names of `AllGather.buffers`.
-        group: a torch process group of config.world ranks, in rank order.
-        launch: None runs the kernels' oracles.
-    """
-
-    name = "allgather"
-
-    def __init__(
-        self,
-        config: TransportConfig,
-        buffers: Mapping[str, torch.Tensor],
-        group: Any,
-        launch: Launcher | None,
-    ) -> None:
-        size, rank = dist.get_world_size(group), dist.get_rank(group)
-        if (size, rank) != (config.world, config.rank):
-            raise ValueError(
-                f"expected rank {config.rank} of {config.world}, got a process group in which this "
-                f"is rank {rank} of {size}; make the group from the ranks that share the experts"
-            )
-        self.config = config
-        self._buffers, self._group, self._launch = buffers, group, launch
-        self._out = wire_views(buffers)
-
-    @staticmethod
-    def buffers(config: TransportConfig) -> Iterator[BufferSpec]:
-        """All of it ordinary memory of this rank."""
-        yield from wire_buffers(config, "scratch")
-        rows, hidden, top_k = config.capacity, config.hidden, config.top_k
-        yield "scratch", "ep_send_x", (rows, hidden), config.row_dtype
-        if config.fp8:
-            yield "scratch", "ep_send_scale", (rows, config.groups), "float32"
-        yield "scratch", "ep_send_ids", (rows, top_k), "int32"
-        yield "scratch", "ep_send_weights", (rows, top_k), "float32"
-        yield "scratch", "ep_foreign", (config.recv_rows, top_k), "bool"
-        yield "scratch", "ep_returned", (config.recv_rows, hidden), config.act_dtype
-        yield "scratch", "ep_total", (rows, hidden), "float32"
-
-    def dispatch(
-        self,
-        x: torch.Tensor,
-        scale: torch.Tensor | None,
-        ids: torch.Tensor,
-        weights: torch.Tensor,
-        *,
-        layer: int = 0,
-        opens_step: bool = False,
-    ) -> Received:
-        check_dispatch(self.config, x, scale, ids, weights)
-        b, tokens = self._buffers, x.shape[0]
-        if self.config.fp8 and scale is None:
-            quantize(self._launch, x, b["ep_send_x"][:tokens], b["ep_send_scale"][:tokens])
-        else:
-            b["ep_send_x"][:tokens].copy_(x)
-            if scale is not None:
-                b["ep_send_scale"][:tokens].copy_(scale)
-        b["ep_send_ids"].fill_(-1)[:tokens].copy_(ids)
-        b["ep_send_weights"][:tokens].copy_(weights)
-        for part in ("x", "scale", "ids", "weights"):
-            if f"ep_send_{part}" in b:
-                self._gather(b[f"ep_recv_{part}"], b[f"ep_send_{part}"])
-        self._renumber(b["ep_recv_ids"])
-        return self._out
-
-    def combine(
-        self,
-        out: torch.Tensor,
-        y: torch.Tensor,
-        received: Received,
-        ids: torch.Tensor,
-        shared: torch.Tensor | None,
-        *,
-        layer: int = 0,
-    ) -> None:
-        check_combine(self.config, out, y, received, shared)
-        b, tokens = self._buffers, out.shape[0]
-        weighted_sum(self._launch, y, received.ids, received.weights, None, b["ep_partial"])
-        dist.all_to_all_single(_bytes(b["ep_returned"]), _bytes(b["ep_partial"]), group=self._group)
-        total = b["ep_total"][:tokens].zero_()
-        for of_rank in b["ep_returned"].view(self.config.world, self.config.capacity, -1):
-            # A rank without an expert of the token returns zeros, which leave the sum's bits alone.
-            total.add_(of_rank[:tokens])
-        if shared is not None:
-            total.add_(shared)
-        out.copy_(total)
-
-    def _gather(self, out: torch.Tensor, mine: torch.Tensor) -> None:
-        _ALL_GATHER(_bytes(out), _bytes(mine), group=self._group)
-
-    def _renumber(self, ids: torch.Tensor) -> None:
-        """Renumber to this rank's experts, -1 for others', without a temporary tensor."""
-        foreign = self._buffers["ep_foreign"]
-        ids.sub_(self.config.expert_start)
-        torch.lt(ids, 0, out=foreign)
-        ids.masked_fill_(foreign, -1)
-        torch.ge(ids, self.config.local_experts, out=foreign)
-        ids.masked_fill_(foreign, -1)
-
-
 def weighted_sum(
     launch: Launcher | None,
     y: torch.Tensor,
@@ -464,8 +355,3 @@ def quantize(
         activation.quantize_ref(x, out_q=out_q, out_scale=out_scale)
     else:
         activation.quantize(launch, x, out_q=out_q, out_scale=out_scale)
-
-
-def _bytes(tensor: torch.Tensor) -> torch.Tensor:
-    """uint8 view: collectives then carry every dtype, bit for bit."""
-    return tensor.view(-1).view(torch.uint8)

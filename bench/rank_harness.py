@@ -1,7 +1,7 @@
-"""What benchmarks and tests of GPU ranks share: a stream, captured graphs, and cases that cannot hang.
+"""What benchmarks and tests of GPU ranks share: a stream, captured graphs, cases that cannot hang.
 
-No torch. A case prepares, meets the other ranks, runs, and meets them again; an exception on one rank
-makes the case an error on all of them, the signals are made new, and the next case goes on.
+No torch. A case prepares, meets the other ranks, runs, and meets them again; an exception on one
+rank makes the case an error on all of them, the signals are made new, and the next case goes on.
 """
 
 from __future__ import annotations
@@ -9,17 +9,13 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 from barriers.device_barrier import DeviceWatch
 from barriers.group import RankGroup
 from capture_cache.driver import check, cuda
 
 Numbers = dict[str, float]
-
-
-class Closeable(Protocol):
-    def close(self) -> None: ...
 
 
 class DeviceGraph:
@@ -95,17 +91,17 @@ class DeviceStream:
         for _ in range(warm_up):
             launch()
         self.wait("warming up", timeout_s, watch)
-        events = [
-            check(cu.cuEventCreate(int(cu.CUevent_flags.CU_EVENT_DEFAULT)), "creating an event")
-            for _ in range(repeats + 1)
-        ]
+        flags = int(cu.CUevent_flags.CU_EVENT_DEFAULT)
+        events = [check(cu.cuEventCreate(flags), "creating an event") for _ in range(repeats + 1)]
         check(cu.cuEventRecord(events[0], self._stream), "recording an event")
         for event in events[1:]:
             launch()
             check(cu.cuEventRecord(event, self._stream), "recording an event")
         self.wait("timing", timeout_s, watch)
-        pairs = zip(events, events[1:], strict=False)
-        took = [1e3 * float(check(cu.cuEventElapsedTime(a, b), "reading a time")) for a, b in pairs]
+        took = [
+            1e3 * float(check(cu.cuEventElapsedTime(a, b), "reading a time"))
+            for a, b in zip(events, events[1:], strict=False)
+        ]
         for event in events:
             check(cu.cuEventDestroy(event), "destroying an event")
         return sorted(took)
@@ -120,7 +116,8 @@ class RankBench:
     """Runs cases on all ranks alike and keeps what they gave.
 
     Args:
-        limit_s: no case starts later than this after the bench began; rank 0's clock decides.
+        limit_s: no case starts later than this after `began` (`time.monotonic`); rank 0 decides.
+        idle_s: longer than a stream can take to run dry.
 
     Attributes:
         results: by case name, numbers over all ranks, or {"error": …}; equal on every rank.
@@ -153,12 +150,14 @@ class RankBench:
             run: gets what `prepare` gave; every rank enters it together. Times end in "_us" and are
                 told as mean and max over ranks; everything else is added up.
         """
-        late = time.monotonic() - self._began > self._limit_s
+        late = self.group.rank == 0 and time.monotonic() - self._began > self._limit_s
         error, ready = (None, None) if late else _try(prepare)
-        if not self._meet(name, "prepare", {"error": error, "late": late}):
+        if self._meet(name, "prepare", {"error": error, "late": late}) is None:
             return self.results[name]
         error, numbers = _try(lambda: {k: float(v) for k, v in run(ready).items()})
-        self._meet(name, "run", {"error": error, "numbers": numbers})
+        parts = self._meet(name, "run", {"error": error, "numbers": numbers})
+        if parts is not None:
+            self.results[name] = over_ranks([p["numbers"] for p in parts])
         if isinstance(ready, DeviceGraph):
             ready.close()
         return self.results[name]
@@ -169,20 +168,18 @@ class RankBench:
         self.watch.rearm()
         self.group.barrier("all are fresh")
 
-    def _meet(self, name: str, what: str, told: dict[str, Any]) -> bool:
-        """Share what happened; False, with the error kept, if it went wrong anywhere."""
+    def _meet(self, name: str, what: str, told: dict[str, Any]) -> list[Any] | None:
+        """Share what happened; None, with the error kept, if it went wrong anywhere."""
         parts = [p.value for p in self.group.allgather(f"{name}: {what}", told)]
         errors = {f"rank {r}": p["error"] for r, p in enumerate(parts) if p["error"]}
         if errors:
             self.results[name] = {"error": errors}
             self._recover()
-        elif parts[0].get("late"):
-            self.results[name] = {"error": f"skipped: the time limit of {self._limit_s} s is near"}
-        elif what == "run":
-            self.results[name] = over_ranks([p["numbers"] for p in parts])
-        else:
-            return True
-        return False
+            return None
+        if parts[0].get("late"):
+            self.results[name] = {"error": f"skipped: {self._limit_s:.0f} s are over"}
+            return None
+        return parts
 
     def _recover(self) -> None:
         """After a failure: end all waits, let every stream run dry, begin anew."""

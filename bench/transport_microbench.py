@@ -27,10 +27,11 @@ from barriers.deepep import DeepEpMissing
 from barriers.errors import RankError
 from barriers.group import RankGroup
 from barriers.rdep import RdepTuning
-from barriers.rdep_ref import relative_error
+from barriers.rdep_ref import quantize_ref, relative_error
 from barriers.transport import TransportConfig
 from bench.routing import KINDS
 from bench.transport_cases import (
+    Tokens,
     make_gains,
     make_tokens,
     oracle,
@@ -39,10 +40,10 @@ from bench.transport_cases import (
     wire_bytes,
 )
 from bench.transport_modes import MODES, Subject, make_subject
+from bench.transport_report import merge, print_mode
 from capture_cache.driver import Device
 from runtime.report import provenance
 
-MAX_ERROR = 3e-3  # of bf16 sums against float64
 LINK_GBPS = 353.0  # one way, measured on H200 with NV18 (bytes of 128 tokens, two ranks)
 # One change at a time from the default.
 SWEEP: tuple[dict[str, Any], ...] = (
@@ -88,6 +89,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             top_k=args.topk,
             fp8=not args.plain,
         )
+        if args.plain and args.prequantized:
+            raise ValueError("--plain sends bf16 tokens and --prequantized e4m3 ones: choose one")
         make_tokens(config, 0, 1, torch.device("cpu"), routing=args.routing, path=args.routing_file)
         if not torch.cuda.is_available():
             raise ValueError(
@@ -101,6 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     report: dict[str, Any] = {
         "config": {k: v for k, v in asdict(config).items() if k != "rank"},
         "routing": args.routing,
+        "prequantized": args.prequantized,
         "modes": {},
     }
     names = MODES if args.mode == "all" else (args.mode,)
@@ -109,7 +113,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name in names:
             report["modes"][name] = _run_mode(name, args, config, rows, group, device)
             if place.rank == 0 and not args.json:
-                _print_mode(name, report["modes"][name])
+                print_mode(name, report["modes"][name])
     failed = [n for n, r in report["modes"].items() if not r["ok"] and not r.get("absent")]
     missing = args.mode != "all" and report["modes"][args.mode].get("absent", False)
     if place.rank == 0 and args.json:
@@ -128,6 +132,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--num-experts", type=int, default=256)
     add("--topk", type=int, default=8)
     add("--plain", action="store_true", help="send bf16 tokens, not quantised ones")
+    add("--prequantized", action="store_true", help="dispatch e4m3 tokens, as the decode step does")
     add("--routing", choices=KINDS, default="random")
     add("--routing-file", type=Path, help=".npy of integers [N, topk], with --routing file")
     add("--sweep", action="store_true", help="time rdep under each tuning, too")
@@ -190,7 +195,7 @@ def _run_mode(
         except Exception as e:
             found["error"] = f"{type(e).__name__}: {str(e)[:400]}"
         parts = group.allgather(f"results of {name}", found)
-        return _merge([p.value for p in parts], args)
+        return merge([p.value for p in parts], link_gbps=args.link_gbps, sweep=SWEEP)
     except DeepEpMissing as e:
         return {"ok": False, "absent": True, "error": str(e)}
     except RankError as e:
@@ -208,7 +213,7 @@ def _measure(subject: Subject, args: argparse.Namespace, count: int) -> dict[str
         for r in range(config.world)
     ]
     own, gains = every[config.rank], make_gains(config, device)
-    layer = _Layer(subject, own, gains)
+    layer = _Layer(subject, own, gains, prequantized=args.prequantized)
     outs = [layer.whole().clone() for _ in range(3)]
     case: dict[str, Any] = {
         "rows": count,
@@ -229,8 +234,13 @@ def _measure(subject: Subject, args: argparse.Namespace, count: int) -> dict[str
 class _Layer:
     """One layer's calls on one rank's tokens."""
 
-    def __init__(self, subject: Subject, tokens: Any, gains: torch.Tensor) -> None:
+    def __init__(
+        self, subject: Subject, tokens: Tokens, gains: torch.Tensor, *, prequantized: bool
+    ) -> None:
         self.subject, self.tokens, self.gains = subject, tokens, gains
+        self.sent: tuple[torch.Tensor, torch.Tensor | None] = (tokens.x, None)
+        if prequantized:
+            self.sent = quantize_ref(tokens.x)
         self.out = torch.empty_like(tokens.x)
         self.received = self.dispatch()
         self.y = tokens.x.new_empty(self.received.ids.numel(), tokens.x.shape[1])
@@ -238,7 +248,7 @@ class _Layer:
 
     def dispatch(self) -> Any:
         t = self.tokens
-        self.received = self.subject.transport.dispatch(t.x, None, t.ids, t.weights)
+        self.received = self.subject.transport.dispatch(*self.sent, t.ids, t.weights)
         return self.received
 
     def combine(self) -> None:
@@ -309,72 +319,10 @@ def _sweep(subject: Subject, args: argparse.Namespace, rows: list[int]) -> list[
             own = make_tokens(
                 config, config.rank, count, device, routing=args.routing, path=args.routing_file
             )
-            layer = _Layer(subject, own, gains)
+            layer = _Layer(subject, own, gains, prequantized=args.prequantized)
             line.append(round(_time(layer.both, Timing(args.inner, args.replays), subject), 2))
         found.append(line)
     return found
-
-
-# -- what all ranks found --------------------------------------------------------------------------
-
-
-def _merge(ranks: list[dict[str, Any]], args: argparse.Namespace) -> dict[str, Any]:
-    errors = {f"rank {r}": v["error"] for r, v in enumerate(ranks) if v["error"]}
-    if errors:
-        return {"ok": False, "error": errors}
-    cases = []
-    for same in zip(*(v["cases"] for v in ranks), strict=True):
-        sent = max(c["bytes"][0] for c in same)
-        got = max(c["bytes"][1] for c in same)
-        case: dict[str, Any] = {
-            "rows": same[0]["rows"],
-            "rel_error": max(c["rel_error"] for c in same),
-            "repeats": all(c["repeats"] for c in same),
-            "oracle_bits": all(c["oracle_bits"] for c in same),
-            "bytes_dispatch": sent,
-            "bytes_combine": got,
-            "floor_us": round((sent + got) / args.link_gbps / 1e3, 2),
-        }
-        for part in same[0]["us"]:
-            times = [c["us"][part] for c in same]
-            case[f"{part}_us"] = {
-                "mean": round(sum(times) / len(times), 2),
-                "max": max(times),
-            }
-        if "sum" in same[0]["us"]:
-            nets = [c["us"]["both"] - c["us"]["sum"] for c in same]
-            case["net_us"] = {"mean": round(sum(nets) / len(nets), 2), "max": round(max(nets), 2)}
-        case["gb_per_s"] = round((sent + got) / case["both_us"]["max"] / 1e3, 1)
-        case["ok"] = case["rel_error"] < MAX_ERROR and case["repeats"]
-        cases.append(case)
-    merged: dict[str, Any] = {"ok": all(c["ok"] for c in cases), "cases": cases}
-    if "sweep" in ranks[0]:
-        merged["sweep"] = [
-            {"tuning": change, "both_us": [max(times) for times in zip(*lines, strict=True)]}
-            for change, *lines in zip(SWEEP, *(v["sweep"] for v in ranks), strict=True)
-        ]
-    return merged
-
-
-def _print_mode(name: str, result: dict[str, Any]) -> None:
-    if "cases" not in result:
-        print(f"{name}: {'absent' if result.get('absent') else 'FAILED'}: {result['error']}")
-        return
-    for case in result["cases"]:
-        times = "  ".join(
-            f"{part} {case[f'{part}_us']['mean']:.1f}/{case[f'{part}_us']['max']:.1f}"
-            for part in ("dispatch", "combine", "sum", "both", "net")
-            if f"{part}_us" in case
-        )
-        verdict = "ok" if case["ok"] else "WRONG"
-        print(
-            f"{name:14s} rows {case['rows']:4d}  us mean/max: {times}  floor {case['floor_us']:.1f}"
-            f"  {case['gb_per_s']:.0f} GB/s  error {case['rel_error']:.1e}"
-            f"  oracle bits {'yes' if case['oracle_bits'] else 'no'}  {verdict}",
-            flush=True,
-        )
-    for line in result.get("sweep", ()):
-        print(f"  {line['both_us']} us both  {line['tuning'] or 'default'}", flush=True)
 
 
 if __name__ == "__main__":

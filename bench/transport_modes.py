@@ -10,13 +10,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from barriers.allgather import AllGather
 from barriers.deepep import DeepEpLowLatency, DeepEpNormal, load_buffer_class
 from barriers.device_barrier import DeviceWatch
 from barriers.group import RankGroup
 from barriers.rdep import Rdep, RdepTuning, load_rdep, peer_layout, peer_views
 from barriers.symmetric import CONTROL_BYTES
 from barriers.symmetric_device import DeviceMemory
-from barriers.transport import AllGather, BufferSpec, Received, Transport, TransportConfig
+from barriers.transport import BufferSpec, Received, Transport, TransportConfig
 from capture_cache.driver import Device, wait_stream
 from kernels.triton.launch import JitLauncher
 
@@ -134,7 +135,7 @@ def _nccl(group: RankGroup, device: Device) -> Any:
             rank=group.rank,
             world_size=group.world,
             # Alone there is no torchrun, hence no address to meet at.
-            store=dist.HashStore() if group.world == 1 else None,
+            store=dist.HashStore() if group.world == 1 else None,  # type: ignore[attr-defined]
             device_id=torch.device("cuda", device.ordinal),
         )
     return dist.group.WORLD

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 import torch
 
+from barriers.allgather import AllGather
+from barriers.transport import TransportConfig
 from capture_cache.layout import ArenaLayout, Entry
 from graphs.flashinfer_mla import FlashinferMla
 from graphs.keys import GraphKey, Ladder
@@ -39,6 +41,7 @@ class StepConfig:
         cut: KV tokens a split of decode attention takes; fixes the reduction order.
         ep_size, ep_rank: expert parallelism.
         attention: "flashinfer" or "triton".
+        transport: how tokens reach the experts of other ranks; a name of `barriers.transport`.
     """
 
     max_rows: int
@@ -49,6 +52,7 @@ class StepConfig:
     ep_size: int = 1
     ep_rank: int = 0
     attention: str = "triton"
+    transport: str = "local"
 
     def __post_init__(self) -> None:
         for name in ("max_rows", "max_seq_len", "page_size", "cut", "ep_size"):
@@ -89,7 +93,8 @@ def arena_layout(cfg: ModelConfig, step: StepConfig, ladder: Ladder) -> ArenaLay
             *_weights(cfg, step),
             *_rows(step, ladder),
             *_kv(cfg, step),
-            *_scratch(cfg, step, ladder.max_tokens, ladder.max_rows),
+            *_scratch(cfg, step, ladder.max_tokens, ladder.max_rows, ladder.max_tokens),
+            *_exchange(cfg, step, ladder.max_tokens),
             *_ring(step, ladder),
         ]
     )
@@ -97,13 +102,31 @@ def arena_layout(cfg: ModelConfig, step: StepConfig, ladder: Ladder) -> ArenaLay
 
 def scratch_bytes(cfg: ModelConfig, step: StepConfig, key: GraphKey) -> int:
     """Bytes of scratch that a ladder ending at `key` would need."""
-    return sum(e.nbytes for e in _scratch(cfg, step, key.tokens, key.rows))
+    return sum(e.nbytes for e in _scratch(cfg, step, key.tokens, key.rows, key.tokens))
 
 
 def kv_bytes_per_token(cfg: ModelConfig) -> int:
     """Bytes of KV cache one token takes over all layers."""
     itemsize = torch.empty((), dtype=getattr(torch, cfg.act_dtype)).element_size()
     return cfg.num_layers * cfg.latent_dim * itemsize
+
+
+def transport_config(cfg: ModelConfig, step: StepConfig, capacity: int) -> TransportConfig:
+    """What the expert-parallel transport of this rank is made for.
+
+    Args:
+        capacity: tokens of the largest key, the same on every rank.
+    """
+    return TransportConfig(
+        rank=step.ep_rank,
+        world=step.ep_size,
+        capacity=capacity,
+        hidden=cfg.hidden_size,
+        num_experts=cfg.num_experts,
+        top_k=cfg.experts_per_token,
+        act_dtype=cfg.act_dtype,
+        fp8=cfg.is_fp8,
+    )
 
 
 def mailbox_layout(step: StepConfig, ladder: Ladder) -> MailboxLayout:
@@ -141,7 +164,16 @@ def _ring(step: StepConfig, ladder: Ladder) -> Iterator[Entry]:
     yield Entry("ring", "ring_step", (RING_SLOTS,), "int64")
 
 
-def _scratch(cfg: ModelConfig, step: StepConfig, tokens: int, rows: int) -> Iterator[Entry]:
+def _exchange(cfg: ModelConfig, step: StepConfig, capacity: int) -> Iterator[Entry]:
+    """Buffers of the expert-parallel transport that lie in this rank's arena."""
+    if cfg.first_k_dense_replace < cfg.num_layers and step.transport == "allgather":
+        for buffer in AllGather.buffers(transport_config(cfg, step, capacity)):
+            yield Entry(*buffer)
+
+
+def _scratch(
+    cfg: ModelConfig, step: StepConfig, tokens: int, rows: int, capacity: int
+) -> Iterator[Entry]:
     act, fp8 = cfg.act_dtype, cfg.is_fp8
     hidden, heads, latent = cfg.hidden_size, cfg.num_heads, cfg.latent_dim
     q_dim = heads * cfg.qk_head_dim
@@ -181,7 +213,8 @@ def _scratch(cfg: ModelConfig, step: StepConfig, tokens: int, rows: int) -> Iter
     # A head that is whole groups of 128 is quantised where it is made.
     yield from activation("o", tokens, o_dim, plain=cfg.v_head_dim % 128 != 0)
     yield entry("delta", (tokens, hidden), act)
-    yield from _mlp_scratch(cfg, step, tokens, activation, entry)
+    received = tokens if step.ep_size == 1 else step.ep_size * capacity
+    yield from _mlp_scratch(cfg, step, tokens, received, activation, entry)
     yield entry("final", (rows, hidden), act)
     yield entry("logits", (rows, cfg.vocab_size), "float32")
     for name, dtype in (("part_max", "float32"), ("part_arg", "int32"), ("part_sum", "float32")):
@@ -193,6 +226,7 @@ def _mlp_scratch(
     cfg: ModelConfig,
     step: StepConfig,
     tokens: int,
+    received: int,
     activation: Callable[..., Iterator[Entry]],
     entry: Callable[[str, tuple[int, ...], str], Entry],
 ) -> Iterator[Entry]:
@@ -204,7 +238,7 @@ def _mlp_scratch(
         yield from mlp("dense", cfg.intermediate_size)
     if cfg.first_k_dense_replace >= cfg.num_layers:
         return
-    pairs = tokens * cfg.experts_per_token
+    pairs = received * cfg.experts_per_token
     yield entry("router_logits", (tokens, cfg.num_experts), "float32")
     yield entry("topk_ids", (tokens, cfg.experts_per_token), "int32")
     yield entry("topk_weights", (tokens, cfg.experts_per_token), "float32")
@@ -238,7 +272,7 @@ class StaticBuffers:
     def __init__(
         self, cfg: ModelConfig, step: StepConfig, ladder: Ladder, views: Mapping[str, torch.Tensor]
     ) -> None:
-        self._cfg, self._step = cfg, step
+        self._cfg, self._step, self._capacity = cfg, step, ladder.max_tokens
         self._tensors = dict(views)
         self.mailbox_layout = mailbox_layout(step, ladder)
         self.generation = 0
@@ -265,12 +299,15 @@ class StaticBuffers:
         return {name: tensor.data_ptr() for name, tensor in self._tensors.items()}
 
     def scratch_names(self, key: GraphKey) -> list[str]:
-        return [e.name for e in _scratch(self._cfg, self._step, key.tokens, key.rows)]
+        return [e.name for e in self._scratch_of(key)]
+
+    def _scratch_of(self, key: GraphKey) -> Iterator[Entry]:
+        return _scratch(self._cfg, self._step, key.tokens, key.rows, self._capacity)
 
     def for_key(self, key: GraphKey) -> dict[str, torch.Tensor]:
         """All buffers, scratch cut down to the prefixes that `key` uses."""
         views = dict(self._tensors)
-        for e in _scratch(self._cfg, self._step, key.tokens, key.rows):
+        for e in self._scratch_of(key):
             views[e.name] = self._tensors[e.name].flatten()[: math.prod(e.shape)].view(e.shape)
         return views
 

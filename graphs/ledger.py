@@ -46,7 +46,8 @@ class KernelUse:
 
     Attributes:
         variant: its compile-time parameters.
-        general: it takes a path for shapes that the fast one cannot: no bulk copies, or masked tiles.
+        general: it takes a path for shapes that the fast one cannot: no bulk copies, or masked
+            tiles.
     """
 
     name: str

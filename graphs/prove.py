@@ -70,7 +70,8 @@ class Prover:
         self.buffers = graphs.step.buffers
         self.device = self.buffers["x"].device
         self._kv = [self.buffers[f"kv.{i}"] for i in range(self.step.cfg.num_layers)]
-        # A row and a chunk of full length and a few pages for every other one, as far as there are pages.
+        # A row and a chunk of full length and a few pages for every other one, as far as there are
+        # pages.
         wanted = 2 * self.config.max_pages + 3 * self.config.max_rows
         self._pages = min(self.config.num_pages, 1 + wanted)
         with graphs.backend.on_stream():

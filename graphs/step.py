@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
+from barriers.transport import Received, Transport
 from graphs.attention import Attention
 from graphs.buffers import StaticBuffers, StepConfig
 from graphs.keys import GraphKey
@@ -54,6 +55,7 @@ class DecodeStep:
 
     Args:
         weights: packed tensors by the names of `graphs.weights.weight_table`, plus `rope_table`.
+        transport: None for a model without experts.
     """
 
     def __init__(
@@ -64,13 +66,20 @@ class DecodeStep:
         buffers: StaticBuffers,
         weights: Mapping[str, torch.Tensor],
         attention: Attention,
+        transport: Transport | None,
         *,
         on_device: bool,
     ) -> None:
         self.cfg, self.config = cfg, config
         self.ops, self.buffers, self.weights = ops, buffers, weights
-        self.attention = attention
+        self.attention, self._transport = attention, transport
         self.on_device = on_device
+
+    @property
+    def transport(self) -> Transport:
+        """Carries tokens to experts; a model without experts has none."""
+        assert self._transport is not None
+        return self._transport
 
     def run(self, key: GraphKey, stamp: Stamp = _no_stamp) -> None:
         """Launch one step for `key` on the current stream.
@@ -214,28 +223,44 @@ class DecodeStep:
             out_ids=b["topk_ids"],
             out_weights=b["topk_weights"],
         )
-        local = cfg.num_experts // self.config.ep_size
-        self.ops.align(
-            b["topk_ids"],
-            expert_start=self.config.ep_rank * local,
-            offsets=b["offsets"],
-            pairs=b["pairs"],
-        )
-        h = Activation.of(b, "expert_h")
-        fp8 = x.q is not None
-        self.ops.grouped_gate_up(
-            x.q if fp8 else x.plain,
+        first = cfg.first_k_dense_replace
+        x_in = x.plain if x.q is None else x.q
+        assert x_in is not None
+        received = self.transport.dispatch(
+            x_in,
             x.scale,
+            b["topk_ids"],
+            b["topk_weights"],
+            layer=layer,
+            opens_step=layer == first,
+        )
+        self._experts(b, name, received)
+        shared = None
+        if cfg.num_shared_experts:
+            shared = b["shared_out"]
+            self._mlp(b, name + "shared_", "shared", x, shared)
+        self.transport.combine(
+            b["delta"], b["expert_y"], received, b["topk_ids"], shared, layer=layer
+        )
+
+    def _experts(self, b: Buffers, name: str, received: Received) -> None:
+        """This rank's experts over the received rows; `expert_y` gets a line per (row, choice)."""
+        w, h = self.weights, Activation.of(b, "expert_h")
+        self.ops.align(received.ids, expert_start=0, offsets=b["offsets"], pairs=b["pairs"])
+        hidden = h.plain if h.q is None else h.q
+        self.ops.grouped_gate_up(
+            received.x,
+            received.scale,
             w[name + "experts_gate_up"],
             w.get(name + "experts_gate_up_scale"),
             b["offsets"],
             b["pairs"],
-            top_k=cfg.experts_per_token,
-            out=h.q if fp8 else h.plain,
+            top_k=self.cfg.experts_per_token,
+            out=hidden,
             out_scale=h.scale,
         )
         self.ops.grouped_down(
-            h.q if fp8 else h.plain,
+            hidden,
             h.scale,
             w[name + "experts_down"],
             w.get(name + "experts_down_scale"),
@@ -243,11 +268,6 @@ class DecodeStep:
             b["pairs"],
             out=b["expert_y"],
         )
-        shared = None
-        if cfg.num_shared_experts:
-            shared = b["shared_out"]
-            self._mlp(b, name + "shared_", "shared", x, shared)
-        self.ops.combine(b["expert_y"], b["topk_ids"], b["topk_weights"], shared, out=b["delta"])
 
     def _sample(self, b: Buffers) -> None:
         w = self.weights

@@ -13,6 +13,7 @@ from typing import Any
 from rich.table import Table
 
 from graphs.ledger import Ledger
+from runtime.build import build
 from runtime.cli import Bar, add_selection, console, print_json, run, selection
 from runtime.engine import Engine
 
@@ -47,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
         raise ValueError("--jobs goes with --compile-only")
     start = time.perf_counter()
     with Bar() as bar:
-        engine = Engine.build(options, bar)
+        engine = build(options, bar)
     try:
         report = _report(engine, time.perf_counter() - start)
         _show(engine, report)
@@ -72,7 +73,7 @@ def _report(engine: Engine, seconds: float) -> dict[str, Any]:
         "kernels_compiled": launcher.num_compiled if launcher else 0,
         "kernels_loaded": launcher.num_loaded if launcher else 0,
         "seconds": seconds,
-        "stages_s": engine.stages.seconds,
+        "stages_s": engine.stages,
         "ledger": engine.ledger.to_json(),
     }
 
@@ -99,7 +100,7 @@ def _show(engine: Engine, report: dict[str, Any]) -> None:
         general = engine.ledger.general_kernels
         if general:
             console.print(f"general    {', '.join(general)}: shapes that the fast form cannot take")
-    stages = ", ".join(f"{name} {s:.1f}" for name, s in engine.stages.seconds.items() if s >= 0.05)
+    stages = ", ".join(f"{name} {s:.1f}" for name, s in engine.stages.items() if s >= 0.05)
     console.print(f"seconds    {report['seconds']:.1f} ({stages})")
     console.print(f"stored     {report['fingerprint'][:16]} in {engine.options.store_path}")
     if not engine.selection.on_device:

@@ -11,6 +11,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from barriers.errors import RankError
+from barriers.transport import NAMES as TRANSPORTS
 from capture_cache.errors import (
     ArenaError,
     CaptureError,
@@ -34,6 +36,7 @@ NAMED_FAILURES = (
     FingerprintMismatch,
     NotCaptured,
     OutOfPages,
+    RankError,
     StepFailed,
     StoreError,
 )
@@ -55,7 +58,8 @@ def add_selection(parser: argparse.ArgumentParser) -> None:
     add("--override", action="append", default=[], metavar="KEY=VALUE", help="of the model config")
     add("--device", choices=DEVICES, default="auto")
     add("--store", help="directory of compiled kernels and manifests")
-    add("--ep-size", type=int, default=1, help="ranks that share the experts")
+    add("--ep-size", type=int, help="ranks that share the experts; default: torchrun's")
+    add("--transport", choices=TRANSPORTS, default="auto", help="how tokens reach other ranks")
     add("--attention", choices=ATTENTION, default="auto")
     add("--seed", type=int, default=0, help="of a preset's random weights")
     add("--json", action="store_true", help="print one JSON object as the last line")
@@ -67,7 +71,7 @@ def selection(args: argparse.Namespace, **more: Any) -> RuntimeConfig:
     Raises:
         ValueError: contradictory options.
     """
-    return RuntimeConfig(
+    options = RuntimeConfig(
         model=args.model,
         bs=args.bs,
         ladder=args.ladder,
@@ -79,10 +83,13 @@ def selection(args: argparse.Namespace, **more: Any) -> RuntimeConfig:
         device=args.device,
         store=args.store,
         ep_size=args.ep_size,
+        transport=args.transport,
         attention=args.attention,
         seed=args.seed,
         **more,
     )
+    console.quiet = options.ranks.rank > 0  # rank 0 speaks for all
+    return options
 
 
 class Bar:
@@ -115,6 +122,9 @@ class Bar:
 
 
 def print_json(report: dict[str, Any]) -> None:
+    """One line, from rank 0."""
+    if console.quiet:
+        return
     sys.stdout.write(json.dumps(report, allow_nan=False) + "\n")
     sys.stdout.flush()
 

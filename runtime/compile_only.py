@@ -8,46 +8,19 @@ from __future__ import annotations
 
 import re
 import time
-from dataclasses import replace
 
-import torch
 from rich.table import Table
 
+from barriers.rdep import compile_rdep
+from barriers.transport import TransportConfig
 from capture_cache.store import Store
-from graphs.checkpoint import random_weights
-from graphs.compile import Compiled, KernelCompiler, RecordingLauncher, compile_all
-from graphs.devices import bind_views
+from graphs.buffers import transport_config
+from graphs.compile import Compiled, KernelCompiler, compile_all
 from graphs.flashinfer_mla import FlashinferMla
-from graphs.ops import Ops
-from kernels.triton.state import stamp
+from runtime.assemble import list_kernels
 from runtime.cli import Bar, console, print_json
 from runtime.config import RuntimeConfig
-from runtime.engine import Selection, choose, make_step
-
-
-def list_kernels(selection: Selection, arch: str) -> RecordingLauncher:
-    """Everything that a capture of `selection` launches, random weights and timestamps included.
-
-    Where the model suits flashinfer, what stands around its kernel is listed too: whether it is
-    installed is known only on the machine that captures.
-    """
-    launcher = RecordingLauncher(arch)
-    kinds = ["triton"]
-    if arch == "sm_90" and not FlashinferMla.unfit(selection.model):
-        kinds.append("flashinfer")
-    for kind in kinds:
-        chosen = replace(selection, step=replace(selection.step, attention=kind))
-        views = bind_views(None, chosen.layout, torch.device("meta"))
-        step = make_step(chosen, Ops(launcher), views)
-        for key in chosen.ladder.keys:
-            step.run(key)
-    stamp(launcher, views["stamps"], 0)
-    stamp(launcher, views["stamps"], 1)
-    if selection.source.is_preset:
-        random_weights(
-            selection.model, views, seed=0, launch=launcher, ep_size=selection.step.ep_size
-        )
-    return launcher
+from runtime.selection import choose
 
 
 def compile_only(options: RuntimeConfig, arch: str, *, jobs: int | None, as_json: bool) -> int:
@@ -61,14 +34,22 @@ def compile_only(options: RuntimeConfig, arch: str, *, jobs: int | None, as_json
         raise ValueError(f"--compile-only takes sm_90 (Hopper) or sm_100 (Blackwell), got {arch!r}")
     start = time.perf_counter()
     selection = choose(options, compile_only=True)
-    requests = list_kernels(selection, arch).requests
+    # Whether flashinfer is installed is known only on the machine that captures.
+    kinds = ["triton"]
+    if arch == "sm_90" and not FlashinferMla.unfit(selection.model):
+        kinds.append("flashinfer")
+    requests = list_kernels(selection, arch, kinds).requests
+    store = Store(options.store_path)
     with Bar() as bar:
         rows = compile_all(
             requests,
-            KernelCompiler(Store(options.store_path), arch),
+            KernelCompiler(store, arch),
             jobs=jobs,
             progress=lambda name: bar("compile", len(requests), name),
         )
+    if selection.step.transport == "rdep":
+        sizes = transport_config(selection.model, selection.step, selection.ladder.max_tokens)
+        rows += compiled_rdep(sizes, arch, store)
     seconds = time.perf_counter() - start
     console.print(_table(rows, arch))
     cached = sum(r.cached for r in rows)
@@ -89,6 +70,28 @@ def compile_only(options: RuntimeConfig, arch: str, *, jobs: int | None, as_json
             }
         )
     return 0
+
+
+def compiled_rdep(config: TransportConfig, arch: str, store: Store) -> list[Compiled]:
+    """The transport's CUDA C++ kernels, compiled through NVRTC into the store."""
+    start = time.perf_counter()
+    module = compile_rdep(config, arch, store=store)
+    seconds = (time.perf_counter() - start) / len(module.kernels)
+    return [
+        Compiled(
+            name=name,
+            key="nvrtc",
+            arch=arch,
+            num_warps=0,
+            registers=facts.registers,
+            local_bytes=facts.local_bytes,
+            spill_bytes=facts.local_bytes,
+            shared_bytes=facts.static_shared_bytes,
+            seconds=seconds,
+            cached=module.cached,
+        )
+        for name, facts in module.kernels.items()
+    ]
 
 
 def _table(rows: list[Compiled], arch: str) -> Table:

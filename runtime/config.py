@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from barriers.config import GroupConfig
+
 DEVICES = ("auto", "cuda", "cpu")
 ATTENTION = ("auto", "flashinfer", "triton")
 # Spellings of other engines for the same thing.
@@ -37,7 +39,8 @@ class RuntimeConfig:
         overrides: "key=value" of the model's config.
         device: auto, cuda or cpu.
         store: directory of compiled kernels and manifests.
-        ep_size: ranks that share the experts.
+        ep_size: ranks that share the experts; None: as many as torchrun started.
+        transport: how tokens reach other ranks' experts; a name of `barriers.transport`.
         attention: auto, flashinfer or triton.
         seed: of a preset's random weights.
         verify: prove every key after capture.
@@ -55,7 +58,8 @@ class RuntimeConfig:
     overrides: tuple[str, ...] = ()
     device: str = "auto"
     store: str | None = None
-    ep_size: int = 1
+    ep_size: int | None = None
+    transport: str = "auto"
     attention: str = "auto"
     seed: int = 0
     verify: bool = True
@@ -68,13 +72,13 @@ class RuntimeConfig:
                 raise ValueError(
                     f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}"
                 )
-        for name in ("bs", "max_seq_len", "page_size", "ep_size"):
+        for name in ("bs", "max_seq_len", "page_size", "num_ranks"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.bs % self.ep_size:
+        if self.bs % self.num_ranks:
             raise ValueError(
-                f"bs {self.bs} is global and must divide by ep_size {self.ep_size}; "
-                f"use --bs {-(-self.bs // self.ep_size) * self.ep_size}"
+                f"bs {self.bs} is global and must divide by ep_size {self.num_ranks}; "
+                f"use --bs {-(-self.bs // self.num_ranks) * self.num_ranks}"
             )
 
     @classmethod
@@ -101,8 +105,23 @@ class RuntimeConfig:
         return cls(**named)
 
     @property
+    def ranks(self) -> GroupConfig:
+        """Where this process stands among those that torchrun started; alone without it."""
+        return GroupConfig.from_env(os.environ)
+
+    @property
+    def local_rank(self) -> int:
+        """The GPU of this process."""
+        return int(os.environ.get("LOCAL_RANK", "0"))
+
+    @property
+    def num_ranks(self) -> int:
+        """Ranks that share the experts."""
+        return self.ranks.world if self.ep_size is None else self.ep_size
+
+    @property
     def rows_per_rank(self) -> int:
-        return self.bs // self.ep_size
+        return self.bs // self.num_ranks
 
     @property
     def store_path(self) -> Path:

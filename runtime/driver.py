@@ -123,8 +123,8 @@ class Runtime:
         Raises:
             ValueError: an option, the model's config or its weights are not usable; says which.
         """
+        from runtime.build import build
         from runtime.config import RuntimeConfig
-        from runtime.engine import Engine
 
         reservation = config.pop("reservation", "full")
         options = RuntimeConfig.of(
@@ -136,7 +136,7 @@ class Runtime:
             store=store,
             **config,
         )
-        return cls(Engine.build(options), reservation=reservation)
+        return cls(build(options), reservation=reservation)
 
     # ------------------------------------------------------------------ requests
 

@@ -8,9 +8,9 @@ import time
 from pathlib import Path
 from typing import Any, Protocol
 
+from runtime.build import build
 from runtime.cli import Bar, add_selection, print_json, run, selection
 from runtime.driver import Runtime
-from runtime.engine import Engine
 from runtime.sampling import SamplingParams
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
@@ -90,7 +90,7 @@ def main(argv: list[str] | None = None) -> int:
     prompt = tokenizer.encode(args.prompt).ids
     params = SamplingParams(max_tokens=args.max_tokens, ignore_eos=args.ignore_eos)
     with Bar() as bar:
-        engine = Engine.build(selection(args), bar)
+        engine = build(selection(args), bar)
     tokens: list[int] = []
     reason = ""
     stream = TextStream(tokenizer)

@@ -19,6 +19,7 @@ from rich.table import Table
 
 from graphs.floor import READ_BYTES_PER_S, Floor, step_floor
 from graphs.keys import GraphKey
+from runtime.build import build
 from runtime.capture import TWIN_NOTE
 from runtime.cli import Bar, add_selection, console, print_json, run, selection
 from runtime.driver import Runtime
@@ -85,7 +86,7 @@ def main(argv: list[str] | None = None) -> int:
             f"(--max-seq-len {args.max_seq_len} less the steps); raise --max-seq-len"
         )
     with Bar() as bar:
-        engine = Engine.build(selection(args, verify=args.verify), bar)
+        engine = build(selection(args, verify=args.verify), bar)
         with Runtime(engine) as runtime:
             bench = ReplayBench(runtime, args.ctx_len, args.steps, args.bandwidth)
             keys = _keys(engine, args.keys)
@@ -267,7 +268,7 @@ def _report(
         "steps": args.steps,
         "attention": engine.config.attention,
         "times_mean_something": engine.selection.on_device,
-        "stages_s": engine.stages.seconds,
+        "stages_s": engine.stages,
         "keys": [t.to_json() for t in times],
         "parts_key": str(largest),
         "parts_us": parts,

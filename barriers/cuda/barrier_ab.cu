@@ -154,19 +154,23 @@ extern "C" __global__ void advance(int* first_round, int rounds, i64* step) {
 }
 
 // One word to and fro between two ranks: link latency. Nothing is released; the acquire only drops L1 lines.
-// peer: slot of the other. first: 1 on the rank that serves. Uses the phase words.
+// peer: slot of the other. first: 1 on the rank that serves. took_ns: uint64 [1], time of the rounds after the
+// first tenth, in which the ranks find each other. Uses the phase words, which must be zero.
 extern "C" __global__ void __launch_bounds__(32)
-    ping_pong(char* base, i64 stride, int n, int peer, int first, int rounds) {
+    ping_pong(char* base, i64 stride, int n, int peer, int first, int rounds, u64* took_ns) {
   Peers p{base, stride, n};
   Control* own = p.control(0);
   int lane = threadIdx.x;
   int* theirs = reinterpret_cast<int*>(p.control(peer)->phase) + p.us_at(peer) * LOCKSTEP_SPACING;
   const int* ours = reinterpret_cast<int*>(own->phase) + peer * LOCKSTEP_SPACING;
+  u64 begin = 0;
   for (int i = 1; i <= rounds; i++) {
+    if (i == rounds / 10 + 1) begin = now_ns();
     if (first && lane == 0) st_relaxed_sys(theirs, i);
     bool fine = wait_all<Poll::kAcquire>(&own->state, Where{-1, 0}, lane == peer, ours,
                                          [i](int value) { return value - i >= 0; });
     if (!fine) return;
     if (!first && lane == 0) st_relaxed_sys(theirs, i);
   }
+  if (lane == 0) *took_ns = now_ns() - begin;
 }

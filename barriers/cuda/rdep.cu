@@ -496,8 +496,11 @@ extern "C" __global__ void __launch_bounds__(kPullThreads)
     // A block waits for the ranks that it reads, and the first for all: so this kernel's end means that every
     // rank has read what it received, and the next `send` may overwrite it.
     wait_for(Peers{base, stride, kWorld}, blockIdx.x == 0 ? kAllRanks : slots, {layer, operation});
-    if (kBulk && threadIdx.x == 0)
-      bulk_start(bulk, mine, stride, slots, min(kPullThreads, kActChunks - part * kPullThreads) * 16);
+    if constexpr (kBulk) {
+      __syncwarp();  // every lane's acquire before the one thread that starts the copies
+      int bytes = min(kPullThreads, kActChunks - part * kPullThreads) * 16;
+      if (threadIdx.x == 0) bulk_start(bulk, mine, stride, slots, bytes);
+    }
   }
   __syncthreads();
   float total[kLanes] = {};

@@ -57,7 +57,9 @@ def host_state(runtime: Runtime) -> dict[str, Any]:
     }
 
 
-def assert_unchanged_by(runtime: Runtime, call: Callable[[], object], error: type[Exception]) -> str:
+def assert_unchanged_by(
+    runtime: Runtime, call: Callable[[], object], error: type[Exception]
+) -> str:
     """`call` raises `error` and leaves host and device as they were; returns the message."""
     before, device = host_state(runtime), device_state(runtime)
     with pytest.raises(error) as refusal:
@@ -71,13 +73,15 @@ def assert_unchanged_by(runtime: Runtime, call: Callable[[], object], error: typ
 def finish(runtime: Runtime) -> dict[int, list[int]]:
     """Step until nothing runs; tokens by row, of requests that keep theirs."""
     tokens: dict[int, list[int]] = {}
-    while runtime.num_running or runtime.num_in_flight:
+    for _ in range(200):
+        if not runtime.num_running and not runtime.num_in_flight:
+            return tokens
         if not runtime.num_in_flight:
             runtime.launch()
         out = runtime.collect()
         for row, token in zip(out.rows.tolist(), out.tokens.tolist(), strict=True):
             tokens.setdefault(row, []).append(token)
-    return tokens
+    raise AssertionError(f"{runtime.num_running} requests never end")
 
 
 # ------------------------------------------------------------------ what add refuses
@@ -109,7 +113,9 @@ def test_a_malformed_request_is_refused_and_changes_nothing(name: str, runtime: 
 
 
 @pytest.mark.parametrize("reservation", ["full", "lazy"])
-def test_what_can_never_fit_the_cache_is_refused_at_once(checkpoint: Path, reservation: str) -> None:
+def test_what_can_never_fit_the_cache_is_refused_at_once(
+    checkpoint: Path, reservation: str
+) -> None:
     with load_micro(checkpoint, num_pages=4, reservation=reservation) as runtime:
         params = SamplingParams(max_tokens=10)
         message = assert_unchanged_by(runtime, lambda: runtime.add([1] * 40, params), ValueError)
@@ -148,9 +154,7 @@ def test_no_row_free(runtime: Runtime) -> None:
     for _ in range(ROWS):
         runtime.add([1, 2])
     message = assert_unchanged_by(runtime, lambda: runtime.add([1]), OutOfRows)
-    assert message == (
-        "all 6 rows are running; wait for one to finish, cancel one, or raise --bs"
-    )
+    assert message == ("all 6 rows are running; wait for one to finish, cancel one, or raise --bs")
 
 
 def test_no_page_free_at_add(checkpoint: Path, requests_: list[tuple[Request, Answer]]) -> None:
@@ -290,30 +294,27 @@ def test_the_models_own_end_of_sequence(
 
 
 def test_logits_that_are_not_finite_end_that_request_alone(
-    tmp_path: Path, requests_: list[tuple[Request, Answer]]
+    runtime: Runtime, requests_: list[tuple[Request, Answer]]
 ) -> None:
     """One token's embedding is NaN: whoever feeds it ends with `error`, and nobody else notices."""
-    path = micro_checkpoint(tmp_path)
-    unused = next(t for t in range(VOCAB) if not any(t in (*r.prompt, *a.tokens) for r, a in requests_))
-    tensors = read_tensors(path)
-    tensors["model.embed_tokens.weight"][unused] = float("nan")
-    write_tensors(path, tensors)
-    with load_micro(path) as runtime:
-        bad = Request((1, unused, 2, *([3] * 40)))
-        for turn in range(3):  # later turns get the pages that hold NaN
-            order = [request for request, _ in requests_]
-            order.insert(turn, bad)
-            answers = serve(runtime, order, ahead=2)
-            failed = answers.pop(turn)
-            assert (failed.tokens, failed.reason) == ([-1], "error")
-            assert np.isnan(failed.logprobs).all()
-            assert [a.tokens for a in answers] == [want.tokens for _, want in requests_]
+    used = {token for r, a in requests_ for token in (*r.prompt, *a.tokens)}
+    unused = min(set(range(VOCAB)) - used)
+    runtime.engine.graphs.step.weights["embed"][unused] = float("nan")
+    bad = Request((1, unused, 2, *([3] * 40)))
+    for turn in range(3):  # later turns get the pages that hold NaN
+        order = [request for request, _ in requests_]
+        order.insert(turn, bad)
+        answers = serve(runtime, order, ahead=2)
+        failed = answers.pop(turn)
+        assert (failed.tokens, failed.reason) == ([-1], "error")
+        assert np.isnan(failed.logprobs).all()
+        assert [a.tokens for a in answers] == [want.tokens for _, want in requests_]
 
 
-def test_a_model_of_nothing_but_nan_fails_its_proof_by_name(tmp_path: Path) -> None:
+def test_a_model_that_overflows_fails_its_proof_by_name(tmp_path: Path) -> None:
     path = micro_checkpoint(tmp_path)
     tensors = read_tensors(path)
-    tensors["model.norm.weight"][3] = float("nan")
+    tensors["model.norm.weight"].fill_(3e38)
     write_tensors(path, tensors)
     with pytest.raises(RuntimeError, match="the eager step gave logits that are not finite"):
         load_micro(path, verify=True)
@@ -351,7 +352,7 @@ def first_chunk_in_flight(runtime: Runtime) -> None:
 
 
 def last_token_in_flight(runtime: Runtime) -> None:
-    for _ in range(14):
+    for _ in range(13):  # three chunks, and all but one of twelve tokens
         runtime.step()
     runtime.launch()
     runtime.launch()
@@ -470,7 +471,8 @@ def test_occupied_rows_decode_like_any_other(runtime: Runtime) -> None:
     assert runtime.num_running == 4
     runtime.engine.fill_kv(seed=0)
     tokens = finish(runtime)
-    assert {row: len(t) for row, t in tokens.items()} == dict.fromkeys(rows, 5)
+    # The first of the five came with the prompt that is taken to be there.
+    assert {row: len(t) for row, t in tokens.items()} == dict.fromkeys(rows, 4)
     assert runtime.pages.num_free == runtime.pages.capacity
 
 
@@ -555,7 +557,7 @@ def test_load_takes_the_spellings_of_other_engines(alias: str, checkpoint: Path)
         ({"batch": 4}, "unknown option 'batch'; known: "),
         ({"ladder": "6", "cuda_graph_bs": "6"}, "another spelling of 'ladder', which is given"),
         ({"cuda_graph_bs": "6", "ladder": "6"}, "another spelling of 'ladder', which is given"),
-        ({"device": "tpu"}, "device must be one of auto, cuda, cpu, got 'tpu'"),
+        ({"device": "tpu"}, "device must be one of auto, cuda, cpu"),
         ({"attention": "flashinfer"}, "attention flashinfer needs a CUDA device"),
         ({"bs": 0}, "bs must be at least 1, got 0"),
         ({"bs": 7, "ep_size": 2}, "bs 7 is global and must divide by ep_size 2; use --bs 8"),

@@ -175,9 +175,7 @@ def test_tokens_and_logprobs_are_those_of_transformers(name: str, tmp_path: Path
 
 
 @pytest.mark.parametrize("name", ["yarn", "kimi_k2", "moonlight"])
-def test_the_same_holds_for_a_config_as_transformers_4_writes_it(
-    name: str, tmp_path: Path
-) -> None:
+def test_the_same_holds_for_a_config_as_transformers_4_writes_it(name: str, tmp_path: Path) -> None:
     model = random_model(small_config(**BRANCHES[name]), seed=4)
     save_model(tmp_path, model)
     edit_config(tmp_path, as_transformers_4)

@@ -14,15 +14,15 @@ import torch.distributed as dist
 import torch.multiprocessing
 
 from barriers import deepep, rdep_ref
+from barriers.allgather import AllGather
 from barriers.transport import (
-    AllGather,
     Local,
     Received,
     TransportConfig,
     resolve,
     wire_buffers,
 )
-from bench import routing
+from bench import routing, transport_cases, transport_microbench, transport_report
 
 SMALL = TransportConfig(
     rank=0, world=1, capacity=6, hidden=144, num_experts=12, top_k=4, act_dtype="bfloat16"
@@ -229,14 +229,20 @@ def _check_all(config: TransportConfig, group: object) -> None:
     for ids in padded.ids:
         ids[1:] = -1
     out = _check_step(transport, padded, "padding")
+    if config.fp8:
+        again = _run(transport, padded, prequantized=True)[1]
+        assert torch.equal(again, out), "who quantises changed a token"
     assert torch.equal(out[1:], padded.shared[config.rank][1:]), "a padded row was summed"
     _check_neighbours(transport)
 
 
-def _run(transport: AllGather, case: Case) -> tuple[Received, torch.Tensor]:
+def _run(
+    transport: AllGather, case: Case, *, prequantized: bool = False
+) -> tuple[Received, torch.Tensor]:
     rank = transport.config.rank
     x, ids, weights = case.xs[rank], case.ids[rank], case.weights[rank]
-    received = transport.dispatch(x, None, ids, weights)
+    sent = rdep_ref.quantize_ref(x) if prequantized else (x, None)
+    received = transport.dispatch(*sent, ids, weights)
     y = rdep_ref.experts_ref(transport.config, received, expert)
     y.view(-1, transport.config.hidden)[(received.ids.flatten() < 0)] = float("nan")
     out = torch.full_like(x, float("nan"))
@@ -284,6 +290,63 @@ def test_wire_buffers_depend_on_the_config_alone() -> None:
     assert shapes["ep_recv_x"] == ((24, 144), "float8_e4m3fn")
     assert shapes["ep_recv_scale"] == ((24, 2), "float32")
     assert shapes["ep_partial"] == ((24, 144), "bfloat16")
+
+
+# -- what transports are benchmarked with --------------------------------------------------------
+
+
+@pytest.mark.parametrize("fp8", [True, False])
+def test_benchmark_oracle_agrees_with_its_float64_reference(fp8: bool) -> None:
+    config = replace(SMALL, world=2, fp8=fp8)
+    cpu = torch.device("cpu")
+    tokens = [transport_cases.make_tokens(config, r, 5, cpu, seed=3) for r in range(2)]
+    gains = transport_cases.make_gains(config, cpu)
+    for rank, out in enumerate(transport_cases.oracle(config, tokens, gains)):
+        reference = transport_cases.reference(config, tokens[rank], gains)
+        assert rdep_ref.relative_error(out, reference) < MAX_ERROR
+
+
+def test_wire_bytes_count_a_token_once_a_rank() -> None:
+    config = replace(SMALL, world=3, rank=1)
+    ids = torch.tensor([[0, 1, 2, 3], [0, 4, 8, 9], [4, 5, 6, 7], [-1, -1, -1, -1]]).int()
+    sent, got = transport_cases.wire_bytes(config, ids)
+    copies = 1 + 2  # to rank 0; to ranks 0 and 2; own; none
+    assert sent == copies * (144 + 2 * 4 + 16) + 2 * 4 * 16
+    assert got == copies * 144 * 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--rows", "8,x"], "--rows must be positive numbers"),
+        (["--num-experts", "4"], "top_k must be 1 to 4, got 8"),
+        (["--plain", "--prequantized"], "choose one"),
+        (["--routing", "file"], "--routing-file"),
+    ],
+)
+def test_microbench_refuses(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    assert transport_microbench.main(arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_microbench_merges_ranks() -> None:
+    case = {"rows": 8, "rel_error": 1e-3, "repeats": True, "oracle_bits": True, "bytes": (353, 353)}
+    ranks = [
+        {"error": None, "cases": [{**case, "us": {"both": both, "sum": 1.0}}]}
+        for both in (4.0, 6.0)
+    ]
+    merged = transport_report.merge(ranks, link_gbps=353.0, sweep=())
+    assert merged["ok"]
+    assert merged["cases"][0]["both_us"] == {"mean": 5.0, "max": 6.0}
+    assert merged["cases"][0]["net_us"] == {"mean": 4.0, "max": 5.0}
+    ranks[1]["cases"][0]["rel_error"] = float("inf")
+    assert not transport_report.merge(ranks, link_gbps=353.0, sweep=())["ok"]
+    ranks[1]["error"] = "CudaError: gone"
+    assert transport_report.merge(ranks, link_gbps=353.0, sweep=())["error"] == {
+        "rank 1": "CudaError: gone"
+    }
 
 
 # -- DeepEP, which is not here ---------------------------------------------------------------------

@@ -51,8 +51,9 @@ def load_micro(path: Path, **options: Any) -> Runtime:
         "ladder": LADDER,
         "store": str(path / "store"),
         "verify": False,
+        "device": "cpu",
     }
-    return Runtime.load(str(path), device="cpu", **(defaults | options))
+    return Runtime.load(str(path), **(defaults | options))
 
 
 def device_state(runtime: Runtime) -> dict[str, torch.Tensor]:

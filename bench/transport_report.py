@@ -1,0 +1,76 @@
+"""What all ranks of `bench.transport_microbench` found, as one verdict and a few lines."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+MAX_ERROR = 3e-3  # of bf16 sums against float64
+
+
+def merge(
+    ranks: list[dict[str, Any]], *, link_gbps: float, sweep: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """One mode's verdict and numbers from what each rank found.
+
+    Args:
+        ranks: by rank: error (text or None), cases, and sweep if asked for.
+        sweep: the tunings of the sweep, in order.
+    """
+    errors = {f"rank {r}": v["error"] for r, v in enumerate(ranks) if v["error"]}
+    if errors:
+        return {"ok": False, "error": errors}
+    cases = []
+    for same in zip(*(v["cases"] for v in ranks), strict=True):
+        sent = max(c["bytes"][0] for c in same)
+        got = max(c["bytes"][1] for c in same)
+        case: dict[str, Any] = {
+            "rows": same[0]["rows"],
+            "rel_error": max(c["rel_error"] for c in same),
+            "repeats": all(c["repeats"] for c in same),
+            "oracle_bits": all(c["oracle_bits"] for c in same),
+            "bytes_dispatch": sent,
+            "bytes_combine": got,
+            "floor_us": round((sent + got) / link_gbps / 1e3, 2),
+        }
+        for part in same[0]["us"]:
+            times = [c["us"][part] for c in same]
+            case[f"{part}_us"] = {
+                "mean": round(sum(times) / len(times), 2),
+                "max": max(times),
+            }
+        if "sum" in same[0]["us"]:
+            nets = [c["us"]["both"] - c["us"]["sum"] for c in same]
+            case["net_us"] = {"mean": round(sum(nets) / len(nets), 2), "max": round(max(nets), 2)}
+        case["gb_per_s"] = round((sent + got) / case["both_us"]["max"] / 1e3, 1)
+        case["ok"] = case["rel_error"] < MAX_ERROR and case["repeats"]
+        cases.append(case)
+    merged: dict[str, Any] = {"ok": all(c["ok"] for c in cases), "cases": cases}
+    if "sweep" in ranks[0]:
+        merged["sweep"] = [
+            {"tuning": dict(change), "both_us": [max(times) for times in zip(*lines, strict=True)]}
+            for change, *lines in zip(sweep, *(v["sweep"] for v in ranks), strict=True)
+        ]
+    return merged
+
+
+def print_mode(name: str, result: Mapping[str, Any]) -> None:
+    """A line a case, for people."""
+    if "cases" not in result:
+        print(f"{name}: {'absent' if result.get('absent') else 'FAILED'}: {result['error']}")
+        return
+    for case in result["cases"]:
+        times = "  ".join(
+            f"{part} {case[f'{part}_us']['mean']:.1f}/{case[f'{part}_us']['max']:.1f}"
+            for part in ("dispatch", "combine", "sum", "both", "net")
+            if f"{part}_us" in case
+        )
+        verdict = "ok" if case["ok"] else "WRONG"
+        print(
+            f"{name:14s} rows {case['rows']:4d}  us mean/max: {times}  floor {case['floor_us']:.1f}"
+            f"  {case['gb_per_s']:.0f} GB/s  error {case['rel_error']:.1e}"
+            f"  oracle bits {'yes' if case['oracle_bits'] else 'no'}  {verdict}",
+            flush=True,
+        )
+    for line in result.get("sweep", ()):
+        print(f"  {line['both_us']} us both  {line['tuning'] or 'default'}", flush=True)

@@ -1,0 +1,90 @@
+"""The step put together over bound views, and the list of what a capture of it launches."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+
+from barriers.rdep import Rdep
+from barriers.transport import Local, Transport
+from graphs.attention import Attention, FlashinferAttention, TritonAttention
+from graphs.buffers import StaticBuffers, transport_config
+from graphs.checkpoint import random_weights
+from graphs.compile import RecordingLauncher
+from graphs.devices import bind_views, torch_dtype
+from graphs.ops import Ops
+from graphs.step import DecodeStep
+from graphs.weights import weight_table
+from kernels.triton.state import stamp
+from runtime.selection import Selection
+
+
+def make_step(
+    selection: Selection,
+    ops: Ops,
+    views: Mapping[str, torch.Tensor],
+    transport: Transport | None,
+) -> DecodeStep:
+    """The step over bound views; on `meta` views it can be listed but not run."""
+    model, step = selection.model, selection.step
+    names = [*weight_table(model, ep_size=step.ep_size), "rope_table"]
+    weights = {name: views[name] for name in names}
+    buffers = StaticBuffers(
+        model, step, selection.ladder, {n: t for n, t in views.items() if n not in weights}
+    )
+    kind = FlashinferAttention if step.attention == "flashinfer" else TritonAttention
+    attention: Attention = kind(model, step, ops)
+    return DecodeStep(
+        model, step, ops, buffers, weights, attention, transport, on_device=selection.on_device
+    )
+
+
+def list_kernels(selection: Selection, arch: str, attentions: Iterable[str]) -> RecordingLauncher:
+    """Every Triton kernel of a capture, random weights and timestamps included, run by nobody.
+
+    Args:
+        attentions: list for each of these.
+    """
+    launcher = RecordingLauncher(arch)
+    meta = torch.device("meta")
+    for attention in attentions:
+        chosen = dataclasses.replace(
+            selection, step=dataclasses.replace(selection.step, attention=attention)
+        )
+        views = bind_views(None, chosen.layout, meta)
+        step = make_step(chosen, Ops(launcher), views, _listed_transport(chosen, launcher))
+        for key in chosen.ladder.keys:
+            step.run(key)
+        stamp(launcher, views["stamps"], 0)
+        stamp(launcher, views["stamps"], 1)
+        if chosen.source.is_preset:
+            random_weights(
+                chosen.model, views, seed=0, launch=launcher, ep_size=chosen.step.ep_size
+            )
+    return launcher
+
+
+class _Unlaunched:
+    """Stands where a loaded CUDA kernel would, on a machine that has none."""
+
+    def launch(
+        self, grid: tuple[int, ...], values: Sequence[int | float | bytes], stream: int
+    ) -> None:
+        """CUDA C++ kernels are listed by their module, not by their launches."""
+
+
+def _listed_transport(selection: Selection, launcher: RecordingLauncher) -> Transport | None:
+    model, step = selection.model, selection.step
+    if model.first_k_dense_replace >= model.num_layers:
+        return None
+    config = transport_config(model, step, selection.ladder.max_tokens)
+    if step.ep_size == 1:
+        return Local(config, launcher)
+    buffers = {
+        name: torch.empty(shape, dtype=torch_dtype(dtype), device="meta")
+        for _, name, shape, dtype in Rdep.buffers(config)
+    }
+    kernels = {f"rdep_{part}": _Unlaunched() for part in ("send", "send_quantized", "sum", "pull")}
+    return Rdep(config, buffers, kernels, base=0, stride=0, stream=lambda: 0)

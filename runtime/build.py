@@ -1,0 +1,233 @@
+"""From options to an engine: model, ranks, arena, kernels, weights, graphs, proof, record.
+
+The stages run in one order and each is timed. An engine is never half built: if a stage fails, what
+the earlier ones acquired is released, last first.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+
+import torch
+
+from capture_cache.arena import Arena, DeviceArena, HostArena
+from capture_cache.errors import CudaError
+from capture_cache.manifest import Manifest
+from capture_cache.store import Store
+from graphs.aot import AotLauncher
+from graphs.buffers import transport_config
+from graphs.capture import CudaBackend, GraphBackend, GraphSet, TwinBackend
+from graphs.checkpoint import load_checkpoint, random_weights
+from graphs.compile import KernelCompiler, compile_all
+from graphs.devices import bind_views
+from graphs.ledger import make_ledger
+from graphs.ops import Ops
+from graphs.prove import Prover
+from graphs.rope import rope_table
+from runtime.assemble import list_kernels, make_step
+from runtime.config import RuntimeConfig
+from runtime.engine import Engine
+from runtime.ranks import Ranks
+from runtime.selection import Selection, choose
+
+# (kind of work, pieces in all, piece)
+Progress = Callable[[str, int, object], None]
+COMPILE_TIMEOUT_S = 1800.0  # how long the other ranks wait for rank 0 to compile
+
+
+def _no_progress(*_: object) -> None:
+    """Nobody watches."""
+
+
+def build(options: RuntimeConfig, progress: Progress = _no_progress) -> Engine:
+    """Build, capture, prove and record.
+
+    Raises:
+        ValueError: options, config or weights; says which and what would do.
+        CaptureError, ArenaError, CompileError, StoreError, RankError: named, with the remedy.
+    """
+    resources = ExitStack()
+    try:
+        return _Builder(options, progress, resources).run()
+    except BaseException:
+        # A lost context cannot be tidied up; the first error is the one to tell.
+        with suppress(CudaError):
+            resources.close()
+        raise
+
+
+class _Builder:
+    """One build; each method is a stage."""
+
+    def __init__(self, options: RuntimeConfig, progress: Progress, resources: ExitStack) -> None:
+        self.options, self.progress, self.resources = options, progress, resources
+        self.store = Store(options.store_path)
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def _timed(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+    def run(self) -> Engine:
+        with self._timed("select"):
+            selection = choose(self.options)
+            ranks, selection = self._meet(selection)
+        with self._timed("arena"):
+            arena = self._map(selection)
+            device = torch.device("cuda" if selection.on_device else "cpu")
+            views = bind_views(arena, selection.layout, device)
+        launcher = _launcher(self.store) if selection.on_device else None
+        with self._timed("compile"):
+            self._compile(selection, launcher, ranks)
+        backend: GraphBackend = CudaBackend(device) if selection.on_device else TwinBackend()
+        with self._timed("weights"), backend.on_stream():
+            self._load_weights(selection, views, launcher)
+            _reset_state(views)
+            backend.synchronize()
+        with self._timed("transport"):
+            graphs = self._make_graphs(selection, views, launcher, backend, ranks)
+        self.resources.callback(graphs.close)
+        engine = Engine(selection, self.options, ranks, graphs, launcher, self.resources)
+        self._capture(engine)
+        with backend.on_stream():
+            _reset_state(views)
+            backend.synchronize()
+        ranks.meet("captured")
+        with self._timed("store"):
+            self._record(engine)
+        engine.stages = self.seconds
+        return engine
+
+    def _meet(self, selection: Selection) -> tuple[Ranks, Selection]:
+        """Come together with the other ranks; the KV cache is as large as the smallest can have."""
+        options, step = self.options, selection.step
+        fields = {
+            "model": selection.model.digest(),
+            "weights": f"{options.model} seed {options.seed}",
+            "ladder": str(selection.ladder),
+            "max seq len": str(step.max_seq_len),
+            "page size": str(step.page_size),
+            "attention": step.attention,
+            "transport": step.transport,
+            "verify": f"{options.verify} {options.proof_replays}",
+        }
+        ranks = Ranks(options.ranks, fields, deadline_s=options.deadline_s)
+        self.resources.callback(ranks.close)
+        pages = min(part.value for part in ranks.group.allgather("pages", step.num_pages))
+        step = dataclasses.replace(step, num_pages=pages)
+        return ranks, dataclasses.replace(selection, step=step)
+
+    def _map(self, selection: Selection) -> Arena:
+        arena: Arena
+        if selection.on_device:
+            arena = DeviceArena(selection.layout, device=torch.cuda.current_device())
+        else:
+            arena = HostArena(selection.layout)
+        self.resources.callback(arena.close)
+        return arena
+
+    def _compile(self, selection: Selection, launcher: AotLauncher | None, ranks: Ranks) -> None:
+        """Have every kernel in the store before any rank can wait for another."""
+        if launcher is not None and ranks.rank == 0:
+            requests = list_kernels(selection, launcher.arch, [selection.step.attention]).requests
+            compile_all(
+                requests,
+                launcher.compiler,
+                progress=lambda name: self.progress("compile", len(requests), name),
+            )
+        ranks.group.barrier("compiled", timeout_s=COMPILE_TIMEOUT_S)
+
+    def _load_weights(
+        self,
+        selection: Selection,
+        views: dict[str, torch.Tensor],
+        launcher: AotLauncher | None,
+    ) -> None:
+        model, step = selection.model, selection.step
+        experts = {"ep_rank": step.ep_rank, "ep_size": step.ep_size}
+        views["rope_table"].copy_(rope_table(model, step.max_seq_len))
+        if selection.source.path is None:
+            random_weights(model, views, seed=self.options.seed, launch=launcher, **experts)
+            return
+        load_checkpoint(
+            selection.source.path,
+            model,
+            views,
+            **experts,
+            progress=lambda _, total: self.progress("load", total, ""),
+        )
+
+    def _make_graphs(
+        self,
+        selection: Selection,
+        views: dict[str, torch.Tensor],
+        launcher: AotLauncher | None,
+        backend: GraphBackend,
+        ranks: Ranks,
+    ) -> GraphSet:
+        transport = None
+        if selection.model.first_k_dense_replace < selection.model.num_layers:
+            sizes = transport_config(selection.model, selection.step, selection.ladder.max_tokens)
+            transport = ranks.transport(
+                selection.step.transport, sizes, views, launcher, self.store
+            )
+        step = make_step(selection, Ops(launcher), views, transport)
+        freeze = launcher.freeze if launcher else _no_progress
+        return GraphSet(step, selection.ladder, backend, forbid_compile=freeze)
+
+    def _capture(self, engine: Engine) -> None:
+        graphs, total = engine.graphs, len(engine.ladder.keys)
+        with self._timed("warm up"):
+            graphs.warm_up(lambda kind, key: self.progress(kind, total, key))
+        with self._timed("capture"):
+            graphs.capture(lambda kind, key: self.progress(kind, total, key))
+        if not self.options.verify:
+            return
+        with self._timed("prove"):
+            replays = self.options.proof_replays or (100 if engine.selection.on_device else 2)
+            prover = Prover(graphs, replays=replays, seed=self.options.seed)
+            for key in reversed(engine.ladder.keys):
+                engine.proofs[key] = prover.prove(key)
+                self.progress("prove", total, key)
+
+    def _record(self, engine: Engine) -> None:
+        """Write the manifest: fingerprint, arena table, ledger, kernels."""
+        launcher = engine.launcher
+        engine.ledger = make_ledger(
+            engine.model_config,
+            engine.config,
+            engine.ladder,
+            engine.graphs.graphs,
+            engine.proofs,
+            launcher.kernels if launcher else {},
+        )
+        if engine.ranks.rank:
+            return  # one bundle serves all ranks
+        facts = engine.fingerprint()
+        record = engine.ledger.to_json() | {"stages_s": self.seconds}
+        kernels = tuple(launcher.used) if launcher else ()
+        manifest = Manifest(facts, engine.selection.layout, record, kernels)
+        self.store.publish(facts, manifest, {}, replace_existing=True)
+
+
+def _launcher(store: Store) -> AotLauncher:
+    major, minor = torch.cuda.get_device_capability()
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return AotLauncher(
+        KernelCompiler(store, f"sm_{major}{minor}"), num_sms=properties.multi_processor_count
+    )
+
+
+def _reset_state(views: dict[str, torch.Tensor]) -> None:
+    """Every row free, step 0, nothing published. The null page keeps the proof's poison."""
+    for name in ("phase", "seq_len", "last_token", "limit", "page_table", "step", "fault"):
+        views[name].zero_()
+    views["poison"].zero_()
+    views["stop_ids"].fill_(-1)
+    views["mailbox"].fill_(-1)
+    views["ring_step"].zero_()

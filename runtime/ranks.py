@@ -1,0 +1,111 @@
+"""What a rank holds beside its arena: the group, peer memory, the watch over waits, the transport.
+
+One process a GPU, started by `torchrun`; a process without its variables is a world of one. Ranks
+meet at start, compare what they were started with, and from then on share nothing but the number of
+steps.
+"""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Mapping
+from contextlib import ExitStack
+
+import torch
+import torch.distributed as dist
+
+from barriers.allgather import AllGather
+from barriers.config import GroupConfig
+from barriers.device_barrier import DeviceWatch
+from barriers.group import RankGroup
+from barriers.rdep import Rdep, load_rdep, peer_layout, peer_views
+from barriers.symmetric_device import DeviceMemory
+from barriers.transport import Local, Transport, TransportConfig
+from capture_cache.driver import Device
+from capture_cache.store import Store
+from kernels.triton.launch import Launcher
+
+
+class Ranks:
+    """This rank's side of a run.
+
+    Args:
+        config: rank, world and meeting point.
+        fields: what every rank must have been started with; a difference names both values.
+        deadline_s: of every wait for a peer.
+    """
+
+    def __init__(
+        self, config: GroupConfig, fields: Mapping[str, str], *, deadline_s: float
+    ) -> None:
+        self.rank, self.world, self.deadline_s = config.rank, config.world, deadline_s
+        self._open = ExitStack()
+        self._watch: DeviceWatch | None = None
+        self.group = self._open.enter_context(RankGroup(config, fields))
+
+    def transport(
+        self,
+        name: str,
+        config: TransportConfig,
+        views: Mapping[str, torch.Tensor],
+        launch: Launcher | None,
+        store: Store,
+    ) -> Transport:
+        """Make the transport `name`; every rank calls this alike.
+
+        Args:
+            views: of the arena; the transport's own buffers are among them where it has some there.
+            launch: None on the CPU twin.
+        Raises:
+            RankError: a rank failed, or did not come; raised on all of them.
+        """
+        if name == "local":
+            return Local(config, launch)
+        if name == "allgather":
+            return self._allgather(config, views, launch)
+        return self._rdep(config, views, store)
+
+    def _allgather(
+        self, config: TransportConfig, views: Mapping[str, torch.Tensor], launch: Launcher | None
+    ) -> Transport:
+        if not dist.is_initialized():
+            dist.init_process_group(
+                "gloo" if launch is None else "nccl",
+                timeout=datetime.timedelta(seconds=self.deadline_s),
+            )
+            self._open.callback(dist.destroy_process_group)
+        return AllGather(config, views, dist.group.WORLD, launch)
+
+    def _rdep(
+        self, config: TransportConfig, views: Mapping[str, torch.Tensor], store: Store
+    ) -> Transport:
+        device = Device(torch.cuda.current_device())
+        # All ranks have their code before any of them can wait for another.
+        kernels = load_rdep(device, config, store=store)
+        layout = peer_layout(config)
+        memory = DeviceMemory(self.group, device, layout.device_bytes)
+        self._open.callback(memory.close)
+        self._watch = DeviceWatch(
+            memory,
+            deadline_ms=round(self.deadline_s * 1e3),
+            step_address=views["step"].data_ptr(),
+        )
+        self._open.callback(self._watch.close)
+        buffers = peer_views(layout, memory.payload, torch.device("cuda", device.ordinal))
+        transport = Rdep(config, buffers, kernels, base=memory.base, stride=memory.stride)
+        torch.cuda.synchronize()
+        self.group.barrier("peer memory")
+        return transport
+
+    def check(self) -> None:
+        """One read of host memory; raises `BarrierTimeout` naming the ranks that are late."""
+        if self._watch is not None:
+            self._watch.check()
+
+    def meet(self, what: str) -> None:
+        """Wait until every rank's host is here; for starting, never in a step."""
+        self.group.barrier(what)
+
+    def close(self) -> None:
+        """Leave the group and release what is shared; waits for nobody. Idempotent."""
+        self._open.close()

@@ -1,0 +1,126 @@
+"""What is going to be built, settled before memory is touched: model, sizes, ladder, backends."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+
+from barriers.transport import resolve as resolve_transport
+from capture_cache.layout import ArenaLayout
+from graphs.buffers import StepConfig, arena_layout, default_cut, kv_bytes_per_token
+from graphs.checkpoint import ModelSource, resolve_model
+from graphs.flashinfer_mla import FlashinferMla
+from graphs.keys import Ladder
+from graphs.model_config import ModelConfig, parse_overrides
+from runtime.config import RuntimeConfig
+
+# Left for the driver, the graphs themselves and libraries when the KV cache takes what is free.
+RESERVED_BYTES = 3 << 30
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What is going to be built, before any memory is touched."""
+
+    source: ModelSource
+    model: ModelConfig
+    step: StepConfig
+    ladder: Ladder
+    on_device: bool
+    attention_reason: str
+
+    @property
+    def layout(self) -> ArenaLayout:
+        return arena_layout(self.model, self.step, self.ladder)
+
+
+def choose(options: RuntimeConfig, *, compile_only: bool = False) -> Selection:
+    """Settle model, sizes, ladder and attention.
+
+    Raises:
+        ValueError: options that contradict each other or the model.
+    """
+    model, source = resolve_model(
+        options.model, layers=options.layers, overrides=parse_overrides(options.overrides)
+    )
+    if options.max_seq_len > model.max_position:
+        raise ValueError(
+            f"max_seq_len {options.max_seq_len} exceeds the model's {model.max_position} "
+            "positions; lower --max-seq-len"
+        )
+    world = options.ranks.world
+    if not compile_only and options.num_ranks != world:
+        raise ValueError(
+            f"--ep-size {options.num_ranks}, but this process is one of {world}; start with "
+            f"torchrun --nproc-per-node {options.num_ranks}, or leave --ep-size out"
+        )
+    rows = options.rows_per_rank
+    ladder = Ladder.parse(options.ladder, rows) if options.ladder else Ladder.default(rows)
+    on_device = compile_only or _on_device(options)
+    attention, reason = _attention(options, model, on_device and not compile_only)
+    step = StepConfig(
+        max_rows=rows,
+        max_seq_len=options.max_seq_len,
+        num_pages=2,
+        page_size=options.page_size,
+        cut=default_cut(options.max_seq_len),
+        ep_size=options.num_ranks,
+        ep_rank=0 if compile_only else options.ranks.rank,
+        attention=attention,
+        transport=resolve_transport(
+            options.transport, world=options.num_ranks, on_device=on_device
+        ),
+    )
+    pages = options.num_pages or _default_pages(model, step, ladder, on_device and not compile_only)
+    step = dataclasses.replace(step, num_pages=pages)
+    return Selection(source, model, step, ladder, on_device, reason)
+
+
+def _on_device(options: RuntimeConfig) -> bool:
+    if options.device == "cpu":
+        return False
+    count = torch.cuda.device_count()
+    if options.device == "cuda" and not count:
+        raise ValueError(
+            "--device cuda: torch sees no CUDA device; use --device cpu for the CPU twin"
+        )
+    if count and options.local_rank >= count:
+        raise ValueError(
+            f"LOCAL_RANK {options.local_rank} has no GPU: torch sees {count}; "
+            "start one process a GPU"
+        )
+    if count:
+        torch.cuda.set_device(options.local_rank)
+    return count > 0
+
+
+def _attention(options: RuntimeConfig, model: ModelConfig, on_device: bool) -> tuple[str, str]:
+    if options.attention == "triton" or not on_device:
+        if options.attention == "flashinfer":
+            raise ValueError("--attention flashinfer needs a CUDA device; leave it at auto")
+        return "triton", "asked for" if options.attention == "triton" else "not on a device"
+    usable, reason = FlashinferMla.available(model)
+    if options.attention == "flashinfer" and not usable:
+        raise ValueError(f"--attention flashinfer cannot be used here: {reason}")
+    return ("flashinfer" if usable else "triton"), reason
+
+
+def _default_pages(model: ModelConfig, step: StepConfig, ladder: Ladder, on_device: bool) -> int:
+    """Every row at full length, or what device memory allows."""
+    wanted = step.max_rows * step.max_pages + 1
+    if not on_device:
+        return wanted
+    free, _ = torch.cuda.mem_get_info()
+    page_bytes = kv_bytes_per_token(model) * step.page_size
+    room = free - arena_layout(model, step, ladder).device_bytes - RESERVED_BYTES
+    pages = min(wanted, room // page_bytes)
+    if pages < step.max_pages + 1:
+        raise ValueError(
+            f"device memory: {free / 2**30:.1f} GiB free leaves room for {max(0, pages)} KV pages "
+            f"after "
+            f"weights and scratch, and one row of max_seq_len needs {step.max_pages + 1}; lower "
+            "--max-seq-len, --bs or --layers"
+        )
+    return int(pages)
