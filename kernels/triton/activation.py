@@ -27,7 +27,7 @@ def quantize_groups(x):  # type: ignore[no-untyped-def]
     """(e4m3 [G, 128], fp32 scales [G]) of x fp32 [G, 128]; a NaN stays NaN in its own element."""
     scale = tl.div_rn(tl.maximum(tl.max(tl.abs(x), axis=1), _MIN_AMAX), _FP8_MAX)
     # The conversion saturates in hardware, so a quotient one ulp above 448 is still 448.
-    return (x / scale[:, None]).to(tl.float8e4nv), scale
+    return tl.div_rn(x, scale[:, None]).to(tl.float8e4nv), scale
 
 
 @triton.jit  # type: ignore[untyped-decorator]

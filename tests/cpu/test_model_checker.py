@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from barriers.model import MUTANTS, PROTOCOLS, Protocol, explore
+from barriers.model import MUTANTS, PROTOCOLS, explore
+from barriers.model_machine import Protocol
 
 BY_NAME = {p.name: p for p in (*PROTOCOLS, *MUTANTS)}
 

@@ -164,14 +164,13 @@ def reads_the_null_page(step: DecodeStep) -> None:
     step.ops.mla_decode = after(step.ops.mla_decode, mix)
 
 
-def sends_padding_to_an_expert(step: DecodeStep) -> None:
-    """Padded tokens are routed, and their NaN reaches everyone through a shared maximum."""
+def normalises_over_the_step(step: DecodeStep) -> None:
+    """Router weights depend on the largest logit of all tokens, padding included."""
 
-    def mix(_: Any, ids: torch.Tensor, *__: Any, out: torch.Tensor) -> None:
-        ids[ids < 0] = 0
-        out *= 1 + 0 * out.amax()
+    def mix(logits: torch.Tensor, *_: Any, out_weights: torch.Tensor, **__: Any) -> None:
+        out_weights *= 1 + 1e-3 * logits.amax()
 
-    step.ops.combine = after(step.ops.combine, mix)
+    step.ops.route = after(step.ops.route, mix)
 
 
 def does_not_write_the_cache(step: DecodeStep) -> None:
@@ -180,7 +179,7 @@ def does_not_write_the_cache(step: DecodeStep) -> None:
 
 
 BROKEN_ALWAYS = (drifts, leaks_between_steps, reads_the_null_page, does_not_write_the_cache)
-BROKEN_BY_PADDING = (sums_over_padding, reads_the_last_token, sends_padding_to_an_expert)
+BROKEN_BY_PADDING = (sums_over_padding, reads_the_last_token, normalises_over_the_step)
 
 
 @pytest.mark.parametrize("key", KEYS, ids=str)
@@ -301,7 +300,7 @@ def test_a_graph_that_does_nothing_is_not_proved(step: DecodeStep) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["intake", "advance", "embed", "mla_prep", "mla_decode", "route", "combine", "settle"]
+    "name", ["intake", "advance", "embed", "mla_prep", "mla_decode", "route", "grouped_down", "settle"]
 )
 def test_a_graph_that_lacks_a_node_is_not_proved(name: str, step: DecodeStep) -> None:
     graphs = captured(step, SkipsAStep(step, name), GraphKey(16, 6))

@@ -8,7 +8,6 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,23 +40,14 @@ def _in_threads(world: int, body: Any, timeout_s: float = 5.0) -> list[Any]:
     for thread in threads:
         thread.join(30)
         assert not thread.is_alive(), "a rank did not come back"
+    assert not _is_left(name)
     return results
 
 
-@pytest.fixture(autouse=True)
-def _nothing_left() -> Iterator[None]:
-    """No test may leave a file in shared memory or a name in the abstract namespace."""
-
-    def names() -> set[str]:
-        sockets = Path("/proc/net/unix").read_text().split()
-        return {w for w in sockets if w.startswith("@lockstep")} | set(os.listdir("/dev/shm"))
-
-    before = names()
-    yield
-    deadline = time.monotonic() + 2.0  # a killed process frees its sockets a moment later
-    while names() - before and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert names() <= before
+def _is_left(name: str) -> bool:
+    """Whether a socket still has a meeting point's name."""
+    shown = "@" + address_of(name)[1:].decode()
+    return shown in Path("/proc/net/unix").read_text().split()
 
 
 # ------------------------------------------------------------------ configuration
@@ -278,9 +268,12 @@ def _write_and_read(config: GroupConfig) -> list[int]:
 
 
 def test_processes_share_memory() -> None:
-    outcomes = run_ranks(3, _write_and_read, timeout_s=20)
+    name, files = secrets.token_hex(8), set(os.listdir("/dev/shm"))
+    outcomes = run_ranks(3, _write_and_read, timeout_s=20, name=name)
     assert [o.error for o in outcomes] == [None] * 3
     assert [o.value for o in outcomes] == [[r, 100 + r, 200 + r] for r in range(3)]
+    assert not _is_left(name)
+    assert not [f for f in set(os.listdir("/dev/shm")) - files if "lockstep" in f]
 
 
 def test_different_sizes_are_refused_with_both() -> None:
@@ -308,10 +301,12 @@ def test_an_array_outlives_its_memory() -> None:
 
 
 def _end_as_told(config: GroupConfig, how: str) -> int:
+    group = RankGroup(config)
     if config.rank == 1:
         if how == "raise":
             raise RankMismatch("made to", (1,))
         os.kill(os.getpid(), {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}[how])
+    group.close()
     return config.rank
 
 
@@ -321,7 +316,9 @@ def test_outcomes_tell_how_ranks_ended() -> None:
     assert isinstance(bad.error, RankMismatch)
     assert bad.error.ranks == (1,)
 
-    _, killed = run_ranks(2, _end_as_told, "kill", timeout_s=20)
+    name = secrets.token_hex(8)
+    _, killed = run_ranks(2, _end_as_told, "kill", timeout_s=20, name=name)
+    assert not _is_left(name)
     assert (killed.value, killed.error, killed.exit_code) == (None, None, -signal.SIGKILL)
 
 

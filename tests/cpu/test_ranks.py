@@ -1,0 +1,101 @@
+"""Whole runtimes on two CPU ranks: the tokens of one rank, and refusals that name both sides."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+STEPS = 60
+TIMEOUT_S = 150
+
+
+def _prompts() -> list[list[int]]:
+    rng = np.random.default_rng(0)
+    return [rng.integers(0, 2048, n).tolist() for n in (3, 40, 17, 1, 30)]
+
+
+def _options(store: Path, **more: Any) -> dict[str, Any]:
+    fixed = {"bs": 4, "max_seq_len": 128, "device": "cpu", "store": str(store)}
+    return fixed | {"overrides": ["dtype=float32"], "proof_replays": 1, "page_size": 16} | more
+
+
+def _free_port() -> str:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return str(s.getsockname()[1])
+
+
+def _start(rank: int, world: int, port: str, options: dict[str, Any]) -> subprocess.Popen[str]:
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    env |= {"OMP_NUM_THREADS": "1"}
+    if world > 1:
+        env |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank)}
+        env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "LOCAL_WORLD_SIZE": str(world)}
+    words = ["tests.ep.run_rank", "tiny", json.dumps(options), json.dumps(_prompts()), str(STEPS)]
+    return subprocess.Popen(
+        [sys.executable, "-m", *words],
+        cwd=ROOT,
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def _run(options: list[dict[str, Any]]) -> list[tuple[int, str, str]]:
+    """(exit code, stdout, stderr) of each rank."""
+    port, world = _free_port(), len(options)
+    ranks = [_start(rank, world, port, o) for rank, o in enumerate(options)]
+    try:
+        outs = [rank.communicate(timeout=TIMEOUT_S) for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    return [(r.returncode, *o) for r, o in zip(ranks, outs, strict=True)]
+
+
+def _results(runs: list[tuple[int, str, str]]) -> tuple[dict[str, Any], dict[str, Any]]:
+    tokens: dict[str, Any] = {}
+    logprobs: dict[str, Any] = {}
+    for code, out, err in runs:
+        assert code == 0, err
+        report = json.loads(out.splitlines()[-1])
+        tokens |= report["tokens"]
+        logprobs |= report["logprobs"]
+    return tokens, logprobs
+
+
+@pytest.mark.slow
+def test_two_ranks_give_the_tokens_of_one(tmp_path: Path) -> None:
+    """Ranks admit, prefill, decode and idle on their own; only the number of steps is shared."""
+    one = _results(_run([_options(tmp_path, ladder="1,2,4,4+16")]))
+    two = _results(_run([_options(tmp_path, ladder="1,2,2+16")] * 2))
+    assert len(one[0]) == len(_prompts())
+    assert one[0] == two[0]
+    for request, values in one[1].items():
+        np.testing.assert_allclose(two[1][request], values, atol=1e-4)
+
+
+def test_ranks_with_different_weights_are_refused(tmp_path: Path) -> None:
+    options = _options(tmp_path, ladder="2,2+16")
+    runs = _run([options, options | {"seed": 7}])
+    for code, _, err in runs:
+        assert code == 1
+        assert "RankMismatch" in err
+        assert "seed 0" in err
+        assert "seed 7" in err
+
+
+def test_an_ep_size_that_torchrun_did_not_start_is_refused(tmp_path: Path) -> None:
+    ((code, _, err),) = _run([_options(tmp_path, ladder="2", ep_size=2)])
+    assert code == 1
+    assert "--nproc-per-node 2" in err
