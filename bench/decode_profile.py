@@ -78,7 +78,7 @@ def _profile(
         profiler.export_chrome_trace(str(trace))
     found: dict[str, list[float]] = defaultdict(list)
     for event in profiler.events():
-        if event.device_type == torch.autograd.DeviceType.CUDA and event.device_time > 0:
+        if event.device_type.name == "CUDA" and event.device_time > 0:
             found[_short(event.name)].append(event.device_time)
     if not found:
         raise RuntimeError(
