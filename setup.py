@@ -5,7 +5,7 @@ from setuptools import find_namespace_packages, setup
 setup(
     name="lockstep-runtime",
     version="0.1.0",
-    description="Ahead-of-time captured, static-shape decode runtime for DeepSeek-V3-style MoE models",
+    description="Ahead-of-time captured decode runtime for DeepSeek-V3-style MoE models",
     python_requires=">=3.11",
     packages=find_namespace_packages(
         include=[
@@ -20,6 +20,7 @@ setup(
         "cuda-bindings>=13.0,<14",
         "matplotlib>=3.8",
         "numpy>=2.0",
+        "nvidia-cuda-nvrtc>=13.0,<14",
         "rich>=13.7",
         "safetensors>=0.5",
         "tokenizers>=0.20",
@@ -32,6 +33,7 @@ setup(
             "hypothesis>=6.100",
             "mypy>=1.15",
             "pytest>=8.3",
+            "numpy<2.4",  # Triton's interpreter
             "pytest-timeout>=2.3",
             "ruff>=0.9",
             "transformers>=5.0",

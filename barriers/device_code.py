@@ -8,7 +8,7 @@ from importlib import resources
 
 from barriers.watch import Record
 from capture_cache.driver import Device
-from capture_cache.kernel import CompiledKernel
+from capture_cache.kernel import CompiledKernel, param_bytes
 from capture_cache.launch import LoadedKernel
 from capture_cache.nvrtc import CudaModule, compile_cuda
 from capture_cache.store import Store
@@ -70,10 +70,19 @@ def load_kernels(
         kinds: by kernel name, the kinds of its parameters (`capture_cache.kernel.PARAM_KINDS`).
         num_warps: of a block.
         pdl: launch with programmatic dependent launch.
+
+    Raises:
+        ValueError: `kinds` is not what a kernel takes.
+        CudaError: as `LoadedKernel`.
     """
     loaded = {}
     for name, params in kinds.items():
         facts = module.kernels[name]
+        if facts.param_bytes != param_bytes(params):
+            raise ValueError(
+                f"kernel {name} takes parameters of {facts.param_bytes} bytes, got kinds {params}; "
+                "correct the kinds"
+            )
         loaded[name] = LoadedKernel(
             device,
             CompiledKernel(

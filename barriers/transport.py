@@ -35,9 +35,9 @@ class TransportConfig:
     Attributes:
         rank, world: this rank and how many there are, 1 to 8.
         capacity: tokens of the largest key of any rank ("T_cap").
-        hidden: width of a token, a multiple of 16.
+        hidden: width of a token; between ranks a multiple of 16.
         num_experts: of all ranks; rank r owns ids [r*E/world, (r+1)*E/world).
-        top_k: choices a token, 1 to 16.
+        top_k: choices a token; between ranks 1 to 16.
         act_dtype: "bfloat16", "float16" or "float32".
         fp8: tokens travel as e4m3 with one scale for each 128 elements.
     """
@@ -62,11 +62,11 @@ class TransportConfig:
                 f"{self.num_experts} experts do not divide among {self.world} ranks; "
                 "choose a number of ranks that divides them"
             )
-        if not 1 <= self.top_k <= min(MAX_TOP_K, self.num_experts):
-            raise ValueError(
-                f"top_k must be 1 to {min(MAX_TOP_K, self.num_experts)}, got {self.top_k}"
-            )
-        if self.hidden < 16 or self.hidden % 16:
+        most = min(MAX_TOP_K, self.num_experts) if self.world > 1 else self.num_experts
+        if not 1 <= self.top_k <= most:
+            raise ValueError(f"top_k must be 1 to {most}, got {self.top_k}")
+        # Between ranks a token travels in pieces of 16 bytes, whatever its type.
+        if self.hidden < 1 or (self.world > 1 and self.hidden % 16):
             raise ValueError(f"hidden must be a positive multiple of 16, got {self.hidden}")
         if self.capacity < 1:
             raise ValueError(f"capacity must be at least 1 token, got {self.capacity}")

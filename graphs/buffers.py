@@ -257,8 +257,8 @@ def _workspace_elems(cfg: ModelConfig, step: StepConfig, tokens: int, rows: int)
     for name, spec in weight_table(cfg, ep_size=step.ep_size).items():
         if len(spec.shape) == 2 and not name.endswith("_scale"):
             count = rows if name in ("head", "embed") else tokens
-            fp8 = spec.dtype == "float8_e4m3fn"
-            elems.append(linear_workspace_elems(count, spec.shape[0], spec.shape[1], fp8=fp8))
+            n, k = spec.shape
+            elems.append(linear_workspace_elems(count, n, k, elem_bytes=spec.nbytes // (n * k)))
     return max(elems)
 
 

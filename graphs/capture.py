@@ -241,7 +241,7 @@ class GraphSet:
             The names of the stamps, in order; `stamps[i]` holds the time in ns of the i-th.
         """
         self._expect(State.CAPTURED, "stamped")
-        plain = self.graphs[key]
+        plain = self._graph(key)
         self.graphs[key] = self.backend.capture(key, lambda: self._run_stamped(key))
         try:
             yield self.step.part_names()
@@ -274,12 +274,15 @@ class GraphSet:
             self._expect(State.CAPTURED, "replay")
         if self.step.buffers.generation != self._generation:
             self._refuse_moved()
+        self._graph(key).launch()
+
+    def _graph(self, key: GraphKey) -> Captured:
         graph = self.graphs.get(key)
         if graph is None:
             raise NotCaptured(
                 f"key {key} was not captured (ladder {self.ladder}); add it with --ladder"
             )
-        graph.launch()
+        return graph
 
     def _refuse_moved(self) -> None:
         now = self.step.buffers.addresses()

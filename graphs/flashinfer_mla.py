@@ -73,7 +73,9 @@ class FlashinferMla:
         """Why the kernel does not take this model; empty if it does."""
         got = (model.kv_lora_rank, model.qk_rope_head_dim)
         if got != (LATENT_DIM, ROPE_DIM):
-            return f"FA3 MLA takes latent {LATENT_DIM} and rotary part {ROPE_DIM}, not {got}"
+            return (
+                f"FA3 MLA takes a latent of {LATENT_DIM} and a rotary part of {ROPE_DIM}, not {got}"
+            )
         if model.act_dtype != "bfloat16":
             return f"FA3 MLA takes bfloat16, not {model.act_dtype}"
         if model.num_heads > MAX_HEADS:

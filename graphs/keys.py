@@ -104,5 +104,9 @@ class Ladder:
             f"(ladder {self}); add it with --ladder {self},{wanted}"
         )
 
+    def most_tokens(self, rows: int) -> int:
+        """Step tokens of the largest key that has `rows` sampling rows; 0 if none has."""
+        return max((k.tokens for k in self.keys if k.rows >= rows), default=0)
+
     def __str__(self) -> str:
         return ",".join(str(k) for k in self.keys)

@@ -151,14 +151,15 @@ class Prover:
     # ------------------------------------------------------------------ synthetic states
 
     def _make_state(self, key: GraphKey, rng: np.random.Generator) -> _State:
-        room = key.tokens - key.rows
-        decode = max(1, key.rows - max(1, key.rows // 4)) if key.rows > 1 else 1 - min(1, room)
+        # Some padding wherever the key has room for it, and a prompt chunk beside decoding rows.
+        live_tokens = key.tokens - (max(1, key.tokens // 8) if key.tokens > 1 else 0)
+        decode = max(1, key.rows - 1 - key.rows // 4)
+        if key.rows == 1 and key.tokens > 1:
+            decode = 0
         pages = list(rng.permutation(np.arange(1, self._pages)))
         order = rng.permutation(self.config.max_rows)
-        chunk = 0
-        if room or decode < key.rows:
-            chunk = min(key.tokens - decode - room // 4, self.config.max_seq_len - 1)
-            chunk = min(chunk, (len(pages) // 2) * self.config.page_size)
+        chunk = min(live_tokens - decode, self.config.max_seq_len - 1)
+        chunk = max(0, min(chunk, (len(pages) // 2) * self.config.page_size))
         table = np.zeros((self.config.max_rows, self.config.max_pages), np.int32)
         lengths = np.zeros(self.config.max_rows, np.int32)
         phase = np.zeros(self.config.max_rows, np.int32)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 
 import torch
 
@@ -30,10 +31,8 @@ def make_step(
     """The step over bound views; on `meta` views it can be listed but not run."""
     model, step = selection.model, selection.step
     names = [*weight_table(model, ep_size=step.ep_size), "rope_table"]
-    weights = {name: views[name] for name in names}
-    buffers = StaticBuffers(
-        model, step, selection.ladder, {n: t for n, t in views.items() if n not in weights}
-    )
+    weights = MappingProxyType({name: views[name] for name in names})
+    buffers = StaticBuffers(model, step, selection.ladder, views)
     kind = FlashinferAttention if step.attention == "flashinfer" else TritonAttention
     attention: Attention = kind(model, step, ops)
     return DecodeStep(

@@ -189,7 +189,9 @@ class _Builder:
         if not self.options.verify:
             return
         with self._timed("prove"):
-            replays = self.options.proof_replays or (100 if engine.selection.on_device else 2)
+            replays = self.options.proof_replays
+            if replays is None:
+                replays = 100 if engine.selection.on_device else 2
             prover = Prover(graphs, replays=replays, seed=self.options.seed)
             for key in reversed(engine.ladder.keys):
                 engine.proofs[key] = prover.prove(key)

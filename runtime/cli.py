@@ -43,8 +43,28 @@ NAMED_FAILURES = (
 console = Console(stderr=False)
 
 
+class Once(argparse.Action):
+    """Store a value; the same option under another spelling is an error, not a silent winner."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        seen = namespace.__dict__.setdefault("_seen", {})
+        if seen.get(self.dest, option_string) != option_string:
+            parser.error(
+                f"{seen[self.dest]} and {option_string} are the same option; give one of them"
+            )
+        seen[self.dest] = option_string
+        setattr(namespace, self.dest, values)
+
+
 def add_selection(parser: argparse.ArgumentParser) -> None:
     """What is run: model, sizes, ladder, device, store."""
+    parser.register("action", None, Once)
     add = parser.add_argument
     add("--model", "--model-path", "--ckpt", default="tiny", help="HF directory or preset name")
     add("--bs", "--max-batch-size", type=int, default=256, help="global decode batch")

@@ -75,6 +75,15 @@ class RuntimeConfig:
         for name in ("bs", "max_seq_len", "page_size", "num_ranks"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.deadline_s <= 0:
+            raise ValueError(f"deadline_s must be more than 0 seconds, got {self.deadline_s}")
+        if self.proof_replays is not None:
+            if self.proof_replays < 1:
+                raise ValueError(
+                    f"--proof-replays {self.proof_replays}: a proof needs at least one replay"
+                )
+            if not self.verify:
+                raise ValueError("--proof-replays goes with the proof; leave out --no-verify")
         if self.bs % self.num_ranks:
             raise ValueError(
                 f"bs {self.bs} is global and must divide by ep_size {self.num_ranks}; "
@@ -82,9 +91,12 @@ class RuntimeConfig:
             )
 
     @classmethod
-    def of(cls, **options: Any) -> RuntimeConfig:
+    def of(cls, *, defaults: Mapping[str, Any] | None = None, **options: Any) -> RuntimeConfig:
         """From keyword arguments, the spellings of other engines included.
 
+        Args:
+            defaults: values that another spelling of the same option may replace, as long as they
+                are this class's own defaults.
         Raises:
             ValueError: an unknown option, or one given twice.
         """
@@ -97,6 +109,11 @@ class RuntimeConfig:
             if name in named and key != name:
                 raise ValueError(f"{key!r} is another spelling of {name!r}, which is given too")
             named[name] = value
+        standard = {f.name: f.default for f in dataclasses.fields(cls)}
+        for name, value in (defaults or {}).items():
+            if name in named and value != standard[name]:
+                raise ValueError(f"{name!r} is given twice, as {value!r} and {named[name]!r}")
+            named.setdefault(name, value)
         overrides = named.get("overrides")
         if isinstance(overrides, Mapping):
             named["overrides"] = tuple(f"{k}={v}" for k, v in overrides.items())

@@ -96,6 +96,7 @@ class Runtime:
         self._in_flight: deque[int] = deque()
         self._next_step = 0
         self._closed = False
+        self._failure = ""
         self.last_entry: RingEntry | None = None
         self.last_key: GraphKey | None = None
 
@@ -127,15 +128,9 @@ class Runtime:
         from runtime.config import RuntimeConfig
 
         reservation = config.pop("reservation", "full")
-        options = RuntimeConfig.of(
-            model=model,
-            bs=bs,
-            max_seq_len=max_seq_len,
-            num_pages=num_pages,
-            device=device,
-            store=store,
-            **config,
-        )
+        named: dict[str, Any] = {"bs": bs, "max_seq_len": max_seq_len, "num_pages": num_pages}
+        named |= {"device": device, "store": store}
+        options = RuntimeConfig.of(model=model, defaults=named, **config)
         return cls(build(options), reservation=reservation)
 
     # ------------------------------------------------------------------ requests
@@ -241,14 +236,24 @@ class Runtime:
         Raises:
             ValueError, OutOfPages, OutOfRows: as `add`.
         """
+        self._check_open()
         if self._in_flight:
             raise RuntimeError("occupy() needs an idle device; call collect() first")
         prompt = np.zeros(ctx_len, np.int32)
         params = SamplingParams(max_tokens=max_tokens, ignore_eos=True)
-        rows = [self.add(prompt, params) for _ in range(num_rows)]
+        rows: list[int] = []
+        try:
+            for _ in range(num_rows):
+                rows.append(self.add(prompt, params))
+                self.pages.grow(rows[-1], ctx_len)
+        except BaseException:
+            for row in reversed(rows):
+                self._retire(row)
+            raise
         for row in rows:
             self._queue.remove(row)
-            self.pages.grow(row, ctx_len)
+        # The device hears of these rows at once: an older cancel must not reach their new owner.
+        self._cancels = [row for row in self._cancels if row not in rows]
         self._phase[rows], self._done[rows] = DECODING, ctx_len
         self._sent_pages[rows] = self.pages.pages_for(ctx_len)
         self.engine.adopt(
@@ -300,24 +305,27 @@ class Runtime:
         return step
 
     def _plan(self) -> _Plan:
+        """Every decoding row, and as much prompt, in order of arrival, as some key still covers."""
         decoding = int(np.count_nonzero(self._phase == DECODING))
         tokens = samples = decoding
         chunks: list[Chunk] = []
         admits: list[int] = []
-        budget = self.ladder.max_tokens - decoding
         for row in self._queue:
-            if budget <= 0 or samples >= self.ladder.max_rows:
-                break
             request = self._request(row)
             start = int(self._done[row])
-            ids = request.prompt[start : start + budget]
-            ends = start + len(ids) == len(request.prompt)
-            chunks.append(Chunk(row, start, ids, ends))
+            left = len(request.prompt) - start
+            # The chunk that ends a prompt samples, which takes a row of the key.
+            if left <= self.ladder.most_tokens(samples + 1) - tokens:
+                n = left
+            else:
+                n = min(left - 1, self.ladder.most_tokens(samples) - tokens)
+            if n <= 0:
+                break
+            chunks.append(Chunk(row, start, request.prompt[start : start + n], n == left))
             if self._phase[row] == WAITING:
                 admits.append(row)
-            tokens += len(ids)
-            samples += ends
-            budget -= len(ids)
+            tokens += n
+            samples += n == left
         return _Plan(tokens, samples, chunks, admits)
 
     def _reserve(self, plan: _Plan) -> NDArray[np.int32]:
@@ -374,15 +382,13 @@ class Runtime:
             RuntimeError: nothing is in flight.
             StepFailed: the device reported a fault, or nothing within the deadline.
         """
-        self._check_open()
         self.wait()
         step = self._in_flight[0]
         entry = self.last_entry = self._ring.read(step)
         self._in_flight.popleft()
         if entry.fault:
-            raise StepFailed(
-                f"step {step}: {FAULTS[entry.fault]}; close this runtime and report it"
-            )
+            named = FAULTS.get(entry.fault, f"unknown fault {entry.fault}")
+            raise self._fail(f"step {step}: {named}; close this runtime and report it")
         # A cancelled row may have been in flight, and may have a new owner already.
         ours = self._taken[entry.rows] & (self._since[entry.rows] <= step)
         rows, tokens, reasons = entry.rows[ours], entry.tokens[ours], entry.reasons[ours]
@@ -405,6 +411,7 @@ class Runtime:
             RuntimeError: nothing is in flight.
             StepFailed: nothing within the deadline.
         """
+        self._check_open()
         if not self._in_flight:
             raise RuntimeError("no step is in flight; call launch() first")
         step = self._in_flight[0]
@@ -415,7 +422,7 @@ class Runtime:
             if spins % 4096 == 0:
                 self.engine.check_alive()
                 if time.monotonic() > deadline:
-                    raise StepFailed(
+                    raise self._fail(
                         f"step {step} did not finish within {self.engine.deadline_s} s; "
                         "close this runtime"
                     )
@@ -427,9 +434,16 @@ class Runtime:
 
     # ------------------------------------------------------------------ end
 
+    def _fail(self, message: str) -> StepFailed:
+        """Remember the failure: from now on nothing but `close` is possible."""
+        self._failure = message
+        return StepFailed(message)
+
     def _check_open(self) -> None:
         if self._closed:
             raise RuntimeError("this runtime is closed; make a new one with Runtime.load")
+        if self._failure:
+            raise StepFailed(f"this runtime has failed, close it; the failure was: {self._failure}")
 
     def close(self) -> None:
         """Release graphs and memory. Idempotent."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import sys
 import time
 from pathlib import Path
@@ -86,6 +87,8 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal may not know every character
     tokenizer = load_tokenizer(args.model)
     prompt = tokenizer.encode(args.prompt).ids
     params = SamplingParams(max_tokens=args.max_tokens, ignore_eos=args.ignore_eos)

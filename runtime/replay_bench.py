@@ -79,7 +79,11 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
-    most = args.max_seq_len - WARM_UP - args.steps
+    if args.steps < 2:
+        raise ValueError(f"--steps {args.steps}: expected at least 2, to time what lies between")
+    if args.bandwidth is not None and args.bandwidth <= 0:
+        raise ValueError(f"--bandwidth {args.bandwidth}: expected TB/s, more than 0")
+    most = args.max_seq_len - WARM_UP - args.steps - 1
     if not 1 <= args.ctx_len <= most:
         raise ValueError(
             f"--ctx-len {args.ctx_len} with {args.steps} steps: expected 1 … {most} "
@@ -193,8 +197,13 @@ class ReplayBench:
         end: list[int] = []
         host: list[float] = []
         vocab, size = self.engine.model_config.vocab_size, key.tokens - key.rows + 1
+        if size >= self.engine.config.max_seq_len:
+            raise ValueError(
+                f"key {key} takes a prompt chunk of {size} tokens and --max-seq-len is "
+                f"{self.engine.config.max_seq_len}; raise it, or name other --keys"
+            )
         for _ in range(steps):
-            prompt = self._rng.integers(0, vocab, min(size, self.engine.config.max_seq_len - 1))
+            prompt = self._rng.integers(0, vocab, size)
             self.runtime.add(prompt, SamplingParams(max_tokens=1))
             launch_s = self._timed_launch(key)
             host.append(launch_s + self._timed_collect(begin, end))

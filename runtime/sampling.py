@@ -42,6 +42,10 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        for name in ("max_tokens", "top_k", "logprobs", "seed"):
+            value = getattr(self, name)
+            whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
+            _check(name, value, whole or (name == "seed" and value is None), "a whole number")
         _check("max_tokens", self.max_tokens, self.max_tokens >= 1, "at least 1")
         _check("temperature", self.temperature, self.temperature >= 0.0, "0.0 or more")
         _check("top_k", self.top_k, self.top_k >= 0, "0 (off) or more")

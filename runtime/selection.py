@@ -45,6 +45,12 @@ def choose(options: RuntimeConfig, *, compile_only: bool = False) -> Selection:
     model, source = resolve_model(
         options.model, layers=options.layers, overrides=parse_overrides(options.overrides)
     )
+    for token in model.eos_token_ids:
+        if not 0 <= token < model.vocab_size:
+            raise ValueError(
+                f"eos_token_id {token} is outside the vocabulary [0, {model.vocab_size}); correct "
+                "the model's config.json or generation_config.json"
+            )
     if options.max_seq_len > model.max_position:
         raise ValueError(
             f"max_seq_len {options.max_seq_len} exceeds the model's {model.max_position} "
@@ -57,7 +63,7 @@ def choose(options: RuntimeConfig, *, compile_only: bool = False) -> Selection:
             f"torchrun --nproc-per-node {options.num_ranks}, or leave --ep-size out"
         )
     rows = options.rows_per_rank
-    ladder = Ladder.parse(options.ladder, rows) if options.ladder else Ladder.default(rows)
+    ladder = Ladder.default(rows) if options.ladder is None else Ladder.parse(options.ladder, rows)
     on_device = compile_only or _on_device(options)
     attention, reason = _attention(options, model, on_device and not compile_only)
     step = StepConfig(
@@ -73,7 +79,9 @@ def choose(options: RuntimeConfig, *, compile_only: bool = False) -> Selection:
             options.transport, world=options.num_ranks, on_device=on_device
         ),
     )
-    pages = options.num_pages or _default_pages(model, step, ladder, on_device and not compile_only)
+    pages = options.num_pages
+    if pages is None:
+        pages = _default_pages(model, step, ladder, on_device and not compile_only)
     step = dataclasses.replace(step, num_pages=pages)
     return Selection(source, model, step, ladder, on_device, reason)
 

@@ -25,7 +25,7 @@ typedef long long i64;
 
 constexpr int kMaxRanks = 32;  // one lane of a warp each
 constexpr int kTag = 1024;
-constexpr int kFastPolls = 32;   // about ten microseconds, before anything else is looked at
+constexpr int kFastPolls = 32;   // microseconds, before anything else is looked at
 constexpr int kSlowPolls = 64;   // between two looks at the clock and the poison flag
 constexpr u32 kWarp = 0xffffffffu;
 
@@ -50,7 +50,7 @@ struct State {
   Record* record;     // pinned host memory
   u64 deadline_ns;    // of one wait
   int poison;         // a Stop
-  int operation;      // unused; keeps the size a multiple of 8
+  int reserved;
   i64 own_step;       // int64 [1]: what `step` points to when no runtime keeps one
 };
 

@@ -31,7 +31,9 @@ from kernels.triton.tiles import (
     dequantize_rows,
     load_scale,
     load_tile,
+    matmul_rows,
     pipeline_stages,
+    sigmoid_rows,
     tile_source,
 )
 
@@ -527,7 +529,8 @@ def grouped_gate_up_ref(
                 dequantize_blocks(half, scale)
                 for half, scale in zip(w[expert].chunk(2), w_scale[expert].chunk(2), strict=True)
             )
-        h = torch.nn.functional.silu(rows @ gate.T) * (rows @ up.T)
+        g = matmul_rows(rows, gate)
+        h = g * sigmoid_rows(g) * matmul_rows(rows, up)
         if out_scale is None:
             out[listed] = h.to(out.dtype)
         else:
@@ -552,7 +555,7 @@ def grouped_down_ref(
             weight = w[expert].float()
         else:
             weight = dequantize_blocks(w[expert], w_scale[expert])
-        out[listed] = (_widen(h, h_scale, listed) @ weight.T).to(out.dtype)
+        out[listed] = matmul_rows(_widen(h, h_scale, listed), weight).to(out.dtype)
 
 
 def _busy_experts(offsets: torch.Tensor, pairs: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:

@@ -28,6 +28,7 @@ from kernels.triton.tiles import (
     dequantize_rows,
     load_scale,
     load_tile,
+    matmul_rows,
     pipeline_stages,
     tile_source,
 )
@@ -205,13 +206,20 @@ def _sum_splits_kernel(
     tl.store(out + at, acc.to(out.dtype.element_ty), mask=i < size)
 
 
-def linear_plan(n: int, k: int, *, fp8: bool) -> tuple[int, int]:
+def linear_plan(n: int, k: int, *, elem_bytes: int) -> tuple[int, int]:
     """Rows of a weight tile and number of K splits, from the weight's shape and format alone.
 
     Wide weights fill the chip by themselves. Narrow ones are cut along K, unless tiles of half the
-    height are enough and the product is so short that a second launch would cost more.
+    height are enough and the product is so short that a second launch would cost more. fp32 weights
+    have no tensor cores: they are cut until twice the chip is busy.
+
+    Args:
+        elem_bytes: of the weight: 1 (e4m3), 2 or 4.
     """
-    elem_bytes, min_split_k = (1, 512) if fp8 else (2, 256)
+    if elem_bytes == 4:
+        tall = triton.cdiv(n, FP32_BLOCK_N)
+        return FP32_BLOCK_N, min(triton.cdiv(2 * MIN_PROGRAMS, tall), max(1, k // 64))
+    min_split_k = 512 // elem_bytes
     wide = triton.cdiv(n, 128)
     if wide >= UNSPLIT_PROGRAMS:
         return 128, 1
@@ -221,9 +229,9 @@ def linear_plan(n: int, k: int, *, fp8: bool) -> tuple[int, int]:
     return (128, splits) if splits > 1 else (64, 1)
 
 
-def linear_workspace_elems(num_tokens: int, n: int, k: int, *, fp8: bool) -> int:
+def linear_workspace_elems(num_tokens: int, n: int, k: int, *, elem_bytes: int) -> int:
     """fp32 elements of workspace that one product needs: 0 where K is not split."""
-    splits = linear_plan(n, k, fp8=fp8)[1]
+    splits = linear_plan(n, k, elem_bytes=elem_bytes)[1]
     return splits * num_tokens * n if splits > 1 else 0
 
 
@@ -249,9 +257,9 @@ def linear(
     _check_product(x, w, out)
     if w.dtype not in (x.dtype, torch.float32) or x.element_size() == 1:
         raise ValueError(f"linear takes w of x's dtype {x.dtype} or float32, got {w.dtype}")
-    block_n, splits = linear_plan(w.shape[0], w.shape[1], fp8=False)
+    block_n, splits = linear_plan(w.shape[0], w.shape[1], elem_bytes=w.element_size())
     if w.dtype == torch.float32:
-        tiles = _Tiles.of(x, w, FP32_BLOCK_N, splits, token_blocks=FP32_TOKEN_BLOCKS, bulk=False)
+        tiles = _Tiles.of(x, w, block_n, splits, token_blocks=FP32_TOKEN_BLOCKS, bulk=False)
         kernel, sources = _linear_fp32_kernel, {}
     else:
         tiles = _Tiles.of(x, w, block_n, splits)
@@ -304,7 +312,7 @@ def linear_fp8(
     groups = triton.cdiv(w.shape[1], FP8_GROUP)
     check_scale("xs", xs, (xq.shape[0], groups), pitched=True)
     check_scale("ws", ws, (triton.cdiv(w.shape[0], FP8_GROUP), groups))
-    tiles = _Tiles.of(xq, w, *linear_plan(w.shape[0], w.shape[1], fp8=True))
+    tiles = _Tiles.of(xq, w, *linear_plan(w.shape[0], w.shape[1], elem_bytes=1))
     dst = tiles.destination(out, workspace)
     launch(
         _linear_fp8_kernel,
@@ -459,7 +467,7 @@ def linear_ref(
 ) -> None:
     """Oracle of `linear`: fp32 product, one rounding."""
     _check_product(x, w, out)
-    out.copy_(x.float() @ w.float().T)
+    out.copy_(matmul_rows(x.float(), w.float()))
 
 
 def linear_fp8_ref(
@@ -473,4 +481,4 @@ def linear_fp8_ref(
 ) -> None:
     """Oracle of `linear_fp8`: dequantise both operands, fp32 product, one rounding."""
     _check_product(xq, w, out)
-    out.copy_(dequantize_rows(xq, xs) @ dequantize_blocks(w, ws).T)
+    out.copy_(matmul_rows(dequantize_rows(xq, xs), dequantize_blocks(w, ws)))

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from kernels.triton.launch import Launcher
+from kernels.triton.tiles import sigmoid_rows
 
 ALIGN_BLOCK = 2048
 COMBINE_BLOCK = 512  # 4 elements a thread: the rows of all K choices are in flight at once
@@ -250,7 +251,7 @@ def route_ref(
 ) -> None:
     """`route` in plain torch."""
     size = _check_route(logits, bias, num_groups, topk_groups, top_k, out_ids, out_weights)
-    scores = logits.sigmoid()
+    scores = sigmoid_rows(logits)
     choice = scores if bias is None else scores + bias
     grouped = choice.view(-1, num_groups, size)
     group_score = grouped.topk(min(2, size), dim=-1)[0].sum(-1)

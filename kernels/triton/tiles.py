@@ -119,3 +119,24 @@ def dequantize_rows(q: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
 def dequantize_blocks(q: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """fp32 values of e4m3 `q` [N, K] with scales [ceil(N/128), ceil(K/128)]."""
     return dequantize_rows(q, scale.repeat_interleave(FP8_GROUP, 0)[: q.shape[0]])
+
+
+def matmul_rows(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    """x @ w.T of fp32 [M, K] and [N, K], for oracles that run on the CPU.
+
+    BLAS takes another path, and other bits, for a few rows than for many; padded to 16, a row's
+    bits do not depend on how many rows come with it.
+    """
+    rows = x.shape[0]
+    if rows >= 16:
+        return x @ w.T
+    return (torch.nn.functional.pad(x, (0, 0, 0, 16 - rows)) @ w.T)[:rows]
+
+
+def sigmoid_rows(x: torch.Tensor) -> torch.Tensor:
+    """Sigmoid, for oracles that run on the CPU.
+
+    torch's own takes another path, and other bits, for the last few elements of a tensor than for
+    the others; its `exp` does not.
+    """
+    return 1.0 / (1.0 + torch.exp(-x))

@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -216,6 +217,14 @@ def test_the_benchmarks_kernels_compile(spacing: int) -> None:
     _need_nvrtc()
     module = compile_barriers("barrier_ab.cu", "sm_90", spacing=spacing)
     assert all(facts.local_bytes == 0 for facts in module.kernels.values())
+
+
+def test_importing_it_loads_neither_torch_nor_a_driver() -> None:
+    modules = "group spawn symmetric symmetric_device host_barrier device_barrier model"
+    code = "; ".join(f"import barriers.{m}" for m in modules.split())
+    code += "; import sys; print([m for m in ('torch', 'triton', 'cuda') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
 
 
 def test_control_block_holds_the_state() -> None:

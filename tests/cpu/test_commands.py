@@ -148,7 +148,7 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     "replays": (["--proof-replays", "0"], "replay"),
     "replays unproved": (["--no-verify", "--proof-replays", "9"], "--proof-replays"),
     "unknown": (["--max-batch", "4", "--frobnicate"], "--frobnicate"),
-    "two spellings": (["--bs", "2", "--max-batch-size", "4"], "--max-batch-size"),
+    "two spellings": (["--max-model-len", "48"], "--max-model-len"),
     "two models": (["--model-path", "tiny"], "--model"),
 }
 
@@ -336,7 +336,7 @@ BENCH_REFUSED: dict[str, tuple[list[str], str]] = {
     "no steps": (["--steps", "0"], "--steps"),
     "keys": (["--keys", "3"], "--keys 3: not in the ladder 1,2,2+14"),
     "malformed keys": (["--keys", "two"], "'two' is neither ROWS nor"),
-    "no keys": (["--keys", ""], "--keys"),
+    "no keys": (["--keys", ""], "neither ROWS nor"),
     "bandwidth": (["--bandwidth", "-1"], "--bandwidth"),
     "unknown": (["--proof-replays", "3"], "unrecognized arguments: --proof-replays 3"),
 }

@@ -152,9 +152,7 @@ def test_the_models_end_of_sequence_ends_the_text(
     argv = ("--prompt", "the", "--max-tokens", "8", "--json")
     assert command(arguments(checkpoint, *argv)) == 0
     tokens = json.loads(capsys.readouterr().out.splitlines()[-1])["tokens"]
-    path = micro_checkpoint(
-        tmp_path, vocab_size=TOKENIZER.get_vocab_size(), eos_token_id=tokens[3]
-    )
+    path = micro_checkpoint(tmp_path, vocab_size=TOKENIZER.get_vocab_size(), eos_token_id=tokens[3])
     TOKENIZER.save(str(path / "tokenizer.json"))
     assert command(arguments(path, *argv)) == 0
     report = json.loads(capsys.readouterr().out.splitlines()[-1])

@@ -64,7 +64,8 @@ def weight(n: int, k: int, seed: int = 9) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _workspace(t: int, n: int, k: int, *, fp8: bool) -> torch.Tensor:
-    return torch.full((linear_workspace_elems(t, n, k, fp8=fp8) + 5,), POISON)
+    elems = max(linear_workspace_elems(t, n, k, elem_bytes=b) for b in ((1,) if fp8 else (2, 4)))
+    return torch.full((elems + 5,), POISON)
 
 
 def _plain(x: torch.Tensor, w: torch.Tensor, out_dtype: torch.dtype = F32) -> torch.Tensor:
@@ -193,20 +194,22 @@ def test_output_is_rounded_once() -> None:
 @pytest.mark.parametrize(("n", "k"), [*FP8_SHAPES, *PLAIN_SHAPES, ROUTER, (576, 2048), (16, 64)])
 @pytest.mark.parametrize("fp8", [True, False])
 def test_plan_fills_the_chip_or_does_not_split(n: int, k: int, fp8: bool) -> None:
-    block_n, splits = linear_plan(n, k, fp8=fp8)
+    block_n, splits = linear_plan(n, k, elem_bytes=1 if fp8 else 2)
     programs = -(-n // block_n) * splits
     least_k = 512 if fp8 else 256
     assert splits == 1 or k // splits >= least_k
     assert programs >= 112 or k // (splits + 1) < least_k
-    assert linear_workspace_elems(3, n, k, fp8=fp8) == (3 * splits * n if splits > 1 else 0)
+    assert linear_workspace_elems(3, n, k, elem_bytes=1 if fp8 else 2) == (
+        3 * splits * n if splits > 1 else 0
+    )
 
 
 def test_misuse_is_named() -> None:
     x, w, out = rand(4, 600), rand(70, 600), torch.empty(4, 70)
     with pytest.raises(ValueError, match=r"split in 2 along K and needs 560 .* got none"):
-        linear(LAUNCH, x, w, out=out)
+        linear(LAUNCH, x.half(), w.half(), out=out)
     with pytest.raises(ValueError, match="got 559 of torch.float32"):
-        linear(LAUNCH, x, w, out=out, workspace=torch.empty(559))
+        linear(LAUNCH, x.half(), w.half(), out=out, workspace=torch.empty(559))
     with pytest.raises(ValueError, match=r"out must be \[4, 70\]"):
         linear(LAUNCH, x, w, out=torch.empty(5, 70))
     with pytest.raises(ValueError, match="float16 or float32, got torch.bfloat16"):

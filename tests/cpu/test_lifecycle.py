@@ -1,4 +1,5 @@
-"""created → warmed_up → captured → closed: each illegal move is a sentence, and nothing stale replays."""
+"""created → warmed_up → captured → closed: each illegal move is a sentence, and nothing stale
+replays."""
 
 from __future__ import annotations
 
@@ -234,9 +235,10 @@ def test_a_buffer_that_moved_away_and_back_is_still_refused(runtime: Runtime) ->
 
 @pytest.mark.parametrize("name", ["embed", "layers.1.router", "rope_table"])
 def test_a_moved_weight_is_refused_like_any_other_buffer(name: str, runtime: Runtime) -> None:
-    weights = runtime.engine.graphs.step.weights
-    assert isinstance(weights, dict)
-    weights[name] = weights[name].clone()
+    step = runtime.engine.graphs.step
+    with pytest.raises(TypeError):
+        step.weights[name] = step.weights[name].clone()  # type: ignore[index]
+    step.buffers.rebind(name, step.weights[name].clone())
     assert_refuses(runtime, f"'{name}' lay at .* and lies at .* now; capture again")
 
 

@@ -1,8 +1,8 @@
 """The whole runtime against transformers: tokens, log-probs and the router's choice.
 
 Eight and more prompts are decoded together on the CPU twin; transformers then runs over each prompt
-with the twin's answer behind it. By induction a token that is the oracle's best at every position is
-the token that transformers itself would have generated.
+with the twin's answer behind it. By induction a token that is the oracle's best at every position
+is the token that transformers itself would have generated.
 """
 
 from __future__ import annotations
@@ -329,7 +329,8 @@ ALL_EXPERTS = {"n_group": 1, "topk_group": 1, "n_routed_experts": 4, "num_expert
 
 @dataclass(frozen=True)
 class Bound:
-    """Limits in nats: of the mean and the maximum without routing, of nine in ten tokens with it."""
+    """Limits in nats: of the mean and the maximum without routing, of nine in ten tokens with
+    it."""
 
     mean: float
     most: float
@@ -418,7 +419,8 @@ def by_blocks(x: torch.Tensor) -> torch.Tensor:
 
 
 def quantise_activations(model: DeepseekV3ForCausalLM) -> None:
-    """Make transformers quantise the inputs of FP8 linears, as the released model's own code does."""
+    """Make transformers quantise the inputs of FP8 linears, as the released model's own code
+    does."""
 
     def before(_: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         return (by_blocks(args[0]),)
@@ -444,8 +446,8 @@ def quantise_activations(model: DeepseekV3ForCausalLM) -> None:
 def test_fp8_is_exactly_the_quantisation_it_claims(tmp_path: Path) -> None:
     """With float32 activations and the same quantisation in transformers only rounding is left.
 
-    A value on the edge between two e4m3 numbers may fall to either side (2^-4 of one element), which
-    is the bound; without quantised activations in the oracle the mean is above 0.1.
+    A value on the edge between two e4m3 numbers may fall to either side (2^-4 of one element),
+    which is the bound; without quantised activations in the oracle the mean is above 0.1.
     """
     path, model = fp8_pair(tmp_path, "float32", **FP8_SIZES["partial_blocks"] | ALL_EXPERTS)
     requests = make_requests(np.random.default_rng(1), (1, 9, 30, 17), 96, (40,))
@@ -490,7 +492,8 @@ def subject() -> tuple[Request, list[Request]]:
     return request, others
 
 
-# One key each, so that every step has the same shapes; their chunks are 1, 11 and 43 tokens and more.
+# One key each, so that every step has the same shapes; their chunks are 1, 11 and 43 tokens and
+# more.
 @pytest.mark.parametrize("ladder", ["6", "6+10", "6+42"])
 def test_a_request_has_the_same_bits_in_any_company_row_and_chunking_of_one_key(
     ladder: str, checkpoint: Path, subject: tuple[Request, list[Request]]

@@ -1,4 +1,5 @@
-"""The proof catches every kind of step or graph that it exists for: each is broken here on purpose."""
+"""The proof catches every kind of step or graph that it exists for: each is broken here on
+purpose."""
 
 from __future__ import annotations
 
@@ -300,7 +301,8 @@ def test_a_graph_that_does_nothing_is_not_proved(step: DecodeStep) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["intake", "advance", "embed", "mla_prep", "mla_decode", "route", "grouped_down", "settle"]
+    "name",
+    ["intake", "advance", "embed", "mla_prep", "mla_decode", "route", "grouped_down", "settle"],
 )
 def test_a_graph_that_lacks_a_node_is_not_proved(name: str, step: DecodeStep) -> None:
     graphs = captured(step, SkipsAStep(step, name), GraphKey(16, 6))

@@ -1,6 +1,7 @@
 """One rank of a run on the CPU or a GPU: decodes its share of some prompts, prints tokens as JSON.
 
-Started by tests with torchrun's environment. Arguments: model, options as JSON, prompts as JSON, steps.
+Started by tests with torchrun's environment. Arguments: model, options as JSON, prompts as JSON,
+steps.
 """
 
 from __future__ import annotations

@@ -91,7 +91,7 @@ def test_results_are_those_of_tritons_own_launcher(
     torch.cuda.synchronize()
     ours = views["out"].clone(), views["y"].clone()
     expected = views["a"].float() @ views["w"].float().T
-    torch.testing.assert_close(ours[0], expected, rtol=1e-4, atol=1e-2)
+    torch.testing.assert_close(ours[0], expected, rtol=1e-2, atol=0.1)  # the product is TF32
     views["out"].zero_()
     views["y"].zero_()
     _step(JitLauncher(), views)
@@ -154,7 +154,12 @@ def test_stored_resources_are_the_drivers(
 
 @pytest.mark.parametrize(
     ("dtype", "elem", "size"),
-    [(torch.float8_e4m3fn, 0, 1), (torch.bfloat16, 9, 2), (torch.float16, 6, 2), (torch.float32, 7, 4)],
+    [
+        (torch.float8_e4m3fn, 0, 1),
+        (torch.bfloat16, 9, 2),
+        (torch.float16, 6, 2),
+        (torch.float32, 7, 4),
+    ],
 )
 @pytest.mark.parametrize("swizzle", [0, 1, 2, 3])
 def test_tensor_maps_are_tritons_bit_for_bit(
@@ -188,15 +193,16 @@ def test_too_large_an_arena_is_refused_and_costs_nothing() -> None:
 
 def test_an_exact_address_is_kept_by_one_arena_at_a_time() -> None:
     layout = ArenaLayout.build(ENTRIES)
-    one = DeviceArena(layout, exact=True)
-    assert one.base == ARENA_BASE
+    base = ARENA_BASE + (256 << 30)  # the module's own arena lies at ARENA_BASE
+    one = DeviceArena(layout, base=base, exact=True)
+    assert one.base == base
     with pytest.raises((ArenaError, CudaError)):
-        DeviceArena(layout, exact=True)
-    other = DeviceArena(layout)
+        DeviceArena(layout, base=base, exact=True)
+    other = DeviceArena(layout, base=base)
     assert other.base != one.base
     other.close()
     one.close()
-    DeviceArena(layout, exact=True).close()
+    DeviceArena(layout, base=base, exact=True).close()
 
 
 def test_driver_version_has_two_parts() -> None:

@@ -1,0 +1,604 @@
+"""Each kernel family on the device at DeepSeek-V3's shapes: against its oracle, then in a graph.
+
+Inputs are made on the CPU, where the oracle runs. The same launch is then captured, its inputs are
+overwritten in place, and the replay must give the bits of an eager launch on the new inputs.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+
+from kernels.triton import (
+    activation,
+    grouped,
+    linear,
+    mla_absorb,
+    mla_decode,
+    mla_plan,
+    mla_prep,
+    norm,
+    random_init,
+    routing,
+    sample,
+    state,
+)
+from kernels.triton.launch import Launcher
+
+DEVICE = "cuda"
+BF16, F32, FP8, I32 = torch.bfloat16, torch.float32, torch.float8_e4m3fn, torch.int32
+# DeepSeek-V3; the vocabulary is an eighth of its own.
+HIDDEN, HEADS, Q_LORA, NOPE, ROPE, VALUE, LATENT = 7168, 128, 1536, 128, 64, 128, 512
+EXPERTS, GROUPS, KEPT, TOP_K, INTER, VOCAB = 256, 8, 4, 8, 2048, 16160
+LOCAL_EXPERTS, PAGE, CUT = 5, 64, 1024
+TOKENS = (1, 5, 40)
+PADDED = 2  # this token of a step is padding
+
+Arguments = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One launch.
+
+    Attributes:
+        make: arguments by name, from a seed and a number of tokens; tensors on the CPU.
+        outputs: name -> largest difference, relative to the value and to the root mean square; 0 is
+            equal. e4m3 outputs may differ by one step in one element of fifty.
+    """
+
+    kernel: Callable[..., None]
+    ref: Callable[..., None]
+    make: Callable[[int, int], Arguments]
+    outputs: dict[str, float]
+
+
+def randn(seed: int, *shape: int, dtype: torch.dtype = BF16, std: float = 1.0) -> torch.Tensor:
+    return (std * torch.randn(*shape, generator=torch.Generator().manual_seed(seed))).to(dtype)
+
+
+def ids(seed: int, high: int, *shape: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, high, shape, generator=generator, dtype=I32)
+
+
+def fp8_rows(seed: int, rows: int, cols: int) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed + 1)
+    scale = torch.rand(rows, -(-cols // 128), generator=generator) + 0.5
+    return randn(seed, rows, cols, dtype=FP8), scale
+
+
+@functools.cache  # hundreds of megabytes, never written
+def weight(*shape: int, dtype: torch.dtype = BF16) -> torch.Tensor:
+    return randn(5, *shape, dtype=dtype, std=shape[-1] ** -0.5)
+
+
+@functools.cache
+def fp8_weight(seed: int, rows: int, cols: int) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed + 1)
+    scale = (torch.rand(-(-rows // 128), -(-cols // 128), generator=generator) + 0.5) / cols**0.5
+    return randn(seed, rows, cols, dtype=FP8), scale
+
+
+def tok_row(tokens: int) -> torch.Tensor:
+    rows = torch.arange(tokens, dtype=I32)
+    rows[PADDED : PADDED + 1] = -1
+    return rows
+
+
+def quantised(tokens: int, width: int) -> Arguments:
+    return {
+        "out_q": torch.zeros(tokens, width).to(FP8),
+        "out_scale": torch.zeros(tokens, -(-width // 128)),
+    }
+
+
+def zeros(*shape: int, dtype: torch.dtype = BF16) -> torch.Tensor:
+    return torch.zeros(shape, dtype=dtype)
+
+
+# ------------------------------------------------------------------ arguments
+
+
+def embed(seed: int, tokens: int) -> Arguments:
+    tok_id = ids(seed, 1000, tokens)
+    tok_id[PADDED : PADDED + 1] = -1
+    table, poison = randn(1, 1000, HIDDEN), torch.zeros(1, dtype=I32)
+    return {"tok_id": tok_id, "table": table, "poison": poison, "out": zeros(tokens, HIDDEN)}
+
+
+def add_rmsnorm(seed: int, tokens: int) -> Arguments:
+    x, delta = randn(seed, tokens, HIDDEN), randn(seed + 1, tokens, HIDDEN)
+    out = {"out": zeros(tokens, HIDDEN), **quantised(tokens, HIDDEN)}
+    return {"x": x, "delta": delta, "weight": randn(3, HIDDEN), "eps": 1e-6, **out}
+
+
+def gather(seed: int, tokens: int) -> Arguments:
+    x, delta = randn(seed, tokens + 3, HIDDEN), randn(seed + 1, tokens + 3, HIDDEN)
+    index = torch.arange(tokens, dtype=I32).flip(0)
+    index[PADDED : PADDED + 1] = -1
+    more = {"weight": randn(3, HIDDEN), "eps": 1e-6, "out": zeros(tokens, HIDDEN)}
+    return {"x": x, "delta": delta, "index": index, **more}
+
+
+def quantize(seed: int, tokens: int) -> Arguments:
+    return {"x": randn(seed, tokens, HIDDEN), **quantised(tokens, HIDDEN)}
+
+
+def silu_mul(seed: int, tokens: int) -> Arguments:
+    gate_up = randn(seed, tokens, 2 * INTER)
+    return {"gate_up": gate_up, "out": zeros(tokens, INTER), **quantised(tokens, INTER)}
+
+
+def plain_linear(n: int, k: int, dtype: torch.dtype) -> Callable[[int, int], Arguments]:
+    def make(seed: int, tokens: int) -> Arguments:
+        return {
+            "x": randn(seed, tokens, k),
+            "w": weight(n, k, dtype=dtype),
+            "out": zeros(tokens, n, dtype=F32),
+            "workspace": zeros(
+                max(1, linear.linear_workspace_elems(tokens, n, k, fp8=False)), dtype=F32
+            ),
+        }
+
+    return make
+
+
+def fp8_linear(n: int, k: int) -> Callable[[int, int], Arguments]:
+    def make(seed: int, tokens: int) -> Arguments:
+        xq, xs = fp8_rows(seed, tokens, k)
+        w, ws = fp8_weight(5, n, k)
+        elems = linear.linear_workspace_elems(tokens, n, k, fp8=True)
+        more = {"out": zeros(tokens, n), "workspace": zeros(max(1, elems), dtype=F32)}
+        return {"xq": xq, "xs": xs, "w": w, "ws": ws, **more}
+
+    return make
+
+
+def prep(seed: int, tokens: int) -> Arguments:
+    slots = torch.arange(tokens, dtype=torch.int64) * 3 + 70
+    return {
+        "qkv": randn(seed, tokens, Q_LORA + LATENT + ROPE),
+        "tok_row": tok_row(tokens),
+        "tok_pos": ids(seed, 500, tokens),
+        "kv_slot": slots,
+        "rope_table": randn(2, 500, ROPE, dtype=F32),
+        "q_norm_weight": randn(3, Q_LORA),
+        "kv_norm_weight": randn(4, LATENT),
+        "eps": 1e-6,
+        "kv_start": Q_LORA,
+        "interleave": True,
+        "kv_cache": zeros(256, LATENT + ROPE),
+        "out": zeros(tokens, Q_LORA),
+        **quantised(tokens, Q_LORA),
+    }
+
+
+def absorb_q(seed: int, tokens: int) -> Arguments:
+    return {
+        "q": randn(seed, tokens, HEADS * (NOPE + ROPE)),
+        "w_uk": randn(3, HEADS, NOPE, LATENT, std=NOPE**-0.5),
+        "tok_pos": ids(seed, 500, tokens),
+        "tok_row": tok_row(tokens),
+        "rope_table": randn(2, 500, ROPE, dtype=F32),
+        "interleave": True,
+        "out": zeros(tokens, HEADS, LATENT + ROPE),
+    }
+
+
+def absorb_v(seed: int, tokens: int) -> Arguments:
+    o_latent = randn(seed, tokens, HEADS, LATENT)
+    w_uv = randn(3, HEADS, VALUE, LATENT, std=LATENT**-0.5)
+    return {"o_latent": o_latent, "w_uv": w_uv, "out": zeros(tokens, HEADS * VALUE)}
+
+
+def decode(seed: int, tokens: int) -> Arguments:
+    """Lengths around pages and splits; two pages of every row are shared by nobody."""
+    lengths = torch.tensor([1, 63, 0, 64, 65, 1023, 1024, 1025, 2100])[:tokens].to(I32)
+    tokens, width = len(lengths), LATENT + ROPE
+    pages = -(-2112 // PAGE)
+    order = torch.randperm(tokens * pages, generator=torch.Generator().manual_seed(seed))
+    splits = mla_decode.num_splits(pages * PAGE, CUT)
+    return {
+        "q": randn(seed, tokens, HEADS, width, std=0.5),
+        "kv_cache": randn(seed + 1, (tokens * pages + 1) * PAGE, width, std=0.5),
+        "page_table": (order + 1).to(I32).view(tokens, pages),
+        "tok_row": torch.where(lengths > 0, torch.arange(tokens), -1).to(I32),
+        "kv_len": lengths.clone(),
+        "page_size": PAGE,
+        "softmax_scale": (NOPE + ROPE) ** -0.5,
+        "cut": CUT,
+        "out": zeros(tokens, HEADS, LATENT),
+        "part_o": zeros(tokens, splits, HEADS, LATENT, dtype=F32),
+        "part_lse": zeros(tokens, splits, HEADS, dtype=F32),
+    }
+
+
+def plan(seed: int, tokens: int) -> Arguments:
+    layout = mla_plan.PlanLayout(tokens, 3, HEADS, 132)
+    kv_len = ids(seed, 3 * CUT, tokens)
+    return {
+        "tok_row": torch.where(kv_len > 0, torch.arange(tokens), -1).to(I32),
+        "kv_len": kv_len,
+        "max_pages": 3 * CUT // PAGE,
+        "cut": CUT,
+        "layout": layout,
+        "ws": torch.zeros(layout.words, dtype=I32),
+    }
+
+
+def route(seed: int, tokens: int) -> Arguments:
+    return {
+        "logits": randn(seed, tokens, EXPERTS, dtype=F32),
+        "bias": randn(3, EXPERTS, dtype=F32, std=0.1),
+        "tok_row": tok_row(tokens),
+        "num_groups": GROUPS,
+        "topk_groups": KEPT,
+        "top_k": TOP_K,
+        "normalize": True,
+        "scaling": 2.5,
+        "out_ids": zeros(tokens, TOP_K, dtype=I32),
+        "out_weights": zeros(tokens, TOP_K, dtype=F32),
+    }
+
+
+def align(seed: int, tokens: int) -> Arguments:
+    chosen = ids(seed, EXPERTS, tokens, TOP_K)
+    chosen[PADDED : PADDED + 1] = -1
+    # What lies behind the listed pairs is not written; both start from the same.
+    return {
+        "ids": chosen,
+        "expert_start": 0,
+        "offsets": zeros(EXPERTS + 1, dtype=I32),
+        "pairs": zeros(tokens * TOP_K, dtype=I32),
+    }
+
+
+def combine(seed: int, tokens: int) -> Arguments:
+    chosen = ids(seed, EXPERTS, tokens, TOP_K)
+    chosen[PADDED : PADDED + 1] = -1
+    return {
+        "y": randn(seed, tokens * TOP_K, HIDDEN),
+        "ids": chosen,
+        "weights": randn(seed, tokens, TOP_K, dtype=F32),
+        "shared": randn(seed + 1, tokens, HIDDEN),
+        "out": zeros(tokens, HIDDEN),
+    }
+
+
+def listed(seed: int, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Offsets and pairs of a random routing to the local experts; some get none."""
+    chosen = align(seed, tokens)
+    chosen["ids"] %= LOCAL_EXPERTS - 1
+    chosen["ids"][PADDED : PADDED + 1] = -1
+    chosen["offsets"] = zeros(LOCAL_EXPERTS + 1, dtype=I32)
+    routing.align_ref(**chosen)
+    return chosen["offsets"], chosen["pairs"]
+
+
+def gate_up(fp8: bool) -> Callable[[int, int], Arguments]:
+    def make(seed: int, tokens: int) -> Arguments:
+        offsets, pairs = listed(seed, tokens)
+        common = {"offsets": offsets, "pairs": pairs, "top_k": TOP_K}
+        count = tokens * TOP_K
+        if not fp8:
+            w = weight(LOCAL_EXPERTS, 2 * INTER, HIDDEN)
+            x = {"x": randn(seed, tokens, HIDDEN), "x_scale": None, "w": w, "w_scale": None}
+            return x | common | {"out": zeros(count, INTER), "out_scale": None}
+        x, x_scale = fp8_rows(seed, tokens, HIDDEN)
+        w, w_scale = fp8_weight(5, LOCAL_EXPERTS * 2 * INTER, HIDDEN)
+        w = w.view(LOCAL_EXPERTS, 2 * INTER, HIDDEN)
+        w_scale = w_scale.view(LOCAL_EXPERTS, -1, HIDDEN // 128)
+        out = quantised(count, INTER)
+        given = {"x": x, "x_scale": x_scale, "w": w, "w_scale": w_scale}
+        return given | common | {"out": out["out_q"], "out_scale": out["out_scale"]}
+
+    return make
+
+
+def down(fp8: bool) -> Callable[[int, int], Arguments]:
+    def make(seed: int, tokens: int) -> Arguments:
+        offsets, pairs = listed(seed, tokens)
+        count = tokens * TOP_K
+        common = {"offsets": offsets, "pairs": pairs, "out": zeros(count, HIDDEN)}
+        if not fp8:
+            w = weight(LOCAL_EXPERTS, HIDDEN, INTER)
+            given = {"h": randn(seed, count, INTER), "h_scale": None, "w": w, "w_scale": None}
+            return given | common
+        h, h_scale = fp8_rows(seed, count, INTER)
+        w, w_scale = fp8_weight(5, LOCAL_EXPERTS * HIDDEN, INTER)
+        w = w.view(LOCAL_EXPERTS, HIDDEN, INTER)
+        w_scale = w_scale.view(LOCAL_EXPERTS, HIDDEN // 128, -1)
+        return {"h": h, "h_scale": h_scale, "w": w, "w_scale": w_scale} | common
+
+    return make
+
+
+def greedy(seed: int, tokens: int) -> Arguments:
+    logits = randn(seed, tokens, VOCAB, dtype=F32, std=4.0)
+    if tokens > 3:
+        logits[3, 17] = float("nan")
+    sampled = torch.arange(tokens, dtype=I32)
+    sampled[PADDED : PADDED + 1] = -1
+    parts = {
+        name: zeros(tokens, sample.num_chunks(VOCAB), dtype=dtype)
+        for name, dtype in (("part_max", F32), ("part_arg", I32), ("part_sum", F32))
+    }
+    out = {"out_token": zeros(tokens, dtype=I32), "out_logprob": zeros(tokens, dtype=F32)}
+    return {"logits": logits, "sample_tok": sampled, **parts, **out}
+
+
+def fill(dtype: torch.dtype) -> Callable[[int, int], Arguments]:
+    def make(seed: int, tokens: int) -> Arguments:
+        return {"out": zeros(tokens, HIDDEN, dtype=dtype), "seed": 7, "scale": 0.5, "offset": 3}
+
+    return make
+
+
+CASES: dict[str, Case] = {
+    "embed": Case(norm.embed, norm.embed_ref, embed, {"out": 0}),
+    "add_rmsnorm": Case(
+        norm.add_rmsnorm, norm.add_rmsnorm_ref, add_rmsnorm,
+        {"x": 0, "out": 2**-7, "out_scale": 2**-7, "out_q": 2**-3},
+    ),
+    "gather_add_rmsnorm": Case(
+        norm.gather_add_rmsnorm, norm.gather_add_rmsnorm_ref, gather, {"out": 2**-7}
+    ),
+    "quantize": Case(
+        activation.quantize, activation.quantize_ref, quantize,
+        {"out_scale": 1e-6, "out_q": 2**-3},
+    ),
+    "silu_mul": Case(
+        activation.silu_mul, activation.silu_mul_ref, silu_mul,
+        {"out": 2**-7, "out_scale": 1e-5, "out_q": 2**-3},
+    ),
+    "linear": Case(
+        linear.linear, linear.linear_ref, plain_linear(VOCAB, HIDDEN, BF16), {"out": 1e-3}
+    ),
+    "linear_router": Case(
+        linear.linear, linear.linear_ref, plain_linear(EXPERTS, HIDDEN, F32), {"out": 1e-5}
+    ),
+    "linear_fp8_qkv_a": Case(
+        linear.linear_fp8, linear.linear_fp8_ref,
+        fp8_linear(Q_LORA + LATENT + ROPE, HIDDEN), {"out": 2**-7},
+    ),
+    "linear_fp8_q_b": Case(
+        linear.linear_fp8, linear.linear_fp8_ref,
+        fp8_linear(HEADS * (NOPE + ROPE), Q_LORA), {"out": 2**-7},
+    ),
+    "mla_prep": Case(
+        mla_prep.mla_prep, mla_prep.mla_prep_ref, prep,
+        {"kv_cache": 2**-7, "out": 2**-7, "out_scale": 2**-7, "out_q": 2**-3},
+    ),
+    "absorb_q": Case(mla_absorb.absorb_q, mla_absorb.absorb_q_ref, absorb_q, {"out": 2**-7}),
+    "absorb_v": Case(mla_absorb.absorb_v, mla_absorb.absorb_v_ref, absorb_v, {"out": 2**-7}),
+    # Probabilities are rounded to bf16 before they meet the values.
+    "mla_decode": Case(mla_decode.mla_decode, mla_decode.mla_decode_ref, decode, {"out": 2**-6}),
+    "mla_plan": Case(mla_plan.mla_plan, mla_plan.mla_plan_ref, plan, {"ws": 0}),
+    "route": Case(routing.route, routing.route_ref, route, {"out_ids": 0, "out_weights": 1e-5}),
+    "align": Case(routing.align, routing.align_ref, align, {"offsets": 0, "pairs": 0}),
+    "combine": Case(routing.combine, routing.combine_ref, combine, {"out": 2**-7}),
+    "grouped_gate_up": Case(
+        grouped.grouped_gate_up, grouped.grouped_gate_up_ref, gate_up(False), {"out": 2**-7}
+    ),
+    "grouped_gate_up_fp8": Case(
+        grouped.grouped_gate_up, grouped.grouped_gate_up_ref, gate_up(True),
+        {"out_scale": 1e-3, "out": 2**-3},
+    ),
+    "grouped_down": Case(
+        grouped.grouped_down, grouped.grouped_down_ref, down(False), {"out": 2**-7}
+    ),
+    "grouped_down_fp8": Case(
+        grouped.grouped_down, grouped.grouped_down_ref, down(True), {"out": 2**-7}
+    ),
+    "greedy": Case(sample.greedy, sample.greedy_ref, greedy, {"out_token": 0, "out_logprob": 1e-5}),
+    "fill_random": Case(
+        random_init.fill_random, random_init.fill_random_ref, fill(BF16), {"out": 0}
+    ),
+    "fill_random_fp8": Case(
+        random_init.fill_random, random_init.fill_random_ref, fill(FP8), {"out": 0}
+    ),
+}  # fmt: skip
+# Of these the first token's result is compared between steps of every size.
+BY_TOKEN = ("linear", "linear_router", "linear_fp8_qkv_a", "linear_fp8_q_b", "absorb_q", "absorb_v")
+
+
+# ------------------------------------------------------------------ running a case
+
+
+def on_device(arguments: Arguments) -> Arguments:
+    return {k: v.to(DEVICE) if isinstance(v, torch.Tensor) else v for k, v in arguments.items()}
+
+
+def copied(case: Case, arguments: Arguments) -> Arguments:
+    """With outputs of their own."""
+    return arguments | {name: arguments[name].clone() for name in case.outputs}
+
+
+def bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.cpu().contiguous().view(torch.uint8)
+
+
+def assert_close(name: str, got: torch.Tensor, want: torch.Tensor, step: float) -> None:
+    got = got.cpu()
+    if step == 0:
+        assert torch.equal(bits(got), bits(want)), name
+        return
+    a, b = got.float(), want.float()
+    assert torch.equal(a.isnan(), b.isnan()), name
+    a, b = a.nan_to_num(), b.nan_to_num()
+    if got.dtype == FP8:
+        assert (a != b).float().mean() <= 0.02, name
+    limit = step * (b.abs() + b.square().mean().sqrt()) + 1e-30
+    worst = ((a - b).abs() / limit).max()
+    assert worst <= 1, f"{name}: {float(worst):.2f} times the limit"
+
+
+def run(case: Case, launch: Launcher, arguments: Arguments) -> Arguments:
+    arguments = on_device(arguments)
+    case.kernel(launch, **arguments)
+    return arguments
+
+
+class Captured:
+    """A launch in a graph over arguments that stay where they are."""
+
+    def __init__(self, case: Case, launch: Launcher, arguments: Arguments) -> None:
+        self.arguments = on_device(arguments)
+        self.stream, self.graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            case.kernel(launch, **self.arguments)  # whatever is lazy happens here
+        self.stream.synchronize()
+        with torch.cuda.graph(self.graph, stream=self.stream):
+            case.kernel(launch, **self.arguments)
+
+    def replay(self, arguments: Arguments) -> Arguments:
+        """Overwrite all arguments in place, outputs included, and replay."""
+        for name, value in arguments.items():
+            if isinstance(value, torch.Tensor):
+                self.arguments[name].copy_(value)
+        torch.cuda.synchronize()
+        with torch.cuda.stream(self.stream):
+            self.graph.replay()
+        self.stream.synchronize()
+        return self.arguments
+
+
+@pytest.mark.parametrize("tokens", TOKENS)
+@pytest.mark.parametrize("name", CASES)
+def test_kernel_matches_its_oracle_and_replays(name: str, tokens: int, launcher: Launcher) -> None:
+    case = CASES[name]
+    first, second = case.make(0, tokens), case.make(100, tokens)
+    want = copied(case, first)
+    case.ref(**want)
+    got = run(case, launcher, first)
+    for output, step in case.outputs.items():
+        assert_close(output, got[output], want[output], step)
+
+    want = run(case, launcher, copied(case, second))
+    replayed = Captured(case, launcher, first).replay(second)
+    for output in case.outputs:
+        assert torch.equal(bits(replayed[output]), bits(want[output])), f"{output} after a replay"
+
+
+@pytest.mark.parametrize("name", BY_TOKEN)
+def test_a_tokens_bits_do_not_depend_on_how_many_there_are(name: str, launcher: Launcher) -> None:
+    case, whole = CASES[name], CASES[name].make(0, 130)
+    by_token = [k for k, v in whole.items() if isinstance(v, torch.Tensor) and len(v) == 130]
+    want = run(case, launcher, copied(case, whole))["out"].cpu()
+    for tokens in (1, 2, 8, 15, 16, 17, 33, 64, 65, 129):
+        some = whole | {k: whole[k][:tokens].contiguous() for k in by_token}
+        got = run(case, launcher, copied(case, some))["out"].cpu()
+        assert torch.equal(bits(got), bits(want[:tokens].clone())), f"{tokens} tokens"
+
+
+# ------------------------------------------------------------------ the row state
+
+ROWS, STOPS, PAGES = 6, 16, 5
+LAYOUT = state.MailboxLayout(ROWS, 24, STOPS)
+
+
+def step_state() -> dict[str, torch.Tensor]:
+    """Row 1 decodes at length 70; rows 3 and 4 join with prompts of 9 and 4, of which 3 waits."""
+    box = torch.full((2, LAYOUT.words), -1, dtype=I32)
+    slot = box[0]
+    slot[:6] = torch.tensor([0, 2, 1, 3, 2, 13])
+    slot[LAYOUT.cancels] = 5
+    for i, (row, limit, stop) in enumerate(((3, 40, 11), (4, 5, 12))):
+        at = LAYOUT.admits + i * LAYOUT.admit_words
+        slot[at : at + 4] = torch.tensor([row, limit, 1, stop])
+    pages = torch.tensor([[3, 0, 7], [4, 0, 8], [1, 1, 9]], dtype=I32)
+    slot[LAYOUT.pages : LAYOUT.pages + 9] = pages.flatten()
+    chunks = torch.tensor([[3, 0, 9, 0], [4, 0, 4, 1]], dtype=I32)
+    slot[LAYOUT.chunks : LAYOUT.chunks + 8] = chunks.flatten()
+    slot[LAYOUT.ids : LAYOUT.ids + 13] = torch.arange(20, 33, dtype=I32)
+    table = zeros(ROWS, PAGES, dtype=I32)
+    table[1, 0] = 6
+    ints = {"phase": (0, 2, 0, 0, 0, 2), "seq_len": (0, 70, 0, 0, 0, 8)}
+    ints |= {"last_token": (0, 55, 0, 0, 0, 1), "limit": (0, 99, 0, 0, 0, 99)}
+    return {
+        "mailbox": box,
+        "step": torch.zeros(1, dtype=torch.int64),
+        **{name: torch.tensor(values, dtype=I32) for name, values in ints.items()},
+        "stop_ids": torch.full((ROWS, STOPS), -1, dtype=I32),
+        "page_table": table,
+    }
+
+
+def lists(tokens: int, samples: int) -> dict[str, torch.Tensor]:
+    out = {name: torch.full((tokens,), -9, dtype=I32) for name in ("tok_row", "tok_pos", "tok_id")}
+    out |= {name: torch.full((samples,), -9, dtype=I32) for name in ("sample_tok", "sample_row")}
+    return out
+
+
+def whole_step(launch: Launcher | None, device: str) -> dict[str, torch.Tensor]:
+    """Intake, advance and settle; everything that they wrote, on the CPU."""
+
+    def pinned(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.pin_memory() if launch is not None and device == "cuda" else tensor
+
+    t = {name: value.to(device) for name, value in (step_state() | lists(20, 4)).items()}
+    t["mailbox"] = pinned(step_state()["mailbox"])
+    t |= {"fault": zeros(1, dtype=I32).to(device)}
+    t |= {"begin_ns": torch.zeros(1, dtype=torch.int64, device=device)}
+    t |= {"kv_slot": torch.zeros(20, dtype=torch.int64, device=device)}
+    t |= {"kv_len": zeros(20, dtype=I32).to(device)}
+    words = state.RingLayout(ROWS).words
+    t |= {"ring": pinned(zeros(state.RING_SLOTS, words, dtype=I32))}
+    t |= {"ring_step": pinned(torch.zeros(state.RING_SLOTS, dtype=torch.int64))}
+    t |= {"out_token": torch.tensor([12, 12, -1, -1], dtype=I32, device=device)}
+    t |= {"out_logprob": torch.tensor([-0.5, -1.5, 0.0, 0.0], device=device)}
+
+    def call(name: str, names: tuple[str, ...], **more: Any) -> None:
+        arguments = {n: t[n] for n in names} | more
+        if launch is None:
+            getattr(state, f"{name}_ref")(**arguments)
+        else:
+            getattr(state, name)(launch, **arguments)
+
+    rows = ("phase", "seq_len", "last_token", "limit", "stop_ids")
+    listing = ("tok_row", "tok_pos", "tok_id", "sample_tok", "sample_row")
+    on_gpu = device == "cuda"
+    call(
+        "intake",
+        ("mailbox", "step", *rows, "page_table", *listing, "fault", "begin_ns"),
+        layout=LAYOUT,
+        on_device=on_gpu,
+    )
+    advanced = ("tok_row", "tok_pos", "page_table", "kv_slot", "kv_len", "fault")
+    call("advance", advanced, page_size=PAGE)
+    settled = ("sample_row", "out_token", "out_logprob", "step", *rows, "fault", "begin_ns")
+    call("settle", (*settled, "ring", "ring_step"), on_device=on_gpu)
+    if on_gpu:
+        torch.cuda.synchronize()
+        begin, end = t["ring"][0, 2:6].clone().view(torch.int64).tolist()
+        assert 0 < begin <= end
+    t["ring"][:, 2:6] = 0
+    del t["begin_ns"]
+    return {name: value.cpu() for name, value in t.items()}
+
+
+def test_a_step_of_the_row_state_is_the_oracles(launcher: Launcher) -> None:
+    want, got = whole_step(None, "cpu"), whole_step(launcher, DEVICE)
+    for name, tensor in want.items():
+        assert torch.equal(bits(got[name]), bits(tensor)), name
+    assert got["tok_row"].tolist() == [1, *[3] * 9, *[4] * 4, *[-1] * 6]
+    assert got["phase"].tolist() == [0, 2, 0, 1, 0, 0], "row 5 cancelled, row 4 stopped at once"
+    assert got["ring_step"].tolist() == [1, 0, 0, 0]
+    assert not got["fault"].any()
+
+
+def test_stamps_rise(launcher: Launcher) -> None:
+    stamps = torch.zeros(8, dtype=torch.int64, device=DEVICE)
+    for i in range(8):
+        state.stamp(launcher, stamps, i)
+    torch.cuda.synchronize()
+    times = stamps.tolist()
+    assert times == sorted(times)
+    assert times[0] > 0
