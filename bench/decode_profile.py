@@ -18,7 +18,7 @@ import torch
 from rich.table import Table
 
 from runtime.build import build
-from runtime.cli import Bar, add_selection, console, print_json, run, selection
+from runtime.cli import Bar, add_selection, command, console, print_json, run, selection
 from runtime.driver import Runtime
 from runtime.report import provenance
 
@@ -26,7 +26,7 @@ WARM_UP = 5
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(prog="python -m bench.decode_profile", description=__doc__)
+    p = command("bench.decode_profile", __doc__)
     add_selection(p)
     p.add_argument("--ctx-len", type=int, default=2000, help="KV tokens a row holds")
     p.add_argument("--steps", type=int, default=10, help="profiled steps")

@@ -20,6 +20,7 @@ from capture_cache.errors import ArenaError, CudaError
 from capture_cache.layout import SECTION_ALIGNMENT, ArenaLayout, Place
 
 ARENA_BASE = 0x600000000000  # far from what the driver and the C library hand out by themselves
+MIN_SPAN = 1 << 30  # of addresses reserved: the driver does not heed a hint for a few MiB
 MAX_CHUNK_BYTES = 8 << 30  # of one physical allocation: bounded work per driver call
 _MAP_NORESERVE = 0x4000  # Linux; Python's mmap module does not name it
 _FLAGS = {
@@ -182,8 +183,9 @@ class DeviceArena(_Ranges):
         free = memory.memory_info()[0]
         if nbytes > free:
             raise ArenaError(self._shortage(free))
-        address = memory.reserve(nbytes, base)
-        self._undo.append(partial(memory.unreserve, address, nbytes))
+        span = max(nbytes, MIN_SPAN)
+        address = memory.reserve(span, base)
+        self._undo.append(partial(memory.unreserve, address, span))
         if exact and address != base:
             raise ArenaError(
                 f"expected the arena at {base:#x}, got {address:#x}: something else is mapped "

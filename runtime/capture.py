@@ -14,14 +14,14 @@ from rich.table import Table
 
 from graphs.ledger import Ledger
 from runtime.build import build
-from runtime.cli import Bar, add_selection, console, print_json, run, selection
+from runtime.cli import Bar, add_selection, command, console, print_json, run, selection
 from runtime.engine import Engine
 
 TWIN_NOTE = "CPU twin: no CUDA graph, for correctness only; its times mean nothing"
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(prog="python -m runtime.capture", description=__doc__)
+    p = command("runtime.capture", __doc__)
     add_selection(p)
     p.add_argument(
         "--verify",

@@ -62,6 +62,11 @@ class Once(argparse.Action):
         setattr(namespace, self.dest, values)
 
 
+def command(module: str, doc: str | None) -> argparse.ArgumentParser:
+    """The parser of `python -m module`; options are spelled out, never guessed from a prefix."""
+    return argparse.ArgumentParser(prog=f"python -m {module}", description=doc, allow_abbrev=False)
+
+
 def add_selection(parser: argparse.ArgumentParser) -> None:
     """What is run: model, sizes, ladder, device, store."""
     parser.register("action", None, Once)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from runtime.build import build
-from runtime.cli import Bar, add_selection, print_json, run, selection
+from runtime.cli import Bar, add_selection, command, print_json, run, selection
 from runtime.driver import Runtime
 from runtime.sampling import SamplingParams
 
@@ -76,7 +76,7 @@ def load_tokenizer(model: str) -> Tokenizer:
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(prog="python -m runtime.generate", description=__doc__)
+    p = command("runtime.generate", __doc__)
     add_selection(p)
     p.set_defaults(bs=1)
     p.add_argument("--prompt", required=True)

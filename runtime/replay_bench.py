@@ -21,7 +21,7 @@ from graphs.floor import READ_BYTES_PER_S, Floor, step_floor
 from graphs.keys import GraphKey
 from runtime.build import build
 from runtime.capture import TWIN_NOTE
-from runtime.cli import Bar, add_selection, console, print_json, run, selection
+from runtime.cli import Bar, add_selection, command, console, print_json, run, selection
 from runtime.driver import Runtime
 from runtime.engine import Engine
 from runtime.report import provenance, write_files
@@ -66,7 +66,7 @@ class KeyTimes:
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(prog="python -m runtime.replay_bench", description=__doc__)
+    p = command("runtime.replay_bench", __doc__)
     add_selection(p)
     p.add_argument("--ctx-len", type=int, default=2000, help="KV tokens a row holds at the start")
     p.add_argument("--steps", type=int, default=100, help="timed steps a key")

@@ -23,16 +23,16 @@ _FP8_MAX = tl.constexpr(FP8_MAX)
 _MIN_AMAX = tl.constexpr(MIN_AMAX)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def quantize_groups(x):  # type: ignore[no-untyped-def]
+@triton.jit
+def quantize_groups(x):
     """(e4m3 [G, 128], fp32 scales [G]) of x fp32 [G, 128]; a NaN stays NaN in its own element."""
     scale = tl.div_rn(tl.maximum(tl.max(tl.abs(x), axis=1), _MIN_AMAX), _FP8_MAX)
     # The conversion saturates in hardware, so a quotient one ulp above 448 is still 448.
     return tl.div_rn(x, scale[:, None]).to(tl.float8e4nv), scale
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _quantize(  # type: ignore[no-untyped-def]
+@triton.jit
+def _quantize(
     x,  # act [T, K], row pitch x_pitch
     out_q,  # e4m3 [T, K], row pitch q_pitch
     out_scale,  # fp32 [T, ceil(K/128)], row pitch scale_pitch
@@ -51,8 +51,8 @@ def _quantize(  # type: ignore[no-untyped-def]
     tl.store(out_scale + t * scale_pitch + group, scale, mask=group * 128 < K)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _silu_mul(  # type: ignore[no-untyped-def]
+@triton.jit
+def _silu_mul(
     gate_up,  # act [T, >= up_at + I], row pitch gate_up_pitch; gate at 0, up at up_at
     out,  # act [T, I], row pitch out_pitch, or unused
     out_q,  # e4m3 [T, I], row pitch q_pitch, or unused

@@ -29,8 +29,8 @@ class _Tile(NamedTuple):
     steps: int
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _absorb_q(  # type: ignore[no-untyped-def]
+@triton.jit
+def _absorb_q(
     q,  # act [T, H, DN + 2*HALF], row pitch q_pitch
     w_uk,  # act [H, DN, DC]
     tok_pos,  # int32 [T]
@@ -96,8 +96,8 @@ def _absorb_q(  # type: ignore[no-untyped-def]
             tl.store(at + HALF, second, mask=(t < T) & (pair < HALF))
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _absorb_v(  # type: ignore[no-untyped-def]
+@triton.jit
+def _absorb_v(
     o_latent,  # act [T, H, DC], row pitch o_pitch
     w_uv,  # act [H, DV, DC]
     out,  # act [T, H*DV], row pitch out_pitch, or unused

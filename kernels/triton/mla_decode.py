@@ -30,8 +30,8 @@ class _Tile(NamedTuple):
     stages: int
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _attend(  # type: ignore[no-untyped-def]
+@triton.jit
+def _attend(
     q_latent,  # act [BLOCK_H, BLOCK_C]
     q_rope,  # act [BLOCK_H, BLOCK_R]
     latent,  # act [BLOCK_N, BLOCK_C]
@@ -58,8 +58,8 @@ def _attend(  # type: ignore[no-untyped-def]
     return new_high, total, acc
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _mla_decode(  # type: ignore[no-untyped-def]
+@triton.jit
+def _mla_decode(
     q,  # act [T, H, DC+DR], row pitch q_pitch
     kv,  # act [num_slots, DC+DR]
     latents,  # the same, in blocks [BLOCK_N, BLOCK_C]
@@ -139,8 +139,8 @@ def _mla_decode(  # type: ignore[no-untyped-def]
         tl.store(part_lse + part, lse, mask=h < H)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _merge(  # type: ignore[no-untyped-def]
+@triton.jit
+def _merge(
     kv_len,  # int32 [T]
     part_o,  # fp32 or act [T, SPLITS, H, DC]
     part_lse,  # fp32 [T, SPLITS, H], base 2

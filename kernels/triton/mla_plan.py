@@ -109,8 +109,8 @@ class PlanLayout:
         ]
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _item_slot(rank, item_count, CLUSTERS: tl.constexpr):  # type: ignore[no-untyped-def]
+@triton.jit
+def _item_slot(rank, item_count, CLUSTERS: tl.constexpr):
     """Where the item of this rank lies: dealt to clusters in turn, every other turn backwards."""
     turn = rank // CLUSTERS
     place = rank % CLUSTERS
@@ -118,8 +118,8 @@ def _item_slot(rank, item_count, CLUSTERS: tl.constexpr):  # type: ignore[no-unt
     return _first_slot(cluster, item_count, CLUSTERS) + turn
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _first_slot(cluster, item_count, CLUSTERS: tl.constexpr):  # type: ignore[no-untyped-def]
+@triton.jit
+def _first_slot(cluster, item_count, CLUSTERS: tl.constexpr):
     """Items of all clusters before this one."""
     turns = item_count // CLUSTERS
     rest = item_count % CLUSTERS  # items of the last, partial round
@@ -128,8 +128,8 @@ def _first_slot(cluster, item_count, CLUSTERS: tl.constexpr):  # type: ignore[no
     return cluster * turns + tl.where(turns % 2 == 0, forward, backward)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _write_item(  # type: ignore[no-untyped-def]
+@triton.jit
+def _write_item(
     ws,
     slot,
     t,
@@ -155,8 +155,8 @@ def _write_item(  # type: ignore[no-untyped-def]
     tl.store(ws + 7 * CAPACITY + slot, tl.minimum(length, (split + 1) * CUT), mask=mask)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _mla_plan(  # type: ignore[no-untyped-def]
+@triton.jit
+def _mla_plan(
     tok_row,  # int32 [T]
     kv_len,  # int32 [T]
     ws,  # int32 [PlanLayout.words]

@@ -15,8 +15,8 @@ from kernels.triton.launch import Launcher
 from kernels.triton.norm import _rmsnorm, _rmsnorm_ref
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def rope_pair(  # type: ignore[no-untyped-def]
+@triton.jit
+def rope_pair(
     x,  # act: pointers to the start of each rotary part
     table,  # fp32: pointers to each token's row of the rope table
     pair,  # i32: indices of pairs, broadcastable with both
@@ -36,8 +36,8 @@ def rope_pair(  # type: ignore[no-untyped-def]
     return a * cos - b * sin, b * cos + a * sin
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _mla_prep(  # type: ignore[no-untyped-def]
+@triton.jit
+def _mla_prep(
     qkv,  # act [T, W], row pitch qkv_pitch
     tok_row,  # int32 [T]
     tok_pos,  # int32 [T]

@@ -17,8 +17,8 @@ MAX_WIDTH = 16384  # a row is held in registers
 EMBED_BLOCK = 1024
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _embed(  # type: ignore[no-untyped-def]
+@triton.jit
+def _embed(
     tok_id,  # int32 [T]
     table,  # act [V, H]
     poison,  # int32 [1]
@@ -37,8 +37,8 @@ def _embed(  # type: ignore[no-untyped-def]
     tl.store(out + t * H + col, value, mask=col < H)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _rmsnorm(value, weight, col, eps, H: tl.constexpr):  # type: ignore[no-untyped-def]
+@triton.jit
+def _rmsnorm(value, weight, col, eps, H: tl.constexpr):
     """act [G, 128] from value, an act row held as [G, 128] and zero past H; weight is a pointer."""
     x = value.to(tl.float32)
     mean = tl.sum(tl.sum(x * x, axis=1), axis=0) / H
@@ -48,8 +48,8 @@ def _rmsnorm(value, weight, col, eps, H: tl.constexpr):  # type: ignore[no-untyp
     return (w * normed).to(value.dtype)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _add_rmsnorm(  # type: ignore[no-untyped-def]
+@triton.jit
+def _add_rmsnorm(
     x,  # act [T, H], row pitch x_pitch; written if HAS_DELTA
     delta,  # act [T, H], row pitch delta_pitch, or unused
     weight,  # act or fp32 [H]
@@ -86,8 +86,8 @@ def _add_rmsnorm(  # type: ignore[no-untyped-def]
         tl.store(out_scale + t * scale_pitch + group, scale, mask=group * 128 < H)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _gather_add_rmsnorm(  # type: ignore[no-untyped-def]
+@triton.jit
+def _gather_add_rmsnorm(
     x,  # act [T, H], row pitch x_pitch
     delta,  # act [T, H], row pitch delta_pitch, or unused
     index,  # int32 [S]

@@ -22,27 +22,27 @@ _LOWEST = tl.constexpr(-(2**63))
 _EPSILON = tl.constexpr(EPSILON)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _flip(bits):  # type: ignore[no-untyped-def]
+@triton.jit
+def _flip(bits):
     """Map int32 float bits to integers of the same order; its own inverse."""
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _sort_key(value, index, N: tl.constexpr):  # type: ignore[no-untyped-def]
+@triton.jit
+def _sort_key(value, index, N: tl.constexpr):
     """int64 keys, all different: by fp32 value, then lower index first; NaN on top, as in topk."""
     # The sign of a NaN differs between machines, so its bits cannot be used.
     order = tl.where(value == value, _flip(value.to(tl.int32, bitcast=True)), 0x7FFFFFFF)
     return (order.to(tl.int64) << 32) | (N - 1 - index).to(tl.int64)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _key_value(key):  # type: ignore[no-untyped-def]
+@triton.jit
+def _key_value(key):
     return _flip((key >> 32).to(tl.int32)).to(tl.float32, bitcast=True)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _keep_groups(  # type: ignore[no-untyped-def]
+@triton.jit
+def _keep_groups(
     key,  # int64 [G2, S2] sort keys of the choices, _LOWEST where there is no expert
     GROUPS: tl.constexpr,
     SIZE: tl.constexpr,
@@ -61,8 +61,8 @@ def _keep_groups(  # type: ignore[no-untyped-def]
     return (left == _LOWEST) & (group < GROUPS)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _route(  # type: ignore[no-untyped-def]
+@triton.jit
+def _route(
     logits,  # fp32 [T, E], row pitch logits_pitch
     bias,  # fp32 [E], or unused
     tok_row,  # int32 [T]
@@ -113,8 +113,8 @@ def _route(  # type: ignore[no-untyped-def]
     tl.store(weights_at, weight * scaling, mask=k < K)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _align(  # type: ignore[no-untyped-def]
+@triton.jit
+def _align(
     ids,  # int32 [N]
     offsets,  # int32 [E+1]
     pairs,  # int32 [N]
@@ -148,8 +148,8 @@ def _align(  # type: ignore[no-untyped-def]
         at += tl.sum(found.to(tl.int32), axis=0)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _combine(  # type: ignore[no-untyped-def]
+@triton.jit
+def _combine(
     y,  # act [T*K, H]
     ids,  # int32 [T, K]
     weights,  # fp32 [T, K]

@@ -21,8 +21,8 @@ def num_chunks(vocab: int) -> int:
     return int(triton.cdiv(vocab, CHUNK))
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _greedy_chunk(  # type: ignore[no-untyped-def]
+@triton.jit
+def _greedy_chunk(
     logits,  # fp32 [S, V], row pitch logits_pitch
     sample_tok,  # int32 [S]
     part_max,  # fp32 [S, C]
@@ -50,8 +50,8 @@ def _greedy_chunk(  # type: ignore[no-untyped-def]
     tl.store(part_sum + at, total)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _greedy_merge(  # type: ignore[no-untyped-def]
+@triton.jit
+def _greedy_merge(
     sample_tok,  # int32 [S]
     part_max,  # fp32 [S, C]
     part_arg,  # int32 [S, C]

@@ -523,7 +523,7 @@ def test_a_closed_runtime_says_so(call: str, in_flight: bool, checkpoint: Path) 
 
 
 def test_the_context_manager_closes_after_an_error_too(checkpoint: Path) -> None:
-    with pytest.raises(KeyError), load_micro(checkpoint) as runtime:
+    with pytest.raises(KeyError), load_micro(checkpoint) as runtime:  # noqa: PT012
         runtime.add([1])
         runtime.launch()
         raise KeyError

@@ -94,8 +94,8 @@ def zeros(config: TransportConfig, cls: type[AllGather]) -> dict[str, torch.Tens
         ({"world": 9}, "1 to 8 ranks"),
         ({"rank": 3, "world": 2}, "rank 3 of 2"),
         ({"num_experts": 10, "world": 4}, "10 experts do not divide among 4 ranks"),
-        ({"top_k": 17, "num_experts": 32}, "top_k must be 1 to 16, got 17"),
-        ({"hidden": 100}, "multiple of 16, got 100"),
+        ({"top_k": 17, "num_experts": 32, "world": 2}, "top_k must be 1 to 16, got 17"),
+        ({"hidden": 100, "world": 2}, "multiple of 16, got 100"),
         ({"capacity": 0}, "at least 1 token"),
         ({"act_dtype": "float64"}, "got 'float64'"),
     ],
@@ -377,7 +377,7 @@ class FakeBuffer:
     def get_low_latency_rdma_size_hint(*sizes: int) -> int:
         return 1
 
-    def low_latency_dispatch(self, x, topk, capacity, num_experts, use_fp8):  # type: ignore[no-untyped-def]
+    def low_latency_dispatch(self, x, topk, capacity, num_experts, use_fp8):
         rows = torch.zeros(num_experts, capacity, x.shape[1], dtype=x.dtype)
         counts = torch.zeros(num_experts, dtype=torch.int32)
         places = []
@@ -388,7 +388,7 @@ class FakeBuffer:
             counts[e] += 1
         return rows, counts, places, None, None
 
-    def low_latency_combine(self, y, topk, weights, places, out):  # type: ignore[no-untyped-def]
+    def low_latency_combine(self, y, topk, weights, places, out):
         total = torch.zeros(out.shape)
         for t, k, e, slot in places:
             total[t] += weights[t, k] * y[e, slot].float()

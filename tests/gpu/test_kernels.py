@@ -142,7 +142,8 @@ def plain_linear(n: int, k: int, dtype: torch.dtype) -> Callable[[int, int], Arg
             "w": weight(n, k, dtype=dtype),
             "out": zeros(tokens, n, dtype=F32),
             "workspace": zeros(
-                max(1, linear.linear_workspace_elems(tokens, n, k, fp8=False)), dtype=F32
+                max(1, linear.linear_workspace_elems(tokens, n, k, elem_bytes=dtype.itemsize)),
+                dtype=F32,
             ),
         }
 
@@ -153,7 +154,7 @@ def fp8_linear(n: int, k: int) -> Callable[[int, int], Arguments]:
     def make(seed: int, tokens: int) -> Arguments:
         xq, xs = fp8_rows(seed, tokens, k)
         w, ws = fp8_weight(5, n, k)
-        elems = linear.linear_workspace_elems(tokens, n, k, fp8=True)
+        elems = linear.linear_workspace_elems(tokens, n, k, elem_bytes=1)
         more = {"out": zeros(tokens, n), "workspace": zeros(max(1, elems), dtype=F32)}
         return {"xq": xq, "xs": xs, "w": w, "ws": ws, **more}
 
