@@ -44,6 +44,27 @@ def byte_level_bpe(vocab_size: int = 300) -> Tokenizer:
     return tokenizer
 
 
+def word_pieces() -> Tokenizer:
+    """As sentencepiece does: a token carries its leading space, which the first one loses."""
+    vocab = {"<unk>": 0, "\u2581": 1} | {f"\u2581{w}": i for i, w in enumerate(("the", "cat"), 2)}
+    vocab |= {letter: i for i, letter in enumerate("thecasmon", 4)}
+    merges = [
+        ("t", "h"),
+        ("th", "e"),
+        ("\u2581", "the"),
+        ("c", "a"),
+        ("ca", "t"),
+        ("\u2581", "cat"),
+    ]
+    vocab |= {
+        "".join(pair): len(vocab) + i for i, pair in enumerate(merges) if "".join(pair) not in vocab
+    }
+    tokenizer = Tokenizer(models.BPE(vocab, merges, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    return tokenizer
+
+
 TOKENIZER = byte_level_bpe()
 BYTE_TOKENS = byte_level_bpe(257)  # no merges: each byte is a token
 
@@ -93,6 +114,13 @@ def test_special_tokens_are_not_shown() -> None:
     ids = [*TOKENIZER.encode("one").ids, eos, *TOKENIZER.encode(" two").ids, eos]
     pieces, rest = stream(TOKENIZER, ids)
     assert "".join(pieces) + rest == "one two"
+
+
+def test_a_space_that_a_token_carries_is_kept() -> None:
+    tokenizer = word_pieces()
+    ids = tokenizer.encode("the cat the cat").ids
+    assert len(ids) == 4
+    assert stream(tokenizer, ids) == (["the", " cat", " the", " cat"], "")
 
 
 @settings(deadline=None)

@@ -5,25 +5,21 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 
-from capture_cache.store import Store
-from graphs.aot import AotLauncher
-from graphs.compile import KernelCompiler, compile_all
-from graphs.flashinfer_mla import FlashinferMla
-from graphs.model_config import ModelConfig, parse_overrides
-from graphs.presets import PRESETS
-from runtime import Runtime
-from runtime.assemble import list_kernels
-from runtime.config import RuntimeConfig
-from runtime.selection import choose
 from tests.gpu.models import LADDERS, MODELS, options_of
 
+# Kernels are imported by the fixtures: tests/cpu switches Triton's interpreter on before it imports
+# them, and pytest may load this file first.
+if TYPE_CHECKING:
+    from graphs.aot import AotLauncher
+    from runtime import Runtime
+
 HERE = Path(__file__).parent
-Load = Callable[..., Runtime]
+Load = Callable[..., "Runtime"]
 
 
 def _unusable() -> str:
@@ -58,6 +54,13 @@ def store(tmp_path_factory: pytest.TempPathFactory, arch: str) -> Path:
 
     A capture that finds one missing shows that `--compile-only` lists too little.
     """
+    from capture_cache.store import Store
+    from graphs.compile import KernelCompiler, compile_all
+    from graphs.flashinfer_mla import FlashinferMla
+    from runtime.assemble import list_kernels
+    from runtime.config import RuntimeConfig
+    from runtime.selection import choose
+
     path = tmp_path_factory.mktemp("store")
     requests = {}
     for name in MODELS:
@@ -74,6 +77,10 @@ def store(tmp_path_factory: pytest.TempPathFactory, arch: str) -> Path:
 @pytest.fixture(scope="session")
 def launcher(store: Path, arch: str) -> AotLauncher:
     """Launches single kernels as a captured step does."""
+    from capture_cache.store import Store
+    from graphs.aot import AotLauncher
+    from graphs.compile import KernelCompiler
+
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())
     compiler = KernelCompiler(Store(store), arch)
     return AotLauncher(compiler, num_sms=properties.multi_processor_count)
@@ -82,6 +89,7 @@ def launcher(store: Path, arch: str) -> AotLauncher:
 @pytest.fixture(scope="session")
 def load(store: Path) -> Load:
     """Runtimes on the device; not proved unless a test asks for it."""
+    from runtime import Runtime
 
     def load_model(name: str, **options: Any) -> Runtime:
         chosen = options_of(name) | {"store": str(store), "device": "cuda", "verify": False}
@@ -92,6 +100,10 @@ def load(store: Path) -> Load:
 
 def flashinfer_reason(name: str) -> str:
     """Why flashinfer cannot take the model here; empty if it can."""
+    from graphs.flashinfer_mla import FlashinferMla
+    from graphs.model_config import ModelConfig, parse_overrides
+    from graphs.presets import PRESETS
+
     chosen = options_of(name)
     overrides = parse_overrides(chosen.get("overrides", ()))
     model = ModelConfig.from_hf(PRESETS["tiny"], layers=chosen["layers"], overrides=overrides)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -47,6 +48,16 @@ def test_the_wide_model_is_proved_with_either_attention(
         assert runtime.engine.launcher is not None
         assert runtime.engine.launcher.num_compiled == 0
         assert all(proof.replays == 21 for proof in runtime.engine.proofs.values())
+
+
+def test_a_second_capture_compiles_nothing(load: Load, tmp_path: Path) -> None:
+    counts = []
+    for _ in range(2):
+        with load("bf16", ladder="8", store=str(tmp_path)) as runtime:
+            assert runtime.engine.launcher is not None
+            counts.append(runtime.engine.launcher.num_compiled)
+    assert counts[0] > 10
+    assert counts[1] == 0
 
 
 def test_a_moved_buffer_is_refused(load: Load) -> None:
