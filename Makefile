@@ -22,7 +22,8 @@ types: $(READY)
 	$(VENV)/bin/mypy
 
 unit: $(READY)
-	$(PY) -m pytest
+	$(PY) -m pytest tests/gpu
+	$(PY) -m pytest tests/cpu
 
 $(READY): requirements.txt setup.py
 	test -d $(VENV) || python3 -m venv $(VENV)

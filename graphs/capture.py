@@ -23,7 +23,7 @@ from capture_cache.driver import graph_nodes, memory_info
 from capture_cache.errors import CaptureError
 from graphs.keys import GraphKey, Ladder, NotCaptured
 from graphs.step import DecodeStep
-from kernels.triton.state import stamp
+from kernels.triton.settle import stamp
 
 Progress = Callable[[str, GraphKey], None]
 

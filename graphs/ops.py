@@ -12,6 +12,7 @@ from functools import partial
 from kernels.triton import (
     activation,
     grouped,
+    intake,
     linear,
     mla_absorb,
     mla_decode,
@@ -19,7 +20,7 @@ from kernels.triton import (
     norm,
     routing,
     sample,
-    state,
+    settle,
 )
 from kernels.triton.launch import Launcher
 
@@ -35,9 +36,9 @@ class Ops:
         def bind(kernel: Op, ref: Op) -> Op:
             return ref if launch is None else partial(kernel, launch)
 
-        self.intake = bind(state.intake, state.intake_ref)
-        self.advance = bind(state.advance, state.advance_ref)
-        self.settle = bind(state.settle, state.settle_ref)
+        self.intake = bind(intake.intake, intake.intake_ref)
+        self.advance = bind(intake.advance, intake.advance_ref)
+        self.settle = bind(settle.settle, settle.settle_ref)
         self.embed = bind(norm.embed, norm.embed_ref)
         self.add_rmsnorm = bind(norm.add_rmsnorm, norm.add_rmsnorm_ref)
         self.gather_add_rmsnorm = bind(norm.gather_add_rmsnorm, norm.gather_add_rmsnorm_ref)

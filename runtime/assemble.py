@@ -18,7 +18,7 @@ from graphs.devices import bind_views, torch_dtype
 from graphs.ops import Ops
 from graphs.step import DecodeStep
 from graphs.weights import weight_table
-from kernels.triton.state import stamp
+from kernels.triton.settle import stamp
 from runtime.selection import Selection
 
 

@@ -420,7 +420,7 @@ class Runtime:
         while not self._ring.ready(step):
             spins += 1
             if spins % 4096 == 0:
-                self.engine.check_alive()
+                self._check_alive()
                 if time.monotonic() > deadline:
                     raise self._fail(
                         f"step {step} did not finish within {self.engine.deadline_s} s; "
@@ -433,6 +433,13 @@ class Runtime:
         return request
 
     # ------------------------------------------------------------------ end
+
+    def _check_alive(self) -> None:
+        try:
+            self.engine.check_alive()
+        except Exception as error:
+            self._failure = f"{type(error).__name__}: {error}"
+            raise
 
     def _fail(self, message: str) -> StepFailed:
         """Remember the failure: from now on nothing but `close` is possible."""

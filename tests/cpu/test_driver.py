@@ -666,6 +666,8 @@ def test_a_device_error_is_raised_instead_of_waiting_for_the_deadline() -> None:
     runtime, _ = fake(answers=False, dead=MemoryError("an illegal address"), deadline_s=60.0)
     with pytest.raises(MemoryError, match="an illegal address"):
         runtime.step()
+    with pytest.raises(StepFailed, match="MemoryError: an illegal address"):
+        runtime.launch()
 
 
 @pytest.mark.parametrize(

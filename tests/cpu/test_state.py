@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from kernels.triton import state
+from kernels.triton import intake, settle, state
 from kernels.triton.launch import JitLauncher
 from kernels.triton.state import HEADER, RING_SLOTS, MailboxLayout, RingLayout
 from runtime.mailbox import Chunk, Mailbox, Ring
@@ -54,26 +54,26 @@ class Device:
         outs = dict(**self.lists, fault=self.fault, begin_ns=self.begin_ns)
         more = dict(**outs, layout=self.layout, on_device=False)
         if kernel:
-            state.intake(JitLauncher(), *args, **more)
+            intake.intake(JitLauncher(), *args, **more)
         else:
-            state.intake_ref(*args, **more)
+            intake.intake_ref(*args, **more)
 
     def advance(self, kernel: bool) -> None:
         args = (self.lists["tok_row"], self.lists["tok_pos"], self.page_table)
         more = dict(page_size=PAGE, kv_slot=self.kv_slot, kv_len=self.kv_len, fault=self.fault)
         if kernel:
-            state.advance(JitLauncher(), *args, **more)
+            intake.advance(JitLauncher(), *args, **more)
         else:
-            state.advance_ref(*args, **more)
+            intake.advance_ref(*args, **more)
 
     def settle(self, kernel: bool) -> None:
         args = (self.lists["sample_row"], self.out_token, self.out_logprob, self.step)
         args = (*args, *self.rows(), self.fault, self.begin_ns)
         more = dict(ring=self.ring, ring_step=self.ring_step, on_device=False)
         if kernel:
-            state.settle(JitLauncher(), *args, **more)
+            settle.settle(JitLauncher(), *args, **more)
         else:
-            state.settle_ref(*args, **more)
+            settle.settle_ref(*args, **more)
 
     def dump(self) -> dict[str, torch.Tensor]:
         tensors = {k: v for k, v in vars(self).items() if isinstance(v, torch.Tensor)}

@@ -26,6 +26,7 @@ from kernels.triton import (
     random_init,
     routing,
     sample,
+    settle,
     state,
 )
 from kernels.triton.launch import Launcher
@@ -598,7 +599,7 @@ def test_a_step_of_the_row_state_is_the_oracles(launcher: Launcher) -> None:
 def test_stamps_rise(launcher: Launcher) -> None:
     stamps = torch.zeros(8, dtype=torch.int64, device=DEVICE)
     for i in range(8):
-        state.stamp(launcher, stamps, i)
+        settle.stamp(launcher, stamps, i)
     torch.cuda.synchronize()
     times = stamps.tolist()
     assert times == sorted(times)
