@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -114,6 +115,9 @@ def selection(args: argparse.Namespace, **more: Any) -> RuntimeConfig:
         **more,
     )
     console.quiet = options.ranks.rank > 0  # rank 0 speaks for all
+    if options.device == "cpu" or not torch.cuda.is_available():
+        # The twin's operations are small: on a busy machine threads mostly wait for each other.
+        torch.set_num_threads(1)
     return options
 
 
