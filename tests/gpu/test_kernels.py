@@ -17,6 +17,7 @@ import torch
 from kernels.triton import (
     activation,
     grouped,
+    intake,
     linear,
     mla_absorb,
     mla_decode,
@@ -559,10 +560,11 @@ def whole_step(launch: Launcher | None, device: str) -> dict[str, torch.Tensor]:
 
     def call(name: str, names: tuple[str, ...], **more: Any) -> None:
         arguments = {n: t[n] for n in names} | more
+        home = settle if name == "settle" else intake
         if launch is None:
-            getattr(state, f"{name}_ref")(**arguments)
+            getattr(home, f"{name}_ref")(**arguments)
         else:
-            getattr(state, name)(launch, **arguments)
+            getattr(home, name)(launch, **arguments)
 
     rows = ("phase", "seq_len", "last_token", "limit", "stop_ids")
     listing = ("tok_row", "tok_pos", "tok_id", "sample_tok", "sample_row")
