@@ -158,8 +158,10 @@ class Prover:
             decode = 0
         pages = list(rng.permutation(np.arange(1, self._pages)))
         order = rng.permutation(self.config.max_rows)
+        decode = min(decode, len(pages))
+        chunk_pages = len(pages) // 2 if decode else len(pages)
         chunk = min(live_tokens - decode, self.config.max_seq_len - 1)
-        chunk = max(0, min(chunk, (len(pages) // 2) * self.config.page_size))
+        chunk = max(0, min(chunk, chunk_pages * self.config.page_size))
         table = np.zeros((self.config.max_rows, self.config.max_pages), np.int32)
         lengths = np.zeros(self.config.max_rows, np.int32)
         phase = np.zeros(self.config.max_rows, np.int32)
@@ -185,7 +187,7 @@ class Prover:
             live += 1
         rows = self._write(phase, lengths, table, rng)
         self._write_mailbox(int(order[-1]), chunk, rng)
-        return _State(rows, live, chunk, torch.tensor(slots, device=self.device))
+        return _State(rows, live, chunk, torch.tensor(slots, dtype=torch.int64, device=self.device))
 
     def _length(self, index: int, spare_pages: int, rng: np.random.Generator) -> int:
         """A cached length that leaves a page for each row still to come; boundaries come first."""

@@ -14,7 +14,7 @@ from contextlib import ExitStack, contextmanager, suppress
 import torch
 
 from capture_cache.arena import Arena, DeviceArena, HostArena
-from capture_cache.errors import CudaError
+from capture_cache.errors import CorruptBundle, CudaError
 from capture_cache.manifest import Manifest
 from capture_cache.store import Store
 from graphs.aot import AotLauncher
@@ -211,6 +211,11 @@ class _Builder:
         if engine.ranks.rank:
             return  # one bundle serves all ranks
         facts = engine.fingerprint()
+        try:
+            if self.store.load(facts) is not None:
+                return  # the same capture is on record; a store may well be read-only by now
+        except CorruptBundle:
+            pass  # replaced below
         record = engine.ledger.to_json() | {"stages_s": self.seconds}
         kernels = tuple(launcher.used) if launcher else ()
         manifest = Manifest(facts, engine.selection.layout, record, kernels)

@@ -162,6 +162,9 @@ def run(main: Callable[[list[str] | None], int], argv: list[str] | None = None) 
     """Run a command's `main` and exit with its code; named errors become one line, not a trace."""
     try:
         code = main(argv)
+    except KeyboardInterrupt:
+        print("interrupted; nothing half-made was stored", file=sys.stderr)
+        code = 130
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         code = 2

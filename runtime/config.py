@@ -75,6 +75,11 @@ class RuntimeConfig:
         for name in ("bs", "max_seq_len", "page_size", "num_ranks"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.max_seq_len < 2:
+            raise ValueError(
+                f"max_seq_len must be at least 2 (a prompt token and a new one), got "
+                f"{self.max_seq_len}"
+            )
         if self.deadline_s <= 0:
             raise ValueError(f"deadline_s must be more than 0 seconds, got {self.deadline_s}")
         if self.proof_replays is not None:

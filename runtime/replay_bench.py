@@ -89,6 +89,11 @@ def main(argv: list[str] | None = None) -> int:
             f"--ctx-len {args.ctx_len} with {args.steps} steps: expected 1 … {most} "
             f"(--max-seq-len {args.max_seq_len} less the steps); raise --max-seq-len"
         )
+    if args.out:
+        try:
+            Path(args.out).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"--out {args.out} cannot be a folder: {error.strerror}") from error
     with Bar() as bar:
         engine = build(selection(args, verify=args.verify), bar)
         with Runtime(engine) as runtime:

@@ -17,6 +17,7 @@ import triton.language as tl
 from kernels.triton.activation import check_quantized, quantize_groups, quantize_ref
 from kernels.triton.launch import Launcher
 from kernels.triton.mla_prep import rope_pair, rope_ref
+from kernels.triton.tiles import einsum_rows
 
 MIN_TOKENS, MAX_TOKENS = 16, 64  # of one tile; the narrow side of a tensor-core instruction
 TILES_PER_CTA = 4  # token tiles that share one read of W_UK
@@ -220,7 +221,7 @@ def absorb_q_ref(
     num_heads, dn, dc = w_uk.shape
     pad = (tok_row < 0)[:, None]
     heads = q.masked_fill(pad, 0.0).view(q.shape[0], num_heads, -1)
-    out[..., :dc] = torch.einsum("thn,hnc->thc", heads[..., :dn].float(), w_uk.float())
+    out[..., :dc] = einsum_rows("thn,hnc->thc", heads[..., :dn].float(), w_uk.float())
     angles = rope_table[tok_pos.clamp(min=0).long()][:, None]
     out[..., dc:] = rope_ref(heads[..., dn:], angles, interleave=interleave)
 
@@ -288,7 +289,7 @@ def absorb_v_ref(
 ) -> None:
     """`absorb_v` in plain torch."""
     _check_v(o_latent, w_uv, out, out_q, out_scale)
-    y = torch.einsum("thc,hvc->thv", o_latent.float(), w_uv.float()).to(o_latent.dtype)
+    y = einsum_rows("thc,hvc->thv", o_latent.float(), w_uv.float()).to(o_latent.dtype)
     flat = y.reshape(y.shape[0], -1)
     if out is not None:
         out.copy_(flat)

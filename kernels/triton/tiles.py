@@ -133,6 +133,15 @@ def matmul_rows(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
     return (torch.nn.functional.pad(x, (0, 0, 0, 16 - rows)) @ w.T)[:rows]
 
 
+def einsum_rows(equation: str, x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    """torch.einsum of x [M, …] padded like the rows of `matmul_rows`, and for the same reason."""
+    rows = x.shape[0]
+    if rows >= 16:
+        return torch.einsum(equation, x, w)
+    padded = torch.cat([x, x.new_zeros(16 - rows, *x.shape[1:])])
+    return torch.einsum(equation, padded, w)[:rows]
+
+
 def sigmoid_rows(x: torch.Tensor) -> torch.Tensor:
     """Sigmoid, for oracles that run on the CPU.
 
