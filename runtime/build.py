@@ -177,8 +177,9 @@ class _Builder:
                 selection.step.transport, sizes, views, launcher, self.store
             )
         step = make_step(selection, Ops(launcher), views, transport)
-        freeze = launcher.freeze if launcher else _no_progress
-        return GraphSet(step, selection.ladder, backend, forbid_compile=freeze)
+        if launcher is None:
+            return GraphSet(step, selection.ladder, backend)  # the twin compiles nothing
+        return GraphSet(step, selection.ladder, backend, forbid_compile=launcher.freeze)
 
     def _capture(self, engine: Engine) -> None:
         graphs, total = engine.graphs, len(engine.ladder.keys)
