@@ -11,6 +11,7 @@ import torch.distributed as dist
 from barriers.transport import (
     BufferSpec,
     Received,
+    Stateless,
     TransportConfig,
     check_combine,
     check_dispatch,
@@ -25,7 +26,7 @@ from kernels.triton.launch import Launcher
 _ALL_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
-class AllGather:
+class AllGather(Stateless):
     """Every token to every rank, every partial sum back.
 
     Slow where that is simpler. Before they are captured, its collectives must have run once.
@@ -37,6 +38,7 @@ class AllGather:
     """
 
     name = "allgather"
+    live = "its collectives belong to the communicator of this process"
 
     def __init__(
         self,

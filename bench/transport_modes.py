@@ -75,10 +75,10 @@ def make_subject(
         transport = AllGather(config, _allocate(AllGather.buffers(config)), nccl, launch)
         return Subject(transport, _finish, lambda: None, separable=True)
     if mode == "deepep":
-        transport = DeepEpLowLatency(config, _allocate(DeepEpLowLatency.buffers(config)), nccl)
+        transport = DeepEpLowLatency.open(config, _allocate(DeepEpLowLatency.buffers(config)), nccl)
     else:
         buffers = _allocate(DeepEpNormal.buffers(config))
-        transport = DeepEpNormal(config, buffers, nccl, launch)
+        transport = DeepEpNormal.open(config, buffers, nccl, launch)
     return Subject(transport, _finish, transport.close)
 
 

@@ -10,20 +10,25 @@ from __future__ import annotations
 import datetime
 from collections.abc import Mapping
 from contextlib import ExitStack
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from barriers.allgather import AllGather
 from barriers.config import GroupConfig
+from barriers.deepep import DeepEpLowLatency, DeepEpNormal
 from barriers.device_barrier import DeviceWatch
+from barriers.errors import RankError
 from barriers.group import RankGroup
 from barriers.rdep import Rdep, load_rdep, peer_layout, peer_views
 from barriers.symmetric_device import DeviceMemory
-from barriers.transport import Local, Transport, TransportConfig
+from barriers.transport import DEEPEP, Local, Transport, TransportConfig
 from capture_cache.driver import Device
 from capture_cache.store import Store
 from kernels.triton.launch import Launcher
+
+_START_S = 60.0  # for NCCL and NVSHMEM to come up
 
 
 class Ranks:
@@ -62,19 +67,60 @@ class Ranks:
         if name == "local":
             return Local(config, launch)
         if name == "allgather":
-            return self._allgather(config, views, launch)
+            group = self._process_group(launch is not None, timeout_s=self.deadline_s)
+            return AllGather(config, views, group, launch)
+        if name in DEEPEP:
+            return self._deepep(name, config, views, launch)
         return self._rdep(config, views, store)
 
-    def _allgather(
-        self, config: TransportConfig, views: Mapping[str, torch.Tensor], launch: Launcher | None
-    ) -> Transport:
+    def _process_group(self, on_device: bool, *, timeout_s: float) -> Any:
+        """torch's group over all ranks, for transports that need one; made once.
+
+        Args:
+            timeout_s: of every meeting in it.
+        """
         if not dist.is_initialized():
+            # Alone there is no torchrun, hence no address to meet at.
+            alone = dist.HashStore() if self.world == 1 else None  # type: ignore[attr-defined]
             dist.init_process_group(
-                "gloo" if launch is None else "nccl",
-                timeout=datetime.timedelta(seconds=self.deadline_s),
+                "nccl" if on_device else "gloo",
+                rank=self.rank,
+                world_size=self.world,
+                store=alone,
+                device_id=torch.device("cuda", torch.cuda.current_device()) if on_device else None,
+                timeout=datetime.timedelta(seconds=timeout_s),
             )
             self._open.callback(dist.destroy_process_group)
-        return AllGather(config, views, dist.group.WORLD, launch)
+        return dist.group.WORLD
+
+    def _deepep(
+        self,
+        name: str,
+        config: TransportConfig,
+        views: Mapping[str, torch.Tensor],
+        launch: Launcher | None,
+    ) -> Transport:
+        # Upstream uses the group to start, and only then.
+        start_s = max(self.deadline_s, _START_S)
+        group = self._process_group(launch is not None, timeout_s=start_s)
+        self.group.barrier(f"starting {name}")  # upstream's own start has no deadline
+        transport: DeepEpLowLatency | DeepEpNormal
+        if name == "deepep":
+            transport = DeepEpLowLatency.open(config, views, group)
+        else:
+            transport = DeepEpNormal.open(config, views, group, launch)
+        self._open.callback(self._close_together, transport)
+        self.group.barrier(f"{name} started")
+        return transport
+
+    def _close_together(self, transport: DeepEpLowLatency | DeepEpNormal) -> None:
+        """Upstream ends in a barrier of its own; without the others it would wait there for good,
+        so then its memory is left to the end of this process."""
+        try:
+            self.group.barrier(f"closing {transport.name}", timeout_s=self.deadline_s)
+        except RankError:
+            return
+        transport.close()
 
     def _rdep(
         self, config: TransportConfig, views: Mapping[str, torch.Tensor], store: Store
