@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import os
+import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -24,8 +27,15 @@ from barriers.deepep import (
     load_buffer_class,
     outside_bytes,
 )
-from barriers.transport import TransportConfig, received_shape
-from bench.transport_cases import make_gains, make_tokens, oracle, reference, run_experts
+from barriers.transport import Local, TransportConfig, received_shape
+from bench.transport_cases import (
+    Tokens,
+    make_gains,
+    make_tokens,
+    oracle,
+    reference,
+    run_experts,
+)
 from capture_cache.arena import HostArena
 from capture_cache.errors import CaptureError
 from graphs.buffers import transport_config
@@ -36,11 +46,12 @@ from graphs.keys import GraphKey
 from graphs.ops import Ops
 from graphs.prove import Prover
 from graphs.rope import rope_table
-from runtime.assemble import list_kernels, make_step
+from runtime.assemble import make_step
 from runtime.config import RuntimeConfig
 from runtime.selection import Selection, choose
 from tests.cpu.fake_deepep import FakeBuffer, FrozenBackend
 
+ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
 SMALL = TransportConfig(rank=0, world=1, capacity=6, hidden=2048, num_experts=8, top_k=3)
 MAX_ERROR = 3e-3
@@ -81,17 +92,16 @@ def fake(transport: Transport) -> FakeBuffer:
     return transport.upstream
 
 
-def layer(transport: Transport, tokens: object, gains: torch.Tensor) -> torch.Tensor:
+def layer(transport: Transport, t: Tokens, gains: torch.Tensor) -> torch.Tensor:
     """One layer with its experts; what nobody may read is NaN."""
-    t = tokens
-    received = transport.dispatch(t.x, None, t.ids, t.weights)  # type: ignore[attr-defined]
+    received = transport.dispatch(t.x, None, t.ids, t.weights)
     rows, choices = received.ids.shape
     config = transport.config
-    assert (rows, choices) == received_shape(transport.name, config, t.x.shape[0])  # type: ignore[attr-defined]
+    assert (rows, choices) == received_shape(transport.name, config, t.x.shape[0])
     y = torch.empty(rows * choices, config.hidden, dtype=torch.bfloat16)
     run_experts(config, received, gains, y)
-    out = torch.full_like(t.x, float("nan"))  # type: ignore[attr-defined]
-    transport.combine(out, y, received, t.ids, t.shared)  # type: ignore[attr-defined]
+    out = torch.full_like(t.x, float("nan"))
+    transport.combine(out, y, received, t.ids, t.shared)
     return out
 
 
@@ -329,12 +339,19 @@ def test_storable_transports_are_captured_strictly(arena: list[HostArena]) -> No
         def capture_live(self, *_: object) -> None:  # type: ignore[override]
             raise CaptureError("a pool for a step that needs none")
 
-    from barriers.transport import Local
-
     graphs = graphs_of(selection, Local(config, None), views, Strict())  # type: ignore[arg-type]
     graphs.warm_up()
     graphs.capture()
     assert graphs.live == ""
+
+
+LISTING = """
+import json, sys
+from runtime.assemble import list_kernels
+from tests.cpu.test_deepep import select
+requests = list_kernels(select(sys.argv[1], fp8=True, world=4, on_device=True), "sm_90", ["triton"])
+print(json.dumps({r.spec.name: dict(r.spec.constexprs).get("TOP_K") for r in requests.requests}))
+"""
 
 
 @pytest.mark.parametrize(
@@ -342,12 +359,22 @@ def test_storable_transports_are_captured_strictly(arena: list[HostArena]) -> No
 )
 def test_every_kernel_of_a_capture_is_listed(name: str, top_k: int, pairs: int) -> None:
     """On a machine without upstream: experts see one choice a row, or K."""
-    selection = select(name, fp8=True, world=4, on_device=True)
-    requests = list_kernels(selection, "sm_90", ["triton"]).requests
-    names = {r.spec.name: dict(r.spec.constexprs) for r in requests}
-    assert names["_gate_up_kernel"]["TOP_K"] == top_k
-    assert ("_combine" in names) == (name == "deepep-normal")
-    assert dict(_shapes(selection))["expert_y"] == (pairs, 2048)
+    shapes = dict(_shapes(select(name, fp8=True, world=4, on_device=True)))
+    assert shapes["expert_y"] == (pairs, 2048)
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", LISTING, name],
+        cwd=ROOT,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    listed = json.loads(done.stdout.splitlines()[-1])
+    assert listed["_gate_up_kernel"] == top_k
+    assert ("_combine" in listed) == (name == "deepep-normal")
 
 
 def _shapes(selection: Selection) -> Iterator[tuple[str, tuple[int, ...]]]:
