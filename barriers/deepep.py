@@ -298,6 +298,7 @@ class DeepEpNormal(Stateless):
         check_sizes(self.name, config)
         self.config, self._buffers, self._launch = config, buffers, launch
         self.upstream = upstream
+        self.partial = buffers["ep_partial"]  # act [R, H]: what `combine` sends back
         self._handle: Any = None
 
     @classmethod
@@ -363,9 +364,8 @@ class DeepEpNormal(Stateless):
         layer: int = 0,
     ) -> None:
         check_combine(self.config, out, y, received, shared)
-        partial = self._buffers["ep_partial"]
-        weighted_sum(self._launch, y, received.ids, received.weights, None, partial)
-        out.copy_(self.collect(partial, shared))
+        weighted_sum(self._launch, y, received.ids, received.weights, None, self.partial)
+        out.copy_(self.collect(self.partial, shared))
 
     def send(
         self,

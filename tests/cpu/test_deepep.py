@@ -7,8 +7,9 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
@@ -36,6 +37,9 @@ from bench.transport_cases import (
     reference,
     run_experts,
 )
+from bench.transport_layer import Plan, TimedLayer
+from bench.transport_modes import Calls, Subject, low_latency_calls, normal_calls
+from bench.transport_timing import Spread
 from capture_cache.arena import HostArena
 from capture_cache.errors import CaptureError
 from graphs.buffers import transport_config
@@ -429,3 +433,77 @@ def test_absence_says_how_to_get_it(
         monkeypatch.setitem(sys.modules, "deep_ep", present)
     with pytest.raises(DeepEpMissing, match=f"{got}.*github.com/deepseek-ai/DeepEP"):
         load_buffer_class()
+
+
+# -- as it is timed -------------------------------------------------------------------------------
+
+
+class CountedGraph:
+    """A chain of calls that takes as many microseconds a call as upstream has been called."""
+
+    def __init__(self, call: Callable[[], object], inner: int, upstream: FakeBuffer) -> None:
+        self._call, self._inner, self._upstream = call, inner, upstream
+        self.times: list[float] = []
+
+    def replay(self, count: int, finish: Callable[[], None]) -> None:
+        for _ in range(count):
+            before = len(self._upstream.calls)
+            for _ in range(self._inner):
+                self._call()
+            self.times.append((len(self._upstream.calls) - before) / self._inner)
+        finish()
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+class CpuAligner:
+    """Stands where the barrier between GPUs would."""
+
+    device = CPU
+
+    def __init__(self, upstream: FakeBuffer) -> None:
+        self._upstream = upstream
+
+    def new_pool(self) -> None:
+        return None
+
+    def finish(self) -> None:
+        """Everything has run already."""
+
+    def capture(self, call: Callable[[], object], inner: int, pool: object) -> CountedGraph:
+        return CountedGraph(call, inner, self._upstream)
+
+
+@pytest.mark.parametrize(
+    ("kind", "alone", "calls"),
+    [
+        (DeepEpLowLatency, low_latency_calls, {"both": 2, "dispatch": 1, "combine": 1, "step": 2}),
+        (DeepEpNormal, normal_calls, {"both": 2, "dispatch": 1, "combine": 1, "step": 2}),
+    ],
+)
+def test_a_timed_layer_is_right_and_even(
+    kind: type[Transport], alone: Callable[..., dict[str, Calls]], calls: dict[str, int]
+) -> None:
+    """Upstream's calls alone beside the step's; whatever is repeated, parity and result stay."""
+    transport = make(SMALL, kind)
+    upstream = fake(transport)
+    subject = Subject(transport, lambda: None, transport.close, upstream=partial(alone, transport))
+    plan = Plan(
+        inner=2, replays=3, rounds=1, prequantized=True, routing="random", routing_file=None
+    )
+    timed = TimedLayer(subject, plan, 4, CpuAligner(upstream))  # type: ignore[arg-type]
+    timed.replay(3)
+    case = timed.case(taken_off=0.0)
+    assert case["repeats"]
+    assert case["rel_error"] < MAX_ERROR
+    assert {part: us["median"] for part, us in case["us"].items()} == calls
+    assert upstream.stale == 0
+    assert upstream.index == 0
+
+
+def test_a_spread_is_of_one_call() -> None:
+    spread = Spread.of([3.0, 4.0, 5.0, 6.0, 30.0], taken_off=1.0)
+    assert spread.median == 4.0
+    assert spread.p10 < 3.0 < 5.0 < spread.p90
+    assert Spread.of([3.0], taken_off=1.0) == Spread(2.0, 2.0, 2.0)

@@ -322,6 +322,8 @@ def test_wire_bytes_count_a_token_once_a_rank() -> None:
         (["--num-experts", "4"], "top_k must be 1 to 4, got 8"),
         (["--plain", "--prequantized"], "choose one"),
         (["--routing", "file"], "--routing-file"),
+        (["--inner", "5"], "an even number of calls"),
+        (["--rounds", "9", "--replays", "8"], "one replay a round"),
     ],
 )
 def test_microbench_refuses(
@@ -332,14 +334,17 @@ def test_microbench_refuses(
 
 
 def test_microbench_merges_ranks() -> None:
+    def spread(median: float) -> dict[str, float]:
+        return {"median": median, "p10": median - 0.5, "p90": median + 2}
+
     case = {"rows": 8, "rel_error": 1e-3, "repeats": True, "oracle_bits": True, "bytes": (353, 353)}
     ranks = [
-        {"error": None, "cases": [{**case, "us": {"both": both, "sum": 1.0}}]}
+        {"error": None, "cases": [{**case, "us": {"both": spread(both), "sum": spread(1.0)}}]}
         for both in (4.0, 6.0)
     ]
     merged = transport_report.merge(ranks, link_gbps=353.0, sweep=())
     assert merged["ok"]
-    assert merged["cases"][0]["both_us"] == {"mean": 5.0, "max": 6.0}
+    assert merged["cases"][0]["both_us"] == {"mean": 5.0, "max": 6.0, "p10": 3.5, "p90": 8.0}
     assert merged["cases"][0]["net_us"] == {"mean": 4.0, "max": 5.0}
     ranks[1]["cases"][0]["rel_error"] = float("inf")
     assert not transport_report.merge(ranks, link_gbps=353.0, sweep=())["ok"]
