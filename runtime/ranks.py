@@ -80,18 +80,25 @@ class Ranks:
             timeout_s: of every meeting in it.
         """
         if not dist.is_initialized():
-            # Alone there is no torchrun, hence no address to meet at.
-            alone = dist.HashStore() if self.world == 1 else None  # type: ignore[attr-defined]
             dist.init_process_group(
                 "nccl" if on_device else "gloo",
                 rank=self.rank,
                 world_size=self.world,
-                store=alone,
+                store=self._meeting_store(),
                 device_id=torch.device("cuda", torch.cuda.current_device()) if on_device else None,
                 timeout=datetime.timedelta(seconds=timeout_s),
             )
             self._open.callback(dist.destroy_process_group)
         return dist.group.WORLD
+
+    def _meeting_store(self) -> Any:
+        """For one process group; torchrun's would still hold the keys of an earlier runtime's."""
+        tcp_store: Any = dist.TCPStore  # type: ignore[attr-defined]
+        mine = None
+        if self.rank == 0:
+            mine = tcp_store("127.0.0.1", 0, self.world, True, wait_for_workers=False)
+        port = self.group.allgather("process group", mine and mine.port)[0].value
+        return mine or tcp_store("127.0.0.1", port, self.world, False)
 
     def _deepep(
         self,
