@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import torch
 
 from barriers.allgather import AllGather
-from barriers.transport import TransportConfig
+from barriers.deepep import DeepEpLowLatency, DeepEpNormal
+from barriers.transport import BufferSpec, TransportConfig, received_shape
 from capture_cache.layout import ArenaLayout, Entry
 from graphs.flashinfer_mla import FlashinferMla
 from graphs.keys import GraphKey, Ladder
@@ -25,6 +26,12 @@ from kernels.triton.mla_decode import num_splits
 from kernels.triton.sample import num_chunks
 from kernels.triton.state import RING_SLOTS, MailboxLayout, RingLayout
 
+# Transports whose buffers lie in the arena; those of rdep are peer memory.
+IN_ARENA: dict[str, Callable[[TransportConfig], Iterator[BufferSpec]]] = {
+    "allgather": AllGather.buffers,
+    "deepep": DeepEpLowLatency.buffers,
+    "deepep-normal": DeepEpNormal.buffers,
+}
 MAX_STOPS = 16
 STAMPS = 4096
 
@@ -166,8 +173,8 @@ def _ring(step: StepConfig, ladder: Ladder) -> Iterator[Entry]:
 
 def _exchange(cfg: ModelConfig, step: StepConfig, capacity: int) -> Iterator[Entry]:
     """Buffers of the expert-parallel transport that lie in this rank's arena."""
-    if cfg.first_k_dense_replace < cfg.num_layers and step.transport == "allgather":
-        for buffer in AllGather.buffers(transport_config(cfg, step, capacity)):
+    if cfg.first_k_dense_replace < cfg.num_layers and step.transport in IN_ARENA:
+        for buffer in IN_ARENA[step.transport](transport_config(cfg, step, capacity)):
             yield Entry(*buffer)
 
 
@@ -213,8 +220,7 @@ def _scratch(
     # A head that is whole groups of 128 is quantised where it is made.
     yield from activation("o", tokens, o_dim, plain=cfg.v_head_dim % 128 != 0)
     yield entry("delta", (tokens, hidden), act)
-    received = tokens if step.ep_size == 1 else step.ep_size * capacity
-    yield from _mlp_scratch(cfg, step, tokens, received, activation, entry)
+    yield from _mlp_scratch(cfg, step, tokens, capacity, activation, entry)
     yield entry("final", (rows, hidden), act)
     yield entry("logits", (rows, cfg.vocab_size), "float32")
     for name, dtype in (("part_max", "float32"), ("part_arg", "int32"), ("part_sum", "float32")):
@@ -226,7 +232,7 @@ def _mlp_scratch(
     cfg: ModelConfig,
     step: StepConfig,
     tokens: int,
-    received: int,
+    capacity: int,
     activation: Callable[..., Iterator[Entry]],
     entry: Callable[[str, tuple[int, ...], str], Entry],
 ) -> Iterator[Entry]:
@@ -238,7 +244,8 @@ def _mlp_scratch(
         yield from mlp("dense", cfg.intermediate_size)
     if cfg.first_k_dense_replace >= cfg.num_layers:
         return
-    pairs = received * cfg.experts_per_token
+    sizes = transport_config(cfg, step, capacity)
+    pairs = math.prod(received_shape(step.transport, sizes, tokens))
     yield entry("router_logits", (tokens, cfg.num_experts), "float32")
     yield entry("topk_ids", (tokens, cfg.experts_per_token), "int32")
     yield entry("topk_weights", (tokens, cfg.experts_per_token), "float32")

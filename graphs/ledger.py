@@ -74,6 +74,7 @@ class Ledger:
         section_bytes: of the arena.
         kv_capacity_tokens: KV tokens that the cache holds.
         kernels: empty on the CPU twin.
+        live: why these graphs serve the process that captured them alone, or "".
     """
 
     section_bytes: dict[str, int]
@@ -82,6 +83,7 @@ class Ledger:
     attention: str
     keys: tuple[KeyCost, ...]
     kernels: tuple[KernelUse, ...]
+    live: str = ""
 
     @property
     def general_kernels(self) -> list[str]:
@@ -99,6 +101,8 @@ def make_ledger(
     graphs: Mapping[GraphKey, Captured],
     proofs: Mapping[GraphKey, Proof],
     kernels: Mapping[KernelSpec, CompiledKernel],
+    *,
+    live: str = "",
 ) -> Ledger:
     """Sum up a capture."""
     need = {key: scratch_bytes(cfg, step, key) for key in ladder.keys}
@@ -130,4 +134,5 @@ def make_ledger(
         attention=step.attention,
         keys=tuple(costs),
         kernels=tuple(KernelUse.of(*used) for used in kernels.items()),
+        live=live,
     )

@@ -85,6 +85,21 @@ class DecodeStep:
         """For measurements: what is captured from now on goes through `transport`."""
         self._transport = transport
 
+    @property
+    def live(self) -> str:
+        """Why a capture of this step serves this process alone; "" if it can be stored."""
+        return "" if self._transport is None else self._transport.live
+
+    @property
+    def allocates(self) -> bool:
+        """A capture of this step needs a pool of memory of its own."""
+        return self._transport is not None and self._transport.allocates
+
+    def require_settled(self, doing: str) -> None:
+        """Raises a named error where the transport's host state forbids `doing`."""
+        if self._transport is not None:
+            self._transport.require_settled(doing)
+
     def run(self, key: GraphKey, stamp: Stamp = _no_stamp) -> None:
         """Launch one step for `key` on the current stream.
 
@@ -228,11 +243,12 @@ class DecodeStep:
             out_weights=b["topk_weights"],
         )
         first = cfg.first_k_dense_replace
-        x_in = x.plain if x.q is None else x.q
+        plain = x.q is None or self.transport.takes_act
+        x_in = x.plain if plain else x.q
         assert x_in is not None
         received = self.transport.dispatch(
             x_in,
-            x.scale,
+            None if plain else x.scale,
             b["topk_ids"],
             b["topk_weights"],
             layer=layer,
@@ -259,7 +275,7 @@ class DecodeStep:
             w.get(name + "experts_gate_up_scale"),
             b["offsets"],
             b["pairs"],
-            top_k=self.cfg.experts_per_token,
+            top_k=received.ids.shape[1],
             out=hidden,
             out_scale=h.scale,
         )

@@ -208,6 +208,7 @@ class _Builder:
             engine.graphs.graphs,
             engine.proofs,
             launcher.kernels if launcher else {},
+            live=engine.graphs.live,
         )
         if engine.ranks.rank:
             return  # one bundle serves all ranks

@@ -103,6 +103,8 @@ def _show(engine: Engine, report: dict[str, Any]) -> None:
     stages = ", ".join(f"{name} {s:.1f}" for name, s in engine.stages.items() if s >= 0.05)
     console.print(f"seconds    {report['seconds']:.1f} ({stages})")
     console.print(f"stored     {report['fingerprint'][:16]} in {engine.options.store_path}")
+    if engine.ledger.live and engine.selection.on_device:
+        console.print(f"captured live: {engine.ledger.live}; these graphs serve this process alone")
     if not engine.selection.on_device:
         console.print(TWIN_NOTE)
 

@@ -12,6 +12,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from barriers.deepep import DeepEpMissing, ParityError
 from barriers.errors import RankError
 from barriers.transport import NAMES as TRANSPORTS
 from capture_cache.errors import (
@@ -34,9 +35,11 @@ NAMED_FAILURES = (
     CompileError,
     CorruptBundle,
     CudaError,
+    DeepEpMissing,
     FingerprintMismatch,
     NotCaptured,
     OutOfPages,
+    ParityError,
     RankError,
     StepFailed,
     StoreError,

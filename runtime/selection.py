@@ -7,9 +7,17 @@ from dataclasses import dataclass
 
 import torch
 
+from barriers.deepep import check_sizes, load_buffer_class, outside_bytes
+from barriers.transport import DEEPEP
 from barriers.transport import resolve as resolve_transport
 from capture_cache.layout import ArenaLayout
-from graphs.buffers import StepConfig, arena_layout, default_cut, kv_bytes_per_token
+from graphs.buffers import (
+    StepConfig,
+    arena_layout,
+    default_cut,
+    kv_bytes_per_token,
+    transport_config,
+)
 from graphs.checkpoint import ModelSource, resolve_model
 from graphs.flashinfer_mla import FlashinferMla
 from graphs.keys import Ladder
@@ -41,6 +49,7 @@ def choose(options: RuntimeConfig, *, compile_only: bool = False) -> Selection:
 
     Raises:
         ValueError: options that contradict each other or the model.
+        DeepEpMissing: the transport needs a package that is not here.
     """
     model, source = resolve_model(
         options.model, layers=options.layers, overrides=parse_overrides(options.overrides)
@@ -79,6 +88,10 @@ def choose(options: RuntimeConfig, *, compile_only: bool = False) -> Selection:
             options.transport, world=options.num_ranks, on_device=on_device
         ),
     )
+    if step.transport in DEEPEP:
+        check_sizes(step.transport, transport_config(model, step, ladder.max_tokens))
+        if not compile_only:
+            load_buffer_class()  # its absence is told before ranks meet and weights are loaded
     pages = options.num_pages
     if pages is None:
         pages = _default_pages(model, step, ladder, on_device and not compile_only)
@@ -123,6 +136,8 @@ def _default_pages(model: ModelConfig, step: StepConfig, ladder: Ladder, on_devi
     free, _ = torch.cuda.mem_get_info()
     page_bytes = kv_bytes_per_token(model) * step.page_size
     room = free - arena_layout(model, step, ladder).device_bytes - RESERVED_BYTES
+    if step.transport in DEEPEP:
+        room -= outside_bytes(step.transport, transport_config(model, step, ladder.max_tokens))
     pages = min(wanted, room // page_bytes)
     if pages < step.max_pages + 1:
         raise ValueError(
