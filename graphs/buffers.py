@@ -42,6 +42,7 @@ class StepConfig:
         ep_size, ep_rank: expert parallelism.
         attention: "flashinfer" or "triton".
         transport: how tokens reach the experts of other ranks; a name of `barriers.transport`.
+        pdl: how kernels overlap; a key of `kernels.triton.overlap.MODES`.
     """
 
     max_rows: int
@@ -53,6 +54,7 @@ class StepConfig:
     ep_rank: int = 0
     attention: str = "triton"
     transport: str = "local"
+    pdl: str = "off"
 
     def __post_init__(self) -> None:
         for name in ("max_rows", "max_seq_len", "page_size", "cut", "ep_size"):

@@ -18,6 +18,7 @@ from graphs.devices import bind_views, torch_dtype
 from graphs.ops import Ops
 from graphs.step import DecodeStep
 from graphs.weights import weight_table
+from kernels.triton.overlap import MODES
 from kernels.triton.settle import stamp
 from runtime.selection import Selection
 
@@ -46,7 +47,7 @@ def list_kernels(selection: Selection, arch: str, attentions: Iterable[str]) -> 
     Args:
         attentions: list for each of these.
     """
-    launcher = RecordingLauncher(arch)
+    launcher = RecordingLauncher(arch, pdl=MODES[selection.step.pdl])
     meta = torch.device("meta")
     for attention in attentions:
         chosen = dataclasses.replace(

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from kernels.triton.launch import Launcher
+from kernels.triton.overlap import await_inputs, overlap
 from kernels.triton.tiles import sigmoid_rows
 
 ALIGN_BLOCK = 2048
@@ -80,7 +81,9 @@ def _route(
     K2: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     NORMALIZE: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    await_inputs(PDL)
     t = tl.program_id(0).to(tl.int64)
     k = tl.arange(0, K2)
     ids_at = out_ids + t * K + k
@@ -122,8 +125,10 @@ def _align(
     expert_start,
     BLOCK: tl.constexpr,
     NUM_BLOCKS: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """CTA e reads all ids twice, so that it needs nothing from its neighbours."""
+    await_inputs(PDL)
     e = tl.program_id(0)
     lane = tl.arange(0, BLOCK)
     lower = tl.zeros([BLOCK], tl.int32)
@@ -161,7 +166,9 @@ def _combine(
     K: tl.constexpr,
     BLOCK: tl.constexpr,
     HAS_SHARED: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    await_inputs(PDL)
     t = tl.program_id(0).to(tl.int64)
     col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float32)
@@ -233,6 +240,7 @@ def route(
         HAS_BIAS=bias is not None,
         NORMALIZE=normalize,
         num_warps=1,  # every reduction stays inside the warp
+        **overlap(launch),
     )
 
 
@@ -301,6 +309,7 @@ def align(
         BLOCK=block,
         NUM_BLOCKS=triton.cdiv(num_pairs, block),
         num_warps=max(1, min(8, block // 256)),
+        **overlap(launch),
     )
 
 
@@ -356,6 +365,7 @@ def combine(
         BLOCK=COMBINE_BLOCK,
         HAS_SHARED=shared is not None,
         num_warps=4,
+        **overlap(launch),
     )
 
 
