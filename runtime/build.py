@@ -27,6 +27,7 @@ from graphs.ledger import make_ledger
 from graphs.ops import Ops
 from graphs.prove import Prover
 from graphs.rope import rope_table
+from graphs.weights import add_part_views
 from kernels.triton.overlap import MODES
 from runtime.assemble import list_kernels, make_step
 from runtime.config import RuntimeConfig
@@ -82,6 +83,7 @@ class _Builder:
             arena = self._map(selection)
             device = torch.device("cuda" if selection.on_device else "cpu")
             views = bind_views(arena, selection.layout, device)
+            add_part_views(views)
         launcher = _launcher(self.store, selection) if selection.on_device else None
         with self._timed("compile"):
             self._compile(selection, launcher, ranks)

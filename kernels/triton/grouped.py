@@ -227,14 +227,17 @@ def _gate_up_kernel(
 ):
     # The host does not know how many pairs an expert has, so one kernel holds every tile height.
     n_tile = tl.program_id(0)
+    slot = tl.program_id(1)
+    if not COMPACT:
+        slot = E - 1 - slot  # a shared expert is the last and has the most to do: it goes first
     if PREFETCH > 0 and tl.program_id(1) * tl.num_programs(0) + n_tile < _FIRST_WAVE:
-        slot_end = (tl.program_id(1) + 1) * (2 * INTER)
+        slot_end = (slot + 1) * (2 * INTER)
         row = slot_end - INTER + n_tile * BLOCK_N
         prefetch_rows(w_rows, row, 0, slot_end, K, K, BLOCK_N, PREFETCH * BLOCK_K)
         row -= INTER
         prefetch_rows(w_rows, row, 0, slot_end - INTER, K, K, BLOCK_N, PREFETCH * BLOCK_K)
     await_inputs_streaming(PDL)
-    expert, first, end = _expert_of(offsets, tl.program_id(1), E, E_POW2, COMPACT)
+    expert, first, end = _expert_of(offsets, slot, E, E_POW2, COMPACT)
     if not ADAPT or end - first <= 16:
         _gate_up_tiles(
             x, x_scale, w, w_scale, pairs, out, out_scale, expert, n_tile, first, end,
@@ -339,12 +342,15 @@ def _down_kernel(
 ):
     # The host does not know how many pairs an expert has, so one kernel holds every tile height.
     n_tile = tl.program_id(0)
+    slot = tl.program_id(1)
+    if not COMPACT:
+        slot = E - 1 - slot  # a shared expert is the last and has the most to do: it goes first
     if PREFETCH > 0 and tl.program_id(1) * tl.num_programs(0) + n_tile < _FIRST_WAVE:
-        slot_end = (tl.program_id(1) + 1) * N
+        slot_end = (slot + 1) * N
         row = slot_end - N + n_tile * BLOCK_N
         prefetch_rows(w_rows, row, 0, slot_end, K, K, BLOCK_N, PREFETCH * BLOCK_K)
     await_inputs_streaming(PDL)
-    expert, first, end = _expert_of(offsets, tl.program_id(1), E, E_POW2, COMPACT)
+    expert, first, end = _expert_of(offsets, slot, E, E_POW2, COMPACT)
     if not ADAPT or end - first <= 16:
         _down_tiles(
             h, h_scale, w, w_scale, pairs, out, expert, n_tile, first, end,
