@@ -277,6 +277,7 @@ class DecodeStep:
             w.get(name + "down_scale"),
             b["offsets"],
             b["pairs"],
+            top_k=received.ids.shape[1],
             out=b["expert_y"],
         )
 
