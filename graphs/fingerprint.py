@@ -50,6 +50,7 @@ def fingerprint(
         "attention cut": step.cut,
         "ep size": step.ep_size,
         "transport": step.transport,
+        "pdl": step.pdl,
         "arena": layout.digest,
     }
     return Fingerprint.of(facts)

@@ -14,10 +14,11 @@ import torch
 
 from barriers.transport import Received, Transport
 from graphs.attention import Attention
-from graphs.buffers import StaticBuffers, StepConfig
+from graphs.buffers import StaticBuffers, StepConfig, query_fuses
 from graphs.keys import GraphKey
 from graphs.model_config import ModelConfig
 from graphs.ops import Ops
+from graphs.weights import shared_joins
 
 Buffers = Mapping[str, torch.Tensor]
 Stamp = Callable[[str], None]
@@ -54,7 +55,7 @@ class DecodeStep:
     """The whole step of one rank over its static buffers.
 
     Args:
-        weights: packed tensors by the names of `graphs.weights.weight_table`, plus `rope_table`.
+        weights: packed tensors by the names of `graphs.weights.stored_table`, plus `rope_table`.
         transport: None for a model without experts.
     """
 
@@ -74,6 +75,7 @@ class DecodeStep:
         self.ops, self.buffers, self.weights = ops, buffers, weights
         self.attention, self._transport = attention, transport
         self.on_device = on_device
+        self.shared_joins = shared_joins(cfg, config.transport)
 
     @property
     def transport(self) -> Transport:
@@ -190,20 +192,7 @@ class DecodeStep:
             kv_cache=b[f"kv.{layer}"],
             **(q_norm.quantised_only if compressed else {}),
         )
-        if compressed:
-            self._linear(b, name + "q_b", q_norm, b["q"])
-            q = b["q"]
-        else:
-            q = b["qkv"][:, : cfg.q_part_width]
-        self.ops.absorb_q(
-            q,
-            w[name + "w_uk"],
-            b["tok_pos"],
-            b["tok_row"],
-            w["rope_table"],
-            interleave=cfg.rope_interleave,
-            out=b["q_latent"],
-        )
+        self._query(b, name, q_norm)
         self.attention.run(b, b[f"kv.{layer}"])
         o = Activation.of(b, "o")
         if o.plain is None:
@@ -213,6 +202,22 @@ class DecodeStep:
             if o.q is not None:
                 self.ops.quantize(o.plain, out_q=o.q, out_scale=o.scale)
         self._linear(b, name + "o", o, b["delta"])
+
+    def _query(self, b: Buffers, name: str, q_norm: Activation) -> None:
+        """From the normed, compressed query to that of every head in the latent space."""
+        cfg, w = self.cfg, self.weights
+        places = (b["tok_pos"], b["tok_row"], w["rope_table"])
+        rest = {"interleave": cfg.rope_interleave, "out": b["q_latent"]}
+        if query_fuses(cfg):
+            weight, scale = w[name + "q_b"], w[name + "q_b_scale"]
+            x = (q_norm.q, q_norm.scale)
+            self.ops.latent_query(*x, weight, scale, w[name + "w_uk"], *places, **rest)
+            return
+        q = b["qkv"][:, : cfg.q_part_width]
+        if cfg.q_lora_rank is not None:
+            q = b["q"]
+            self._linear(b, name + "q_b", q_norm, q)
+        self.ops.absorb_q(q, w[name + "w_uk"], *places, **rest)
 
     def _mlp(self, b: Buffers, name: str, buffer: str, x: Activation, out: torch.Tensor) -> None:
         h = Activation.of(b, f"{buffer}_h")
@@ -239,6 +244,7 @@ class DecodeStep:
             top_k=cfg.experts_per_token,
             normalize=cfg.norm_topk_prob,
             scaling=cfg.routed_scaling_factor,
+            shared_id=cfg.num_experts if self.shared_joins else None,
             out_ids=b["topk_ids"],
             out_weights=b["topk_weights"],
         )
@@ -256,7 +262,7 @@ class DecodeStep:
         )
         self._experts(b, name, received)
         shared = None
-        if cfg.num_shared_experts:
+        if cfg.num_shared_experts and not self.shared_joins:
             shared = b["shared_out"]
             self._mlp(b, name + "shared_", "shared", x, shared)
         self.transport.combine(
@@ -266,13 +272,14 @@ class DecodeStep:
     def _experts(self, b: Buffers, name: str, received: Received) -> None:
         """This rank's experts over the received rows; `expert_y` gets a line per (row, choice)."""
         w, h = self.weights, Activation.of(b, "expert_h")
+        name += "all_" if self.shared_joins else "experts_"
         self.ops.align(received.ids, expert_start=0, offsets=b["offsets"], pairs=b["pairs"])
         hidden = h.plain if h.q is None else h.q
         self.ops.grouped_gate_up(
             received.x,
             received.scale,
-            w[name + "experts_gate_up"],
-            w.get(name + "experts_gate_up_scale"),
+            w[name + "gate_up"],
+            w.get(name + "gate_up_scale"),
             b["offsets"],
             b["pairs"],
             top_k=received.ids.shape[1],
@@ -282,10 +289,11 @@ class DecodeStep:
         self.ops.grouped_down(
             hidden,
             h.scale,
-            w[name + "experts_down"],
-            w.get(name + "experts_down_scale"),
+            w[name + "down"],
+            w.get(name + "down_scale"),
             b["offsets"],
             b["pairs"],
+            top_k=received.ids.shape[1],
             out=b["expert_y"],
         )
 
