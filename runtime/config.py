@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from barriers.config import GroupConfig
+from runtime.scheduler import SchedulerConfig
 
 DEVICES = ("auto", "cuda", "cpu")
 ATTENTION = ("auto", "flashinfer", "triton")
@@ -49,6 +50,8 @@ class RuntimeConfig:
         verify: prove every key after capture.
         proof_replays: replays per key of that proof; None: 100 on a device, 2 on the CPU twin.
         deadline_s: longest wait for a step, seconds.
+        reservation, prefix_cache, prefill_budget, ageing_steps: see
+            `runtime.scheduler.SchedulerConfig`.
     """
 
     model: str
@@ -69,6 +72,10 @@ class RuntimeConfig:
     verify: bool = True
     proof_replays: int | None = None
     deadline_s: float = 10.0
+    reservation: str = "full"
+    prefix_cache: bool = True
+    prefill_budget: int | None = None
+    ageing_steps: int = 256
 
     def __post_init__(self) -> None:
         for name, choices in (
@@ -88,6 +95,7 @@ class RuntimeConfig:
                 f"max_seq_len must be at least 2 (a prompt token and a new one), got "
                 f"{self.max_seq_len}"
             )
+        self.scheduling  # noqa: B018 - its own checks
         if self.deadline_s <= 0:
             raise ValueError(f"deadline_s must be more than 0 seconds, got {self.deadline_s}")
         if self.proof_replays is not None:
@@ -133,6 +141,13 @@ class RuntimeConfig:
         elif overrides is not None:
             named["overrides"] = tuple(overrides)
         return cls(**named)
+
+    @property
+    def scheduling(self) -> SchedulerConfig:
+        """How requests share rows, pages and steps."""
+        return SchedulerConfig(
+            self.reservation, self.prefix_cache, self.prefill_budget, self.ageing_steps
+        )
 
     @property
     def ranks(self) -> GroupConfig:
