@@ -261,7 +261,8 @@ def _small_buffers(device: torch.device, t: int) -> dict[str, torch.Tensor]:
 
 
 def _small(launcher: Launcher, b: dict[str, torch.Tensor]) -> None:
-    norm.add_rmsnorm(launcher, **b, eps=1e-6)
+    quantised = {"out_q": b["out_q"], "out_scale": b["out_scale"]}
+    norm.add_rmsnorm(launcher, b["x"], b["delta"], b["weight"], eps=1e-6, **quantised)
 
 
 def _sweep(case: Case, launcher: AotLauncher) -> dict[str, Any]:

@@ -51,6 +51,20 @@ class Activation:
         return {"out": None, "out_q": self.q, "out_scale": self.scale}
 
 
+@dataclass(frozen=True)
+class Delta:
+    """What is to be added to the residual, still as the kernels left it.
+
+    Attributes:
+        rows: act [T, H]; the K splits of a product, fp32 [S, T, H]; or with `choices` the results
+            of every token's experts, act [T*K, H].
+        choices: (ids, weights) of those experts.
+    """
+
+    rows: torch.Tensor
+    choices: tuple[torch.Tensor, torch.Tensor] | None = None
+
+
 class DecodeStep:
     """The whole step of one rank over its static buffers.
 
@@ -102,12 +116,8 @@ class DecodeStep:
         for layer in range(self.cfg.num_layers):
             self._attention(b, layer, delta)
             stamp(f"layer {layer} attention")
-            if self.cfg.is_moe(layer):
-                self._moe(b, layer)
-            else:
-                self._dense(b, layer)
+            delta = self._moe(b, layer) if self.cfg.is_moe(layer) else self._dense(b, layer)
             stamp(f"layer {layer} mlp")
-            delta = b["delta"]
         self._sample(b)
         stamp("head")
         self._settle(b)
@@ -146,18 +156,23 @@ class DecodeStep:
         else:
             self.ops.linear_fp8(x.q, x.scale, weight, scale, out=out, workspace=b["workspace"])
 
-    def _norm(
-        self, b: Buffers, name: str, delta: torch.Tensor | None, *, plain: bool
-    ) -> Activation:
+    def _norm(self, b: Buffers, name: str, delta: Delta | None, *, plain: bool) -> Activation:
         """x += delta, then RMSNorm, as the consumers want it."""
         norm = Activation.of(b, "norm")
         outs = norm.quantised_only
         if plain:
             outs["out"] = norm.plain
-        self.ops.add_rmsnorm(b["x"], delta, self.weights[name], eps=self.cfg.rms_eps, **outs)
+        self.ops.add_rmsnorm(
+            b["x"],
+            None if delta is None else delta.rows,
+            self.weights[name],
+            eps=self.cfg.rms_eps,
+            choices=None if delta is None else delta.choices,
+            **outs,
+        )
         return norm
 
-    def _attention(self, b: Buffers, layer: int, delta: torch.Tensor | None) -> None:
+    def _attention(self, b: Buffers, layer: int, delta: Delta | None) -> None:
         cfg, w, name = self.cfg, self.weights, f"layers.{layer}."
         x = self._norm(b, name + "attn_norm", delta, plain=False)
         self._linear(b, name + "qkv_a", x, b["qkv"])
@@ -186,7 +201,7 @@ class DecodeStep:
             self.ops.absorb_v(b["o_latent"], w[name + "w_uv"], out=o.plain)
             if o.q is not None:
                 self.ops.quantize(o.plain, out_q=o.q, out_scale=o.scale)
-        self._linear(b, name + "o", o, b["delta"])
+        self._linear(b, name + "o", o, b["o_out"])
 
     def _query(self, b: Buffers, name: str, q_norm: Activation) -> None:
         """From the normed, compressed query to that of every head in the latent space."""
@@ -210,13 +225,19 @@ class DecodeStep:
         self.ops.silu_mul(b[f"{buffer}_gate_up"], **h.quantised_only)
         self._linear(b, f"{name}down", h, out)
 
-    def _dense(self, b: Buffers, layer: int) -> None:
-        x = self._norm(b, f"layers.{layer}.mlp_norm", b["delta"], plain=False)
-        self._mlp(b, f"layers.{layer}.", "dense", x, b["delta"])
+    def _is_last(self, layer: int) -> bool:
+        """The final norm takes its residual whole, for it takes some rows only."""
+        return layer == self.cfg.num_layers - 1
 
-    def _moe(self, b: Buffers, layer: int) -> None:
+    def _dense(self, b: Buffers, layer: int) -> Delta:
+        x = self._norm(b, f"layers.{layer}.mlp_norm", Delta(b["o_out"]), plain=False)
+        out = b["delta" if self._is_last(layer) else "dense_out"]
+        self._mlp(b, f"layers.{layer}.", "dense", x, out)
+        return Delta(out)
+
+    def _moe(self, b: Buffers, layer: int) -> Delta:
         cfg, w, name = self.cfg, self.weights, f"layers.{layer}."
-        x = self._norm(b, name + "mlp_norm", b["delta"], plain=True)
+        x = self._norm(b, name + "mlp_norm", Delta(b["o_out"]), plain=True)
         self.ops.linear(
             x.plain, w[name + "router"], out=b["router_logits"], workspace=b["workspace"]
         )
@@ -245,6 +266,10 @@ class DecodeStep:
             opens_step=layer == first,
         )
         self._experts(b, name, received)
+        joined = self.shared_joins or not cfg.num_shared_experts
+        if self.config.transport == "local" and joined and not self._is_last(layer):
+            # The next norm reads every expert's result anyway: it does the sum as well.
+            return Delta(b["expert_y"], (received.ids, received.weights))
         shared = None
         if cfg.num_shared_experts and not self.shared_joins:
             shared = b["shared_out"]
@@ -252,6 +277,7 @@ class DecodeStep:
         self.transport.combine(
             b["delta"], b["expert_y"], received, b["topk_ids"], shared, layer=layer
         )
+        return Delta(b["delta"])
 
     def _experts(self, b: Buffers, name: str, received: Received) -> None:
         """This rank's experts over the received rows; `expert_y` gets a line per (row, choice)."""

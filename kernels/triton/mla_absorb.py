@@ -93,8 +93,11 @@ def _absorb_q(
                 rope_table + pos * (2 * HALF),
                 pair,
                 real & (pair < HALF),
+                0,
                 HALF,
                 INTERLEAVE,
+                0,
+                q.dtype.element_ty,
             )
             at = out_head + t.to(tl.int64) * out_pitch + DC + pair
             tl.store(at, first, mask=(t < T) & (pair < HALF))

@@ -14,24 +14,28 @@ from kernels.triton.activation import GROUP, check_quantized, quantize_groups, q
 from kernels.triton.launch import Launcher
 from kernels.triton.norm import _norm_weight, _rmsnorm, _rmsnorm_ref
 from kernels.triton.overlap import await_inputs, overlap
+from kernels.triton.tiles import load_parts, num_parts, sum_parts
 
 
 @triton.jit
 def rope_pair(
-    x,  # act: pointers to the start of each rotary part
+    x,  # act, or f32 in parts: pointers to the start of each rotary part
     table,  # fp32: pointers to each token's row of the rope table
     pair,  # i32: indices of pairs, broadcastable with both
     mask,
+    part_stride,
     HALF: tl.constexpr,
     INTERLEAVE: tl.constexpr,
+    PARTS: tl.constexpr,
+    act: tl.constexpr,
 ):
     """fp32 elements of each rotated pair; they go to columns `pair` and `pair + HALF`."""
     if INTERLEAVE:
-        a = tl.load(x + 2 * pair, mask=mask, other=0.0).to(tl.float32)
-        b = tl.load(x + 2 * pair + 1, mask=mask, other=0.0).to(tl.float32)
+        a = load_parts(x + 2 * pair, mask, part_stride, PARTS, act).to(tl.float32)
+        b = load_parts(x + 2 * pair + 1, mask, part_stride, PARTS, act).to(tl.float32)
     else:
-        a = tl.load(x + pair, mask=mask, other=0.0).to(tl.float32)
-        b = tl.load(x + HALF + pair, mask=mask, other=0.0).to(tl.float32)
+        a = load_parts(x + pair, mask, part_stride, PARTS, act).to(tl.float32)
+        b = load_parts(x + HALF + pair, mask, part_stride, PARTS, act).to(tl.float32)
     cos = tl.load(table + pair, mask=mask, other=0.0)
     sin = tl.load(table + HALF + pair, mask=mask, other=0.0)
     return a * cos - b * sin, b * cos + a * sin
@@ -39,7 +43,7 @@ def rope_pair(
 
 @triton.jit
 def _mla_prep(
-    qkv,  # act [T, W], row pitch qkv_pitch
+    qkv,  # act [T, W], row pitch qkv_pitch; or f32 [PARTS, T, W]
     tok_row,  # int32 [T]
     tok_pos,  # int32 [T]
     kv_slot,  # int64 [T]
@@ -51,6 +55,7 @@ def _mla_prep(
     out_q,  # e4m3 [T, QW], row pitch q_pitch, or unused
     out_scale,  # fp32 [T, ceil(QW/128)], row pitch scale_pitch, or unused
     qkv_pitch,
+    part_stride,
     kv_start,
     kv_pitch,
     out_pitch,
@@ -64,6 +69,7 @@ def _mla_prep(
     KV_GROUPS: tl.constexpr,
     PAIRS: tl.constexpr,
     INTERLEAVE: tl.constexpr,
+    PARTS: tl.constexpr,
     HAS_OUT: tl.constexpr,
     HAS_Q: tl.constexpr,
     PDL: tl.constexpr,
@@ -76,12 +82,16 @@ def _mla_prep(
         await_inputs(PDL)
         if tl.load(tok_row + t) >= 0:
             slot = kv_cache + tl.load(kv_slot + t) * kv_pitch
-            latent = tl.load(row + kv_start + kv_col, mask=kv_col < DC, other=0.0)
+            at = row + kv_start + kv_col
+            latent = load_parts(at, kv_col < DC, part_stride, PARTS, kv_cache.dtype.element_ty)
             tl.store(slot + kv_col, _rmsnorm(latent, kv_w, eps, DC), mask=kv_col < DC)
             pair = tl.arange(0, PAIRS)
             angles = rope_table + tl.load(tok_pos + t).to(tl.int64) * (2 * HALF)
             key = row + kv_start + DC
-            first, second = rope_pair(key, angles, pair, pair < HALF, HALF, INTERLEAVE)
+            first, second = rope_pair(
+                key, angles, pair, pair < HALF, part_stride, HALF, INTERLEAVE, PARTS,
+                kv_cache.dtype.element_ty,
+            )  # fmt: skip
             tl.store(slot + DC + pair, first, mask=pair < HALF)
             tl.store(slot + DC + HALF + pair, second, mask=pair < HALF)
     else:
@@ -91,7 +101,8 @@ def _mla_prep(
         w = _norm_weight(q_norm_weight, col, QW)
         await_inputs(PDL)
         real = tl.load(tok_row + t) >= 0
-        value = tl.load(row + col, mask=(col < QW) & real, other=0.0)
+        act: tl.constexpr = kv_cache.dtype.element_ty
+        value = load_parts(row + col, (col < QW) & real, part_stride, PARTS, act)
         y = _rmsnorm(value, w, eps, QW)
         if HAS_OUT:
             tl.store(out + t * out_pitch + col, y, mask=col < QW)
@@ -123,7 +134,8 @@ def mla_prep(
 
     Args:
         qkv: act [T, W]: compressed query at 0 (ignored without q_norm_weight), compressed KV [dc]
-            at kv_start, rotary key [dr] after it; the row pitch may exceed W.
+            at kv_start, rotary key [dr] after it; the row pitch may exceed W. Or fp32 [S, T, W]:
+            parts to be added up in order and rounded.
         tok_row: int32 [T]; -1 is padding, which writes no KV and gives a query of zeros.
         tok_pos: int32 [T], row of the rope table.
         kv_slot: int64 [T].
@@ -149,7 +161,7 @@ def mla_prep(
     width = 0 if q_norm_weight is None else q_norm_weight.shape[0]
     launch(
         _mla_prep,
-        (qkv.shape[0], 1 if q_norm_weight is None else 2),
+        (tok_row.shape[0], 1 if q_norm_weight is None else 2),
         qkv,
         tok_row,
         tok_pos,
@@ -161,7 +173,8 @@ def mla_prep(
         qkv if out is None else out,
         qkv if out_q is None else out_q,
         rope_table if out_scale is None else out_scale,
-        qkv.stride(0),
+        qkv.stride(-2),
+        qkv.stride(0) if qkv.ndim == 3 else 0,
         kv_start,
         kv_cache.stride(0),
         0 if out is None else out.stride(0),
@@ -175,6 +188,7 @@ def mla_prep(
         KV_GROUPS=_groups(latent),
         PAIRS=triton.next_power_of_2(half),
         INTERLEAVE=bool(interleave),
+        PARTS=num_parts(qkv),
         HAS_OUT=out is not None,
         HAS_Q=out_q is not None,
         num_warps=4,
@@ -203,6 +217,7 @@ def mla_prep_ref(
     _check(
         qkv, rope_table, q_norm_weight, kv_norm_weight, kv_start, kv_cache, out, out_q, out_scale
     )
+    qkv = sum_parts(qkv, kv_cache.dtype)
     real = tok_row >= 0
     rows, slots = qkv[real], kv_slot[real]
     dc, dr = kv_norm_weight.shape[0], rope_table.shape[1]
@@ -253,7 +268,7 @@ def _check(
             f"out_q={out_q is not None}, out_scale={out_scale is not None}"
         )
     latent = kv_norm_weight.shape[0] + rope_table.shape[1]
-    if rope_table.shape[1] % 2 or kv_cache.shape[1] != latent or kv_start + latent > qkv.shape[1]:
+    if rope_table.shape[1] % 2 or kv_cache.shape[1] != latent or kv_start + latent > qkv.shape[-1]:
         raise ValueError(
             f"kv_cache must be [num_slots, {latent}] and qkv at least {kv_start + latent} wide, "
             f"with an even rotary part; got kv_cache {list(kv_cache.shape)}, "
@@ -261,7 +276,7 @@ def _check(
         )
     if q_norm_weight is None:
         return
-    want = (qkv.shape[0], q_norm_weight.shape[0])
+    want = (qkv.shape[-2], q_norm_weight.shape[0])
     if want[1] > kv_start or (out is not None and tuple(out.shape) != want):
         raise ValueError(
             f"out must be {want} and the query end before kv_start {kv_start}, "

@@ -76,6 +76,38 @@ def load_scale(
     return column
 
 
+@triton.jit
+def load_parts(
+    at,  # pointers into the first part
+    mask,
+    part_stride,  # elements from one part to the next
+    PARTS: tl.constexpr,  # 0: not in parts
+    act: tl.constexpr,
+):
+    """What a product left: its result, or the sum of its K splits in order, rounded to act."""
+    value = tl.load(at, mask=mask, other=0.0)
+    if PARTS > 0:
+        for part in tl.static_range(1, PARTS):
+            value += tl.load(at + part * part_stride, mask=mask, other=0.0)
+        value = value.to(act)
+    return value
+
+
+def num_parts(product: torch.Tensor) -> int:
+    """K splits of a product that was left in parts, fp32 [S, T, N]; 0 for one that was not."""
+    return product.shape[0] if product.ndim == 3 else 0
+
+
+def sum_parts(product: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """`load_parts` in plain torch: [T, N]."""
+    if product.ndim == 2:
+        return product
+    total = product[0].clone()
+    for part in product[1:]:
+        total += part
+    return total.to(dtype)
+
+
 def pipeline_stages(weight_rows: int, tokens: int, budget: int) -> int:
     """As many stages as fit, so that enough bytes are in flight to hide the latency of HBM."""
     scales = tokens * MAX_SCALE_SPAN * 4
