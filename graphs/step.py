@@ -19,12 +19,15 @@ from graphs.keys import GraphKey
 from graphs.model_config import ModelConfig
 from graphs.ops import Ops
 from graphs.weights import shared_joins
+from kernels.triton.linear import linear_plan
+from kernels.triton.overlap import Ahead
 
 Buffers = Mapping[str, torch.Tensor]
 Stamp = Callable[[str], None]
 
 
 LAYER_PARTS = ("attention", "mlp")
+AHEAD_BYTES = 1024  # of each row and K split that are asked for one kernel ahead
 
 
 def _no_stamp(_: str) -> None:
@@ -196,12 +199,21 @@ class DecodeStep:
         self.attention.run(b, b[f"kv.{layer}"])
         o = Activation.of(b, "o")
         if o.plain is None:
-            self.ops.absorb_v(b["o_latent"], w[name + "w_uv"], **o.quantised_only)
+            ahead = self._ahead_of_output(name)
+            self.ops.absorb_v(b["o_latent"], w[name + "w_uv"], ahead=ahead, **o.quantised_only)
         else:
             self.ops.absorb_v(b["o_latent"], w[name + "w_uv"], out=o.plain)
             if o.q is not None:
                 self.ops.quantize(o.plain, out_q=o.q, out_scale=o.scale)
         self._linear(b, name + "o", o, b["o_out"])
+
+    def _ahead_of_output(self, name: str) -> Ahead | None:
+        """The first blocks of the output projection, for the kernel before it."""
+        weight = self.weights[name + "o"]
+        n, k = weight.shape
+        splits = linear_plan(n, k, elem_bytes=weight.element_size()).splits
+        span = AHEAD_BYTES // weight.element_size()
+        return Ahead(weight, splits, span) if k % (splits * span) == 0 else None
 
     def _query(self, b: Buffers, name: str, q_norm: Activation) -> None:
         """From the normed, compressed query to that of every head in the latent space."""
@@ -211,7 +223,10 @@ class DecodeStep:
         if query_fuses(cfg):
             weight, scale = w[name + "q_b"], w[name + "q_b_scale"]
             x = (q_norm.q, q_norm.scale)
-            self.ops.latent_query(*x, weight, scale, w[name + "w_uk"], *places, **rest)
+            w_uv = w[name + "w_uv"]
+            # Attention leaves the memory half idle: what follows it can come meanwhile.
+            ahead = Ahead(w_uv.flatten(0, 1), bands=1, span=w_uv.shape[2])
+            self.ops.latent_query(*x, weight, scale, w[name + "w_uk"], *places, ahead=ahead, **rest)
             return
         q = b["qkv"][:, : cfg.q_part_width]
         if cfg.q_lora_rank is not None:

@@ -26,10 +26,9 @@ from kernels.triton.overlap import (
 )
 from kernels.triton.tiles import (
     BLOCK_K_BYTES,
+    BUDGET_BYTES,
     FP8_GROUP,
     FP32_BLOCK_N,
-    SHARED_BUDGET_BYTES,
-    SINGLE_BUDGET_BYTES,
     check_fp8,
     check_scale,
     dequantize_blocks,
@@ -264,10 +263,12 @@ class LinearPlan:
     prefetch: int = 4
 
     def __post_init__(self) -> None:
-        if self.block_n not in (64, 128) or min(self.splits, self.unroll, self.per_sm) < 1:
+        if self.block_n not in (64, 128) or min(self.splits, self.unroll) < 1:
             raise ValueError(
-                f"expected block_n 64 or 128 and at least one split, block and program, got {self}"
+                f"expected block_n 64 or 128 and at least one split and block, got {self}"
             )
+        if self.per_sm not in BUDGET_BYTES:
+            raise ValueError(f"expected 1 to 3 programs an SM, got {self}")
         if self.prefetch & (self.prefetch - 1):
             raise ValueError(f"prefetch must be 0 or a power of two, got {self.prefetch}")
 
@@ -452,8 +453,7 @@ class _Tiles:
         num_tokens, (n, k) = x.shape[0], w.shape
         block_t = next((b for b in token_blocks if b >= num_tokens), token_blocks[-1])
         block_k = BLOCK_K_BYTES // w.element_size()
-        share = plan.per_sm > 1 and block_t < 128
-        budget = SHARED_BUDGET_BYTES if share else SINGLE_BUDGET_BYTES
+        budget = BUDGET_BYTES[plan.per_sm if block_t < 128 else 1]
         return cls(
             x=tile_source(x, (block_t, block_k)) if bulk else x,
             w=tile_source(w, (plan.block_n, block_k)) if bulk else w,

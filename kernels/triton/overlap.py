@@ -15,8 +15,10 @@ The mode is a constexpr of every kernel: OFF also serves the interpreter and chi
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
@@ -37,6 +39,43 @@ class Overlapping(Protocol):
 def overlap(launch: Overlapping) -> dict[str, Any]:
     """The launch options of a kernel that calls `await_inputs`."""
     return {"PDL": launch.pdl, "pdl": launch.pdl != OFF}
+
+
+@dataclass(frozen=True)
+class Ahead:
+    """Weights that a later kernel begins with, for a kernel that leaves the memory idle.
+
+    Attributes:
+        weight: [rows, cols], contiguous.
+        bands: equal ranges of columns, as K is split.
+        span: columns of each band to ask for, from its begin on.
+    """
+
+    weight: torch.Tensor
+    bands: int
+    span: int
+
+
+def ahead_constexprs(launch: Overlapping, ahead: Ahead | None, programs: int) -> dict[str, Any]:
+    """What a kernel with `prefetch_share` needs to know; nothing to do without overlap."""
+    if ahead is None or launch.pdl == OFF:
+        return dict.fromkeys(("AHEAD_ROWS", "AHEAD_COLS", "AHEAD_BANDS"), 1) | {
+            "AHEAD_SPAN": 0,
+            "AHEAD_SHARE": 1,
+        }
+    rows, cols = ahead.weight.shape
+    if (ahead.span * ahead.weight.element_size()) % 32 or ahead.span * ahead.bands > cols:
+        raise ValueError(
+            f"expected spans of whole 32 bytes within {cols} columns, got {ahead.bands} of "
+            f"{ahead.span}"
+        )
+    return {
+        "AHEAD_ROWS": rows,
+        "AHEAD_COLS": cols,
+        "AHEAD_BANDS": ahead.bands,
+        "AHEAD_SPAN": ahead.span,
+        "AHEAD_SHARE": triton.cdiv(rows, programs),
+    }
 
 
 @triton.jit
@@ -81,6 +120,37 @@ def prefetch_rows(
 
     Nothing waits for it. Two requests a row, so that a thread issues one.
     """
+    _prefetch(src, row, col, end_row, COLS, PITCH, ROWS, SPAN)
+
+
+@triton.jit
+def prefetch_share(
+    src,  # [ROWS, COLS], contiguous
+    program,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    BANDS: tl.constexpr,
+    SPAN: tl.constexpr,
+    SHARE: tl.constexpr,  # rows of a program
+):
+    """Ask L2 for this program's share of the spans of an `Ahead`."""
+    end = tl.minimum((program + 1) * SHARE, ROWS)
+    POW2: tl.constexpr = triton.next_power_of_2(SHARE)
+    for band in tl.static_range(BANDS):
+        _prefetch(src, program * SHARE, band * (COLS // BANDS), end, COLS, COLS, POW2, SPAN)
+
+
+@triton.jit
+def _prefetch(
+    src,
+    row,
+    col,
+    end_row,
+    COLS: tl.constexpr,
+    PITCH: tl.constexpr,
+    ROWS: tl.constexpr,
+    SPAN: tl.constexpr,
+):
     HALF: tl.constexpr = SPAN // 2
     i = tl.arange(0, 2 * ROWS)
     r = i // 2

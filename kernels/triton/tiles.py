@@ -13,8 +13,8 @@ from kernels.triton.launch import ALIGNMENT, Arg, TensorMap
 
 FP8_GROUP = 128  # elements that share one scale
 BLOCK_K_BYTES = 128  # of a tile's row: the full swizzle span of the bulk copy engine
-SHARED_BUDGET_BYTES = 112 << 10  # of pipeline buffers where two programs are to share a Hopper SM
-SINGLE_BUDGET_BYTES = 208 << 10  # where registers leave room for one program only
+# Of pipeline buffers, by the number of programs that are to share a Hopper SM.
+BUDGET_BYTES = {1: 208 << 10, 2: 112 << 10, 3: 74 << 10}
 FP32_BLOCK_N = 64  # weight rows of a tile without tensor cores: its operands live in registers
 MAX_STAGES = 10
 MAX_SCALE_SPAN = 8  # scales of a row that `load_scale` stages at once
