@@ -44,6 +44,7 @@ class StepConfig:
         attention: "flashinfer" or "triton".
         transport: how tokens reach the experts of other ranks; a name of `barriers.transport`.
         pdl: how kernels overlap; a key of `kernels.triton.overlap.MODES`.
+        prefetch: ask L2 for the weights of later kernels while the memory is idle.
     """
 
     max_rows: int
@@ -56,6 +57,7 @@ class StepConfig:
     attention: str = "triton"
     transport: str = "local"
     pdl: str = "off"
+    prefetch: bool = False
 
     def __post_init__(self) -> None:
         for name in ("max_rows", "max_seq_len", "page_size", "cut", "ep_size"):

@@ -27,7 +27,8 @@ Stamp = Callable[[str], None]
 
 
 LAYER_PARTS = ("attention", "mlp")
-AHEAD_BYTES = 1024  # of each row and K split that are asked for one kernel ahead
+AHEAD_BYTES = 30 << 20  # of weights that are asked for at once: L2 holds them till they are read
+AHEAD_GRAIN = 64  # elements
 
 
 def _no_stamp(_: str) -> None:
@@ -159,7 +160,24 @@ class DecodeStep:
         else:
             self.ops.linear_fp8(x.q, x.scale, weight, scale, out=out, workspace=b["workspace"])
 
-    def _norm(self, b: Buffers, name: str, delta: Delta | None, *, plain: bool) -> Activation:
+    def _ahead(self, weight: torch.Tensor, *, bands: int = 0) -> Ahead | None:
+        """The begin of `weight`, or of every row and band of it: AHEAD_BYTES at most."""
+        most = AHEAD_BYTES // weight.element_size()
+        span = min(weight.numel(), most)
+        if bands:
+            span = min(weight.shape[1] // bands, most // (weight.shape[0] * bands))
+        span -= span % AHEAD_GRAIN
+        return Ahead(weight, span, bands) if self.config.prefetch and span else None
+
+    def _norm(
+        self,
+        b: Buffers,
+        name: str,
+        delta: Delta | None,
+        *,
+        plain: bool,
+        ahead: Ahead | None = None,
+    ) -> Activation:
         """x += delta, then RMSNorm, as the consumers want it."""
         norm = Activation.of(b, "norm")
         outs = norm.quantised_only
@@ -171,13 +189,15 @@ class DecodeStep:
             self.weights[name],
             eps=self.cfg.rms_eps,
             choices=None if delta is None else delta.choices,
+            ahead=ahead,
             **outs,
         )
         return norm
 
     def _attention(self, b: Buffers, layer: int, delta: Delta | None) -> None:
         cfg, w, name = self.cfg, self.weights, f"layers.{layer}."
-        x = self._norm(b, name + "attn_norm", delta, plain=False)
+        ahead = self._ahead(w[name + "qkv_a"])
+        x = self._norm(b, name + "attn_norm", delta, plain=False, ahead=ahead)
         self._linear(b, name + "qkv_a", x, b["qkv"])
         compressed = cfg.q_lora_rank is not None
         q_norm = Activation.of(b, "q_norm")
@@ -192,6 +212,7 @@ class DecodeStep:
             eps=cfg.latent_rms_eps,
             kv_start=cfg.q_part_padded,
             interleave=cfg.rope_interleave,
+            ahead=self._ahead(w[name + "q_b"]) if compressed else None,
             kv_cache=b[f"kv.{layer}"],
             **(q_norm.quantised_only if compressed else {}),
         )
@@ -199,21 +220,15 @@ class DecodeStep:
         self.attention.run(b, b[f"kv.{layer}"])
         o = Activation.of(b, "o")
         if o.plain is None:
-            ahead = self._ahead_of_output(name)
+            weight = w[name + "o"]
+            splits = linear_plan(*weight.shape, elem_bytes=weight.element_size()).splits
+            ahead = self._ahead(weight, bands=splits)
             self.ops.absorb_v(b["o_latent"], w[name + "w_uv"], ahead=ahead, **o.quantised_only)
         else:
             self.ops.absorb_v(b["o_latent"], w[name + "w_uv"], out=o.plain)
             if o.q is not None:
                 self.ops.quantize(o.plain, out_q=o.q, out_scale=o.scale)
         self._linear(b, name + "o", o, b["o_out"])
-
-    def _ahead_of_output(self, name: str) -> Ahead | None:
-        """The first blocks of the output projection, for the kernel before it."""
-        weight = self.weights[name + "o"]
-        n, k = weight.shape
-        splits = linear_plan(n, k, elem_bytes=weight.element_size()).splits
-        span = AHEAD_BYTES // weight.element_size()
-        return Ahead(weight, splits, span) if k % (splits * span) == 0 else None
 
     def _query(self, b: Buffers, name: str, q_norm: Activation) -> None:
         """From the normed, compressed query to that of every head in the latent space."""
@@ -223,9 +238,8 @@ class DecodeStep:
         if query_fuses(cfg):
             weight, scale = w[name + "q_b"], w[name + "q_b_scale"]
             x = (q_norm.q, q_norm.scale)
-            w_uv = w[name + "w_uv"]
             # Attention leaves the memory half idle: what follows it can come meanwhile.
-            ahead = Ahead(w_uv.flatten(0, 1), bands=1, span=w_uv.shape[2])
+            ahead = self._ahead(w[name + "w_uv"].flatten(0, 1))
             self.ops.latent_query(*x, weight, scale, w[name + "w_uk"], *places, ahead=ahead, **rest)
             return
         q = b["qkv"][:, : cfg.q_part_width]
@@ -245,14 +259,22 @@ class DecodeStep:
         return layer == self.cfg.num_layers - 1
 
     def _dense(self, b: Buffers, layer: int) -> Delta:
-        x = self._norm(b, f"layers.{layer}.mlp_norm", Delta(b["o_out"]), plain=False)
+        name = f"layers.{layer}."
+        ahead = self._ahead(self.weights[name + "gate_up"])
+        x = self._norm(b, name + "mlp_norm", Delta(b["o_out"]), plain=False, ahead=ahead)
         out = b["delta" if self._is_last(layer) else "dense_out"]
-        self._mlp(b, f"layers.{layer}.", "dense", x, out)
+        self._mlp(b, name, "dense", x, out)
         return Delta(out)
 
     def _moe(self, b: Buffers, layer: int) -> Delta:
         cfg, w, name = self.cfg, self.weights, f"layers.{layer}."
-        x = self._norm(b, name + "mlp_norm", Delta(b["o_out"]), plain=True)
+        ahead = None
+        if cfg.num_shared_experts:
+            # Whatever is routed where, the shared expert is needed, and until then memory is idle.
+            shared_gate_up = "all_gate_up" if self.shared_joins else "shared_gate_up"
+            weight = w[name + shared_gate_up]
+            ahead = self._ahead(weight[-1] if self.shared_joins else weight)
+        x = self._norm(b, name + "mlp_norm", Delta(b["o_out"]), plain=True, ahead=ahead)
         self.ops.linear(
             x.plain, w[name + "router"], out=b["router_logits"], workspace=b["workspace"]
         )

@@ -308,7 +308,7 @@ def absorb_v(
         HAS_OUT=out is not None,
         HAS_Q=out_q is not None,
         PRECISION=_precision(o_latent),
-        **ahead_constexprs(launch, ahead, num_heads * triton.cdiv(dv, tile.rows)),
+        **ahead_constexprs(ahead, num_heads * triton.cdiv(dv, tile.rows)),
         PREFETCH=launch.pdl != OFF and dc * w_uv.element_size() % 32 == 0,
         num_warps=4,
         num_stages=4,  # deep enough that one head's whole weight is in flight

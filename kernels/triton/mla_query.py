@@ -238,7 +238,7 @@ def latent_query(
         INTERLEAVE=bool(interleave),
         STAGES=stages,
         PREFETCH=PREFETCH_BLOCKS if bulk and launch.pdl != OFF and k % 16 == 0 else 0,
-        **ahead_constexprs(launch, ahead, heads),
+        **ahead_constexprs(ahead, heads),
         num_warps=8,
         num_stages=stages,
         **overlap(launch),

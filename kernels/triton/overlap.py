@@ -26,8 +26,12 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 OFF, LATE, EARLY = 0, 1, 2
 MODES = {"off": OFF, "late": LATE, "early": EARLY}
 
+REQUESTS = 512  # of one program: at least one for each of its threads, or some would repeat
+AHEAD_PROGRAMS = 128  # one SM alone could not ask fast enough
+
 _LATE = tl.constexpr(LATE)
 _EARLY = tl.constexpr(EARLY)
+_REQUESTS = tl.constexpr(REQUESTS)
 
 
 class Overlapping(Protocol):
@@ -47,34 +51,43 @@ class Ahead:
 
     Attributes:
         weight: [rows, cols], contiguous.
-        bands: equal ranges of columns, as K is split.
-        span: columns of each band to ask for, from its begin on.
+        span: elements to ask for: the first so many of the matrix, or with `bands` of each row and
+            band.
+        bands: 0, or equal ranges of columns, as K is split.
     """
 
     weight: torch.Tensor
-    bands: int
     span: int
+    bands: int = 0
 
 
-def ahead_constexprs(launch: Overlapping, ahead: Ahead | None, programs: int) -> dict[str, Any]:
-    """What a kernel with `prefetch_share` needs to know; nothing to do without overlap."""
-    if ahead is None or launch.pdl == OFF:
-        return dict.fromkeys(("AHEAD_ROWS", "AHEAD_COLS", "AHEAD_BANDS"), 1) | {
-            "AHEAD_SPAN": 0,
-            "AHEAD_SHARE": 1,
+def ahead_constexprs(ahead: Ahead | None, programs: int) -> dict[str, Any]:
+    """What a kernel needs for `prefetch_share`, if `programs` programs are to share the work.
+
+    Raises:
+        ValueError: a span that is not in the matrix, or no whole 32 bytes.
+    """
+    if ahead is None:
+        return dict.fromkeys(("AHEAD_ROWS", "AHEAD_COLS", "AHEAD_BANDS", "AHEAD_SHARE"), 1) | {
+            "AHEAD_SPAN": 0
         }
-    rows, cols = ahead.weight.shape
-    if (ahead.span * ahead.weight.element_size()) % 32 or ahead.span * ahead.bands > cols:
+    (rows, cols), size = ahead.weight.shape, ahead.weight.element_size()
+    most = cols // ahead.bands if ahead.bands else rows * cols
+    if ahead.span * size % 32 or not 0 < ahead.span <= most or not ahead.weight.is_contiguous():
         raise ValueError(
-            f"expected spans of whole 32 bytes within {cols} columns, got {ahead.bands} of "
-            f"{ahead.span}"
+            f"expected whole 32 bytes within {most} elements of a contiguous matrix, got "
+            f"{ahead.span} of {ahead.weight.dtype}"
         )
+    share = triton.cdiv(rows, programs)
+    if not ahead.bands:
+        # One request a thread or a few, of whole 32 bytes.
+        share = triton.cdiv(ahead.span, programs * REQUESTS * 32) * REQUESTS * 32
     return {
         "AHEAD_ROWS": rows,
         "AHEAD_COLS": cols,
         "AHEAD_BANDS": ahead.bands,
         "AHEAD_SPAN": ahead.span,
-        "AHEAD_SHARE": triton.cdiv(rows, programs),
+        "AHEAD_SHARE": share,
     }
 
 
@@ -120,7 +133,14 @@ def prefetch_rows(
 
     Nothing waits for it. Two requests a row, so that a thread issues one.
     """
-    _prefetch(src, row, col, end_row, COLS, PITCH, ROWS, SPAN)
+    HALF: tl.constexpr = SPAN // 2
+    i = tl.arange(0, 2 * ROWS)
+    r = i // 2
+    c = col + (i % 2) * HALF
+    left = tl.minimum(COLS - c, HALF)
+    wanted = (r < end_row - row) & (left > 0)
+    num_bytes = tl.where(wanted, left * (src.dtype.element_ty.primitive_bitwidth // 8), 0)
+    _ask(src + (tl.cast(row, tl.int64) + r) * PITCH + c, num_bytes)
 
 
 @triton.jit
@@ -131,34 +151,25 @@ def prefetch_share(
     COLS: tl.constexpr,
     BANDS: tl.constexpr,
     SPAN: tl.constexpr,
-    SHARE: tl.constexpr,  # rows of a program
+    SHARE: tl.constexpr,  # of a program: rows, or without bands elements
 ):
-    """Ask L2 for this program's share of the spans of an `Ahead`."""
-    end = tl.minimum((program + 1) * SHARE, ROWS)
-    POW2: tl.constexpr = triton.next_power_of_2(SHARE)
-    for band in tl.static_range(BANDS):
-        _prefetch(src, program * SHARE, band * (COLS // BANDS), end, COLS, COLS, POW2, SPAN)
+    """Ask L2 for this program's share of an `Ahead`."""
+    if BANDS == 0:
+        CHUNK: tl.constexpr = SHARE // _REQUESTS
+        begin = program.to(tl.int64) * SHARE + tl.arange(0, _REQUESTS) * CHUNK
+        left = tl.minimum(tl.maximum(SPAN - begin, 0), CHUNK).to(tl.int32)
+        _ask(src + begin, left * (src.dtype.element_ty.primitive_bitwidth // 8))
+    else:
+        end = tl.minimum((program + 1) * SHARE, ROWS)
+        POW2: tl.constexpr = triton.next_power_of_2(SHARE)
+        for band in tl.static_range(BANDS):
+            col = band * (COLS // BANDS)
+            prefetch_rows(src, program * SHARE, col, end, COLS, COLS, POW2, SPAN)
 
 
 @triton.jit
-def _prefetch(
-    src,
-    row,
-    col,
-    end_row,
-    COLS: tl.constexpr,
-    PITCH: tl.constexpr,
-    ROWS: tl.constexpr,
-    SPAN: tl.constexpr,
-):
-    HALF: tl.constexpr = SPAN // 2
-    i = tl.arange(0, 2 * ROWS)
-    r = i // 2
-    c = col + (i % 2) * HALF
-    left = tl.minimum(COLS - c, HALF)
-    wanted = (r < end_row - row) & (left > 0)
-    num_bytes = tl.where(wanted, left * (src.dtype.element_ty.primitive_bitwidth // 8), 0)
-    at = src + (tl.cast(row, tl.int64) + r) * PITCH + c
+def _ask(at, num_bytes):
+    """One asynchronous request each; those of 0 bytes are left out."""
     tl.inline_asm_elementwise(
         "{ .reg .pred p; setp.ne.s32 p, $2, 0;"
         " @p cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0; }",
