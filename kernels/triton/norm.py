@@ -51,8 +51,8 @@ def _embed(
 
 @triton.jit
 def _norm_weight(weight, col, H: tl.constexpr):
-    """fp32 [G, 128], zero past H. No step writes it, so it is loaded before `await_inputs`."""
-    return tl.load(weight + col, mask=col < H, other=0.0).to(tl.float32)
+    """[G, 128], zero past H. No step writes it, so it is loaded before `await_inputs`."""
+    return tl.load(weight + col, mask=col < H, other=0.0)
 
 
 @triton.jit
@@ -62,7 +62,7 @@ def _rmsnorm(value, w, eps, H: tl.constexpr):
     mean = tl.sum(tl.sum(x * x, axis=1), axis=0) / H
     # Rounded before the weight is applied, as the published model does.
     normed = (x * tl.rsqrt(mean + eps)).to(value.dtype).to(tl.float32)
-    return (w * normed).to(value.dtype)
+    return (w.to(tl.float32) * normed).to(value.dtype)
 
 
 @triton.jit
