@@ -51,6 +51,7 @@ def fingerprint(
         "ep size": step.ep_size,
         "transport": step.transport,
         "pdl": step.pdl,
+        "prefetch": step.prefetch,
         "arena": layout.digest,
     }
     return Fingerprint.of(facts)
