@@ -129,7 +129,7 @@ class Engine:
             ValueError: not this model's tensors, or not finite; nothing was changed.
             RankError: another rank refused, or did not come.
         """
-        backend, step, weights = self.graphs.backend, self.config, self.graphs.step.weights
+        backend, step = self.graphs.backend, self.config
         ranks = {"ep_rank": step.ep_rank, "ep_size": step.ep_size}
         with backend.on_stream():
             try:

@@ -486,6 +486,11 @@ class Scheduler:
         """Whether a request has a row, or had one and is to have one again."""
         return len(self.free_rows) < len(self.rows) or self.queue.first_begun() is not None
 
+    @property
+    def num_begun(self) -> int:
+        """Requests in rows, and those that had one and wait to be computed again."""
+        return len(self.rows) - len(self.free_rows) + self.queue.num_begun
+
     def look_at_queue(self) -> None:
         """Something beside rows and pages may let the queue's first in."""
         self._may_admit = True

@@ -134,9 +134,7 @@ TestPool = Pool.TestCase
 TestPool.settings = settings(deadline=None, max_examples=60, stateful_step_count=40)
 
 
-def test_the_page_used_longest_ago_goes_first_and_the_end_of_a_prefix_before_its_beginning() -> (
-    None
-):
+def test_the_page_used_longest_ago_goes_first_and_ends_before_beginnings() -> None:
     pool = PagePool(7, SIZE, PrefixCache())
     for row, kind in enumerate((0, 1)):
         pool.grow(row, 2 * SIZE)
