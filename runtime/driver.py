@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -444,7 +445,7 @@ class Runtime:
                 pages=plan.pages,
                 chunks=plan.chunks,
             )
-        self.engine.replay(key)
+        self._check(partial(self.engine.replay, key))  # the twin meets other ranks in here
         self.last_key = key
         scheduler.commit(plan, step)
         self._in_flight.append(step)
@@ -504,6 +505,7 @@ class Runtime:
         Raises:
             RuntimeError: nothing is in flight.
             StepFailed: nothing within the deadline.
+            BarrierTimeout, StepMismatch: other ranks did not come to the step; names them.
         """
         self._check_open()
         if not self._in_flight:
@@ -514,12 +516,14 @@ class Runtime:
         while not self._ring.ready(step):
             spins += 1
             if spins % 4096 == 0:
-                self._check_alive()
+                self._check(self.engine.check_alive)
                 if time.monotonic() > deadline:
                     raise self._fail(
                         f"step {step} did not finish within {self.engine.deadline_s} s; "
                         "close this runtime"
                     )
+        # A device that gave up waiting for a peer finishes the step with whatever is there.
+        self._check(self.engine.check_ranks)
 
     def stats(self) -> RuntimeStats:
         """What has been done so far and what is held now; free of device work."""
@@ -549,9 +553,9 @@ class Runtime:
 
     # ------------------------------------------------------------------ end
 
-    def _check_alive(self) -> None:
+    def _check(self, check: Callable[[], None]) -> None:
         try:
-            self.engine.check_alive()
+            check()
         except Exception as error:
             self._failure = f"{type(error).__name__}: {error}"
             raise
