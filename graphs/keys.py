@@ -108,5 +108,9 @@ class Ladder:
         """Step tokens of the largest key that has `rows` sampling rows; 0 if none has."""
         return max((k.tokens for k in self.keys if k.rows >= rows), default=0)
 
+    def most_heads(self, tokens: int, rows: int) -> int:
+        """Tokens that can still join `tokens` of which `rows` sample, if each of them samples."""
+        return max(min(k.tokens - tokens, k.rows - rows) for k in self.keys)
+
     def __str__(self) -> str:
         return ",".join(str(k) for k in self.keys)

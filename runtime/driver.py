@@ -19,9 +19,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.mailbox import Chunk, Mailbox, Ring, RingEntry
+from runtime.mailbox import Chunk, Int32, Mailbox, Ring, RingEntry
 from runtime.pages import OutOfPages, OutOfRows, PagePool
-from runtime.sampling import FINISH_REASONS, SamplingParams, StepOutput, as_token_ids
+from runtime.row_params import (
+    Admission,
+    admission,
+    as_token_mask,
+    check_for_model,
+    resolve_seed,
+    step_output,
+)
+from runtime.sampling import SamplingParams, StepOutput, as_token_ids
 
 if TYPE_CHECKING:
     from graphs.keys import GraphKey
@@ -41,12 +49,17 @@ class StepFailed(RuntimeError):
 
 @dataclass
 class _Request:
-    """Host record of the request in a row."""
+    """Host record of the request in a row.
+
+    Attributes:
+        admission: what the device is told when the request takes its row.
+        mask: its token mask, if it has one.
+    """
 
     prompt: NDArray[np.int32]
     params: SamplingParams
-    limit: int
-    stops: tuple[int, ...]
+    admission: Admission
+    mask: Int32 | None = None
 
 
 @dataclass(frozen=True)
@@ -81,8 +94,17 @@ class Runtime:
         self._lazy = reservation == "lazy"
         rows = self.config.max_rows
         self.pages = PagePool(self.config.num_pages, self.config.page_size)
-        self._mailbox = Mailbox(engine.mailbox, engine.mailbox_layout)
-        self._ring = Ring(engine.ring, engine.ring_step, header=engine.ring_header, max_rows=rows)
+        self._mailbox = Mailbox(
+            engine.mailbox, engine.mailbox_layout, engine.forced_tokens, engine.masks
+        )
+        self._ring = Ring(
+            engine.ring,
+            engine.ring_step,
+            header=engine.ring_header,
+            max_rows=rows,
+            top=engine.ring_top,
+            logits=engine.ring_logits,
+        )
         self._requests: list[_Request | None] = [None] * rows
         self._free_rows = list(range(rows - 1, -1, -1))
         self._phase = np.zeros(rows, np.int8)
@@ -93,6 +115,8 @@ class Runtime:
         self._since = np.zeros(rows, np.int64)
         self._queue: deque[int] = deque()  # rows with prompt left, in order of arrival
         self._cancels: list[int] = []
+        self._new_masks: set[int] = set()  # rows whose token mask the device has not got
+        self._seeds = np.zeros(rows, np.int64)
         self._in_flight: deque[int] = deque()
         self._next_step = 0
         self._closed = False
@@ -177,15 +201,20 @@ class Runtime:
                 f"{self.pages.capacity}; shorten it or raise --num-pages"
             )
         stops = self._stops(params)
+        check_for_model(params, self.model_config.vocab_size)
         if not self._free_rows:
             raise OutOfRows(
                 f"all {self.config.max_rows} rows are running; wait for one to finish, cancel one, "
                 "or raise --bs"
             )
+        if params.return_logits:
+            self._check_logits()
         row = self._free_rows[-1]
         self.pages.grow(row, len(prompt) if self._lazy else limit - 1)
         self._free_rows.pop()
-        self._requests[row] = _Request(prompt, params, limit, stops)
+        admitted = admission(params, prompt, stops, resolve_seed(params))
+        self._requests[row] = _Request(prompt, params, admitted)
+        self._seeds[row] = admitted.seed
         self._phase[row], self._done[row], self._limit[row] = WAITING, 0, limit
         self._sent_pages[row], self._since[row] = 0, self._next_step
         self._taken[row] = True
@@ -206,11 +235,52 @@ class Runtime:
             )
         return stops
 
+    def _check_logits(self) -> None:
+        asking = sum(q is not None and q.params.return_logits for q in self._requests)
+        lines = self.config.logits_rows
+        if asking >= lines:
+            raise OutOfRows(
+                f"{asking} requests return their logits and there is room for {lines}; wait for "
+                "one to finish, or load with a larger logits_rows"
+            )
+
+    def seed_of(self, row: int) -> int:
+        """Seed of the last request in `row`: given, or taken from the operating system.
+
+        Whoever adds the same request with this seed gets the same tokens.
+        """
+        self._check_row(row)
+        return int(self._seeds[row])
+
+    def set_token_mask(self, row: int, words: NDArray[np.int32] | None) -> None:
+        """Let the request in `row` sample only the tokens of a mask, from the next launch on.
+
+        Steps in flight keep the mask that they were launched with: to choose each mask by the token
+        before it, collect a step before launching the next. A mask stays until it is replaced.
+
+        Args:
+            words: int32 or uint32 [ceil(vocab / 32)], copied; token t is allowed if bit t % 32 of
+                word t // 32 is set (xgrammar's layout). None allows every token again.
+        Raises:
+            TypeError, ValueError: not such an array, or no request in `row`.
+        """
+        self._check_open()
+        self._check_row(row)
+        request = self._requests[row]
+        if request is None:
+            raise ValueError(f"row {row} has no request to mask; add one first")
+        mask = None if words is None else as_token_mask(words, self.model_config.vocab_size)
+        request.mask = mask
+        self._new_masks.add(row)
+
+    def _check_row(self, row: int) -> None:
+        if not 0 <= row < self.config.max_rows:
+            raise ValueError(f"row must be in [0, {self.config.max_rows}), got {row}")
+
     def cancel(self, row: int) -> None:
         """End the request in `row` now; no further token of it is returned. Idempotent."""
         self._check_open()
-        if not 0 <= row < self.config.max_rows:
-            raise ValueError(f"row must be in [0, {self.config.max_rows}), got {row}")
+        self._check_row(row)
         if self._requests[row] is None:
             return
         if self._phase[row] != WAITING:
@@ -223,16 +293,25 @@ class Runtime:
         if self._phase[row] in (WAITING, PREFILLING):
             self._queue.remove(row)
         self._requests[row] = None
+        self._new_masks.discard(row)
         self._taken[row] = False
         self._phase[row] = 0
         self.pages.release(row)
         self._free_rows.append(row)
 
-    def occupy(self, num_rows: int, ctx_len: int, max_tokens: int) -> list[int]:
+    def occupy(
+        self,
+        num_rows: int,
+        ctx_len: int,
+        max_tokens: int,
+        params: SamplingParams | None = None,
+    ) -> list[int]:
         """Take rows as if prompts of `ctx_len` tokens had just been prefilled, computing nothing.
 
         For benchmarks: the rows attend over whatever the KV cache holds.
 
+        Args:
+            params: of every row; its max_tokens must be this one's.
         Raises:
             ValueError, OutOfPages, OutOfRows: as `add`.
         """
@@ -240,7 +319,7 @@ class Runtime:
         if self._in_flight:
             raise RuntimeError("occupy() needs an idle device; call collect() first")
         prompt = np.zeros(ctx_len, np.int32)
-        params = SamplingParams(max_tokens=max_tokens, ignore_eos=True)
+        params = params or SamplingParams(max_tokens=max_tokens, ignore_eos=True)
         rows: list[int] = []
         try:
             for _ in range(num_rows):
@@ -257,7 +336,8 @@ class Runtime:
         self._phase[rows], self._done[rows] = DECODING, ctx_len
         self._sent_pages[rows] = self.pages.pages_for(ctx_len)
         self.engine.adopt(
-            rows, ctx_len, ctx_len + max_tokens, [self.pages.held(row) for row in rows]
+            ctx_len,
+            {row: (self._request(row).admission, self.pages.held(row)) for row in rows},
         )
         return rows
 
@@ -289,20 +369,28 @@ class Runtime:
         key = self.ladder.select(plan.tokens, plan.samples)
         pages = self._reserve(plan)
         step = self._next_step
-        changes = plan.admits or self._cancels or plan.chunks or len(pages)
+        masks = self._masks(plan.admits)
+        changes = plan.admits or self._cancels or plan.chunks or len(pages) or masks
         if changes:
-            requests = [(r, self._request(r)) for r in plan.admits]
             self._mailbox.write(
                 step,
                 cancels=self._cancels,
-                admits=[(r, q.limit, q.stops) for r, q in requests],
+                admits=[(row, self._request(row).admission) for row in plan.admits],
                 pages=pages,
                 chunks=plan.chunks,
+                masks=masks,
             )
         self.engine.replay(key)
         self.last_key = key
+        self._new_masks -= masks.keys()
         self._commit(plan, step)
         return step
+
+    def _masks(self, admits: Sequence[int]) -> dict[int, Int32 | None]:
+        """Token masks that the device has to hear of: of rows on it, and of those that join."""
+        rows = [row for row in self._new_masks if self._phase[row] != WAITING]
+        rows += [row for row in admits if self._request(row).mask is not None]
+        return {row: self._request(row).mask for row in rows}
 
     def _plan(self) -> _Plan:
         """Every decoding row, and as much prompt, in order of arrival, as some key still covers."""
@@ -314,18 +402,22 @@ class Runtime:
             request = self._request(row)
             start = int(self._done[row])
             left = len(request.prompt) - start
+            scored = request.params.prompt_logprobs is not None
             # The chunk that ends a prompt samples, which takes a row of the key.
-            if left <= self.ladder.most_tokens(samples + 1) - tokens:
+            if scored:
+                n = min(left, self.ladder.most_heads(tokens, samples))
+            elif left <= self.ladder.most_tokens(samples + 1) - tokens:
                 n = left
             else:
                 n = min(left - 1, self.ladder.most_tokens(samples) - tokens)
             if n <= 0:
                 break
-            chunks.append(Chunk(row, start, request.prompt[start : start + n], n == left))
+            ids = request.prompt[start : start + n]
+            chunks.append(Chunk(row, start, ids, n == left, scored))
             if self._phase[row] == WAITING:
                 admits.append(row)
             tokens += n
-            samples += n == left
+            samples += chunks[-1].heads
         return _Plan(tokens, samples, chunks, admits)
 
     def _reserve(self, plan: _Plan) -> NDArray[np.int32]:
@@ -391,18 +483,10 @@ class Runtime:
             raise self._fail(f"step {step}: {named}; close this runtime and report it")
         # A cancelled row may have been in flight, and may have a new owner already.
         ours = self._taken[entry.rows] & (self._since[entry.rows] <= step)
-        rows, tokens, reasons = entry.rows[ours], entry.tokens[ours], entry.reasons[ours]
-        ended = reasons != 0
-        for row in rows[ended]:
+        out = step_output(step, entry, ours)
+        for row in out.rows[out.finished]:
             self._retire(int(row))
-        return StepOutput(
-            step=step,
-            rows=rows,
-            tokens=tokens,
-            logprobs=entry.logprobs[ours],
-            finished=ended,
-            finish_reasons=np.array(FINISH_REASONS)[reasons],
-        )
+        return out
 
     def wait(self) -> None:
         """Wait until `collect` would return at once.
