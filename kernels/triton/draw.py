@@ -33,8 +33,8 @@ def log_of_min_p(min_p, temperature):
 @triton.jit
 def log_prob(value, top, log_total, scale):
     """Log-prob of a logit; `log_total` is the log of sum(exp((logits - top) * scale))."""
-    # In this order the top token of an unscaled row gives exactly -log_total.
-    return -(log_total - (value - top) * scale)
+    # One rounding, wherever it is inlined; the top token gets exactly -log_total.
+    return -tl.fma(top - value, scale, log_total)
 
 
 @triton.jit

@@ -83,7 +83,8 @@ def _choose(
             scale = inverse_temperature(tl.load(temperature + r))
     wanted = tl.load(forced + s)
     token = tl.where(wanted >= 0, wanted, token)
-    token = tl.where(good & (token < V), token, 0)
+    good = good & (token < V)
+    token = tl.where(good, token, 0)
     value = tl.load(logits + s * logits_pitch + token)
     if from_processed != 0.0:
         t = tl.load(temperature + r)
@@ -142,7 +143,7 @@ def choose_tokens(
         flags: int32 [max_rows]; PROCESSED_LOGPROBS picks the distribution of the log-prob.
         norm: fp32 [S, 4], for `top_tokens`: the largest logit of that distribution, the log of its
             sum (NaN for a bad row), the scale, and 1 where it is the processed one.
-        out_token: int32 [S]; -1 for a bad row.
+        out_token: int32 [S]; -1 for a bad row, which a forced token outside the vocabulary is too.
         out_logprob: fp32 [S]; NaN for a bad row, -inf for a forced token that was not kept.
     Raises:
         ValueError: logits that are not fp32, or scratch of a wrong shape.
@@ -205,7 +206,8 @@ def choose_tokens_ref(
     total = torch.where(from_processed, draw_mass.sum(1), total)
     scale = inverse_temperature_ref(temperature[row]).where(from_processed, torch.tensor(1.0))
     token = torch.where(forced >= 0, forced, token)
-    token = torch.where(good & (token < vocab), token, 0).long()[:, None]
+    good &= token < vocab
+    token = torch.where(good, token, 0).long()[:, None]
     source = torch.where(from_processed[:, None], processed, logits)
     value = source.gather(1, token)[:, 0]
     cut = from_processed & (temperature[row] > 0)

@@ -43,7 +43,7 @@ def order_value(key):
 @triton.jit
 def inverse_temperature(temperature):
     """1 / temperature; greedy rows (0) count as 1, and nothing overflows."""
-    return tl.where(temperature > 0.0, tl.minimum(1.0 / temperature, 1e30), 1.0)
+    return tl.where(temperature > 0.0, tl.minimum(tl.div_rn(1.0, temperature), 1e30), 1.0)
 
 
 @triton.jit

@@ -21,6 +21,20 @@ _TERMS = 9  # of the series of -log(1 - v) for v < 1/16: relative error 1e-11
 
 
 @triton.jit
+def exponential_of_words(w0, w1):
+    """A standard exponential variate from two random uint32 blocks."""
+    # Both sums are of one sign: a small v keeps the precision of its second word.
+    v = w0.to(tl.float32) * 2.3283064365386963e-10  # 2**-32
+    v += (w1.to(tl.float32) + 0.5) * 5.421010862427522e-20  # 2**-64
+    v = tl.minimum(v, ALMOST_ONE)
+    # log(1 - v) would round small v away.
+    series = v * 0.0 + 1.0 / 9
+    for k in tl.static_range(8, 0, -1):
+        series = series * v + 1.0 / k
+    return tl.where(v < 0.0625, series * v, -tl.log(1.0 - v))
+
+
+@triton.jit
 def exponential(seed_low, seed_high, position, token):
     """A standard exponential variate per token.
 
@@ -37,15 +51,7 @@ def exponential(seed_low, seed_high, position, token):
         seed_low.to(tl.uint32, bitcast=True),
         seed_high.to(tl.uint32, bitcast=True),
     )
-    # Both sums are of one sign: a small v keeps the precision of its second word.
-    v = w0.to(tl.float32) * 2.3283064365386963e-10
-    v += (w1.to(tl.float32) + 0.5) * 5.421010862427522e-20
-    v = tl.minimum(v, ALMOST_ONE)
-    # log(1 - v) would round small v away.
-    series = v * 0.0 + 1.0 / 9
-    for k in tl.static_range(8, 0, -1):
-        series = series * v + 1.0 / k
-    return tl.where(v < 0.0625, series * v, -tl.log(1.0 - v))
+    return exponential_of_words(w0, w1)
 
 
 def philox_ref(counter: list[torch.Tensor], key: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -73,6 +79,11 @@ def exponential_ref(
         [zero + token.long(), zero + (position.long() & _WORD)[:, None], zero, zero],
         [word[:, :1], word[:, 1:]],
     )
+    return exponential_of_words_ref(w0, w1)
+
+
+def exponential_of_words_ref(w0: torch.Tensor, w1: torch.Tensor) -> torch.Tensor:
+    """`exponential_of_words` on words held in int64 tensors."""
     v = w0.float() * 2.0**-32 + (w1.float() + 0.5) * 2.0**-64
     v = v.clamp(max=ALMOST_ONE.value)
     series = torch.full_like(v, 1 / _TERMS)

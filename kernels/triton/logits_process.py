@@ -92,7 +92,7 @@ def _process(
     if penalized:
         seen = tl.load(counts + r * V + col, mask=col < V, other=0)
         count = seen & OUTPUT_COUNT
-        x = tl.where(seen != 0, tl.where(x > 0.0, x / rep, x * rep), x)
+        x = tl.where(seen != 0, tl.where(x > 0.0, tl.div_rn(x, rep), x * rep), x)
         x -= freq * count.to(tl.float32)
         x -= tl.where(count > 0, pres, 0.0)
     if too_short:
@@ -238,10 +238,7 @@ def process_logits_ref(
 
 def chunk_max(x: torch.Tensor) -> torch.Tensor:
     """The largest of each chunk of fp32 [n, V], as fp32 [n, num_chunks(V)]."""
-    chunks = num_chunks(x.shape[1])
-    padded = x.new_full((len(x), chunks * CHUNK), -torch.inf)
-    padded[:, : x.shape[1]] = x
-    return padded.view(len(x), chunks, CHUNK).amax(2)
+    return torch.stack([part.amax(1) for part in x.split(CHUNK, dim=1)], 1)
 
 
 def _check_processing(
