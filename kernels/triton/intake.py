@@ -141,16 +141,16 @@ def _intake(
         num = tl.load(at + 5)
         if num > 0:
             bias = tl.arange(0, BIASES2)
-            ids = tl.load(words + bias, mask=bias < num, other=-1)
-            tl.store(bias_ids + row * BIASES + bias, ids, mask=bias < BIASES)
+            biased = tl.load(words + bias, mask=bias < num, other=-1)
+            tl.store(bias_ids + row * BIASES + bias, biased, mask=bias < BIASES)
             values = tl.load(words + num + bias, mask=bias < num, other=0)
             tl.store(bias_values + row * BIASES + bias, values, mask=bias < BIASES)
         words += 2 * num
         num = tl.load(at + 6) * LEN
         if num > 0:
             q = tl.arange(0, SEQ * LEN)
-            ids = tl.load(words + q, mask=q < num, other=-1)
-            tl.store(stop_sequences + row * SEQ * LEN + q, ids)
+            sequence = tl.load(words + q, mask=q < num, other=-1)
+            tl.store(stop_sequences + row * SEQ * LEN + q, sequence)
             tl.store(tail + row * LEN + tl.arange(0, LEN), -1)
         at += tl.load(at)
     for i in range(0, num_pages, BLOCK):
@@ -223,13 +223,13 @@ def _intake(
         forced_len = tl.load(row_params + FORCED_LEN * PITCH + row)
         for i in range(0, heads_fit, BLOCK):
             mh = i + lane < heads_fit
-            p = end - heads + i + lane + 1
+            at_pos = end - heads + i + lane + 1
             tl.store(sample_tok + samples + i + lane, tokens - heads + i + lane, mask=mh)
             tl.store(sample_row + samples + i + lane, row + lane * 0, mask=mh)
-            tl.store(sample_pos + samples + i + lane, p, mask=mh)
-            place = forced_tokens + row.to(tl.int64) * max_seq_len + p
-            target = tl.load(place, mask=mh & (p < forced_len), other=-1)
-            tl.store(forced + samples + i + lane, target, mask=mh)
+            tl.store(sample_pos + samples + i + lane, at_pos, mask=mh)
+            place = forced_tokens + row.to(tl.int64) * max_seq_len + at_pos
+            given = tl.load(place, mask=mh & (at_pos < forced_len), other=-1)
+            tl.store(forced + samples + i + lane, given, mask=mh)
         samples += heads_fit
         tl.store(seq_len + row, end, mask=fits)
 
