@@ -79,9 +79,9 @@ def step_buffers(
     b["tok_pos"] = torch.zeros(samples + 2, dtype=torch.int32)
     for r, row in enumerate(rows):
         _write(b, r, row, vocab)
-    for s, r in enumerate(order):
-        b["forced"][s] = rows[r].forced if r >= 0 else -1
-        b["tok_pos"][s + 2] = rows[r].position - 1
+    asked = [rows[r] if r >= 0 else Row() for r in order]
+    b["forced"] = torch.tensor([row.forced for row in asked], dtype=torch.int32)
+    b["tok_pos"][2:] = torch.tensor([row.position - 1 for row in asked], dtype=torch.int32)
     return b
 
 
