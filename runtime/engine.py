@@ -108,7 +108,7 @@ class Engine:
                 admit(state, row, torch.from_numpy(admitted.record))
                 if admitted.known is not None:
                     self.forced_tokens[row, : len(admitted.known)] = admitted.known
-                state.phase[row], state.seq_len[row] = DECODE, length
+                state.phase[row], state.seq_len[row], state.last_token[row] = DECODE, length, 0
                 state.page_table[row, : len(held)] = torch.tensor(held, dtype=torch.int32)
             backend.synchronize()
 

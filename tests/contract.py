@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime import Runtime, SamplingParams, StepOutput
-from runtime.sampling import TopLogprobs
+from runtime.sampling import PROFILES, TopLogprobs
 
 
 @dataclass(frozen=True)
@@ -119,8 +119,63 @@ def ask_all(
     return results
 
 
+def first_end(tokens: list[int], sequence: list[int]) -> int:
+    """Tokens up to and with the first occurrence of `sequence`."""
+    for end in range(len(sequence), len(tokens) + 1):
+        if tokens[end - len(sequence) : end] == sequence:
+            return end
+    raise AssertionError
+
+
 def mask_of(allowed: Sequence[int], vocab: int) -> NDArray[np.int32]:
     """A token mask that allows these tokens."""
     bits = np.zeros(-(-vocab // 32) * 32, np.uint8)
     bits[list(allowed)] = 1
     return np.packbits(bits, bitorder="little").view(np.int32)
+
+
+EVERYTHING: dict[str, dict[str, Any]] = {
+    "greedy": {},
+    "temperature": {"temperature": 0.9, "seed": 1},
+    "top_k": {"temperature": 1.5, "top_k": 5, "seed": 2, "logprobs": 7},
+    "top_p": {"temperature": 1.2, "top_p": 0.6, "seed": 3, "logprobs_mode": "processed"},
+    "min_p": {"temperature": 2.0, "min_p": 0.2, "seed": 4, "logprobs": 20},
+    "penalties": {
+        "temperature": 0.7,
+        "seed": 5,
+        "repetition_penalty": 1.3,
+        "presence_penalty": 0.4,
+        "frequency_penalty": 0.3,
+        "logprobs": 3,
+        "logprobs_mode": "processed",
+    },
+    "bias": {"logit_bias": {3: 4.0, 9: float("-inf"), 40: -2.5}, "logprobs": 4},
+    "stops": {"min_tokens": 5, "stop_token_ids": (1, 2, 3, 4), "seed": 6, "temperature": 1.0},
+    "sequences": {"stop_sequences": [[5], [6, 7]], "temperature": 1.0, "seed": 7},
+    "scored prompt": {"prompt_logprobs": 2, "logprobs": 1},
+    "logits": {"return_logits": True, "temperature": 1.0, "seed": 8},
+    "patient": {"deadline_ms": 80_000_000},
+    **{name: {"seed": 9 + i} for i, name in enumerate(PROFILES)},
+}
+
+
+def random_prompt(n: int, seed: int, vocab: int) -> tuple[int, ...]:
+    return tuple(np.random.default_rng(seed).integers(0, vocab, n).tolist())
+
+
+def everything(vocab: int, longest: int = 40) -> list[Ask]:
+    """One request for each setting and profile, of all lengths up to `longest`."""
+    asks = []
+    for i, (name, settings) in enumerate(EVERYTHING.items()):
+        make = SamplingParams.profile if name in PROFILES else SamplingParams
+        chosen = {"max_tokens": 8 + i % 5, "ignore_eos": True} | settings
+        args = (name,) if name in PROFILES else ()
+        length = 1 + 7 * i % longest
+        asks.append(Ask(random_prompt(length, i, vocab), make(*args, **chosen)))
+    more: dict[str, Any] = {"max_tokens": 12, "ignore_eos": True}
+    masked = SamplingParams(**more, temperature=1.0, seed=30)
+    mask = mask_of(range(0, vocab, 3), vocab)
+    asks.append(Ask(random_prompt(9, 50, vocab), masked, mask))
+    forced = SamplingParams(**more, forced_tokens=(1, 2, 3), logprobs=2)
+    asks.append(Ask(random_prompt(9, 51, vocab), forced))
+    return asks

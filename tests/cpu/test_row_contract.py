@@ -14,7 +14,17 @@ import pytest
 
 from runtime import OutOfRows, Runtime, SamplingParams
 from runtime.sampling import PROFILES
-from tests.contract import Ask, Got, add, ask_all, collect, mask_of
+from tests.contract import (
+    Ask,
+    Got,
+    add,
+    ask_all,
+    collect,
+    everything,
+    first_end,
+    mask_of,
+    random_prompt,
+)
 from tests.cpu.twins import ROWS, VOCAB, load_micro, micro_checkpoint
 
 ONE_KEY = "6+10"
@@ -35,7 +45,7 @@ def runtime(checkpoint: Path) -> Iterator[Runtime]:
 
 
 def prompt(n: int, seed: int = 0) -> tuple[int, ...]:
-    return tuple(np.random.default_rng(seed).integers(0, VOCAB, n).tolist())
+    return random_prompt(n, seed, VOCAB)
 
 
 def params(**settings: Any) -> SamplingParams:
@@ -47,51 +57,12 @@ def one(runtime: Runtime, ask: Ask) -> Got:
     return got
 
 
-EVERYTHING: dict[str, dict[str, Any]] = {
-    "greedy": {},
-    "temperature": {"temperature": 0.9, "seed": 1},
-    "top_k": {"temperature": 1.5, "top_k": 5, "seed": 2, "logprobs": 7},
-    "top_p": {"temperature": 1.2, "top_p": 0.6, "seed": 3, "logprobs_mode": "processed"},
-    "min_p": {"temperature": 2.0, "min_p": 0.2, "seed": 4, "logprobs": 20},
-    "penalties": {
-        "temperature": 0.7,
-        "seed": 5,
-        "repetition_penalty": 1.3,
-        "presence_penalty": 0.4,
-        "frequency_penalty": 0.3,
-        "logprobs": 3,
-        "logprobs_mode": "processed",
-    },
-    "bias": {"logit_bias": {3: 4.0, 9: float("-inf"), 40: -2.5}, "logprobs": 4},
-    "stops": {"min_tokens": 5, "stop_token_ids": (1, 2, 3, 4), "seed": 6, "temperature": 1.0},
-    "sequences": {"stop_sequences": [[5], [6, 7]], "temperature": 1.0, "seed": 7},
-    "scored prompt": {"prompt_logprobs": 2, "logprobs": 1},
-    "logits": {"return_logits": True, "temperature": 1.0, "seed": 8},
-    "patient": {"deadline_ms": 80_000_000},
-    **{name: {"seed": 9 + i} for i, name in enumerate(PROFILES)},
-}
-
-
-def everything() -> list[Ask]:
-    """One request for each setting and profile, of all lengths."""
-    asks = []
-    for i, (name, settings) in enumerate(EVERYTHING.items()):
-        make = SamplingParams.profile if name in PROFILES else SamplingParams
-        chosen = {"max_tokens": 8 + i % 5, "ignore_eos": True} | settings
-        args = (name,) if name in PROFILES else ()
-        asks.append(Ask(prompt(1 + 7 * i % 40, seed=i), make(*args, **chosen)))
-    allowed = list(range(0, VOCAB, 3))
-    asks.append(Ask(prompt(9, 50), params(temperature=1.0, seed=30), mask_of(allowed, VOCAB)))
-    asks.append(Ask(prompt(9, 51), params(forced_tokens=(1, 2, 3), logprobs=2)))
-    return asks
-
-
 # ------------------------------------------------------------------ same bits in any company
 
 
 @pytest.mark.parametrize("ahead", [1, 2])
 def test_everything_at_once_has_the_bits_of_each_alone(runtime: Runtime, ahead: int) -> None:
-    asks = everything()
+    asks = everything(VOCAB)
     alone = [one(runtime, ask).bits for ask in asks]
     for order in (asks, asks[::-1]):
         together = ask_all(runtime, order, ahead=ahead)
@@ -135,7 +106,7 @@ def test_forced_tokens_are_appended_whatever_the_model_says(runtime: Runtime) ->
 
 
 def test_a_seeded_request_gives_the_same_tokens_wherever_it_runs(checkpoint: Path) -> None:
-    asks = everything()
+    asks = everything(VOCAB)
     want: list[list[int]] = []
     for ladder in LADDERS:
         for run in range(2):
@@ -169,14 +140,6 @@ def test_seeds(runtime: Runtime) -> None:
 @pytest.fixture(scope="module")
 def greedy(runtime: Runtime) -> Got:
     return one(runtime, Ask(prompt(10), params(max_tokens=30)))
-
-
-def first_end(tokens: list[int], sequence: list[int]) -> int:
-    """Tokens up to and with the first occurrence of `sequence`."""
-    for end in range(len(sequence), len(tokens) + 1):
-        if tokens[end - len(sequence) : end] == sequence:
-            return end
-    raise AssertionError
 
 
 @pytest.mark.parametrize("length", [1, 2, 3, 15, 16])
@@ -241,7 +204,7 @@ def test_a_deadline_ends_its_request_alone(runtime: Runtime) -> None:
 
 
 def test_a_mask_that_allows_nothing_fails_its_row_alone(runtime: Runtime) -> None:
-    neighbours = [a for a in everything() if a.params.deadline_ms is None][:5]
+    neighbours = [a for a in everything(VOCAB) if a.params.deadline_ms is None][:5]
     want = [one(runtime, ask).bits for ask in neighbours]
     for settings in ({}, {"temperature": 1.0}, {"logprobs": 3, "logprobs_mode": "processed"}):
         bad = Ask(prompt(6), params(**settings), mask_of([], VOCAB))
