@@ -78,6 +78,7 @@ def choose(options: RuntimeConfig, *, compile_only: bool = False) -> Selection:
         transport=resolve_transport(
             options.transport, world=options.num_ranks, on_device=on_device
         ),
+        logits_rows=min(rows, options.logits_rows),
     )
     pages = options.num_pages
     if pages is None:
