@@ -114,7 +114,7 @@ class Mailbox:
         box[0] = np.int64(step).astype(np.int32)  # last: a slot with an old number is ignored
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)  # not frozen: one is made each step, and freezing doubles what that takes
 class RingEntry:
     """One finished step as the device published it (copies).
 
@@ -152,12 +152,12 @@ class RingEntry:
     @property
     def answers_nobody(self) -> bool:
         """Whether there are only new tokens, and nobody asked for more than their log-prob."""
-        return not (np.count_nonzero(self.top_counts | self.logit_lines) or self.num_prompt)
+        return self.top_counts is self.logit_lines and not self.num_prompt
 
     @property
     def num_prompt(self) -> int:
         """How many of those there are."""
-        return int(np.count_nonzero(self.is_prompt))
+        return int(np.count_nonzero(self.is_prompt)) if np.count_nonzero(self.reasons) else 0
 
 
 class Ring:
@@ -204,7 +204,7 @@ class Ring:
             top = self._top[step % self.slots, :n, :, :width].copy()
             logits = self._logits[step % 2, : int(lines.max(initial=0))].copy()
         else:
-            counts = lines = answers
+            counts = lines = answers  # all 0; the same array says that nobody asked
             top, logits = self._top[0, :n, :, :0], self._logits[0, :0]
         return RingEntry(
             rows=rows,

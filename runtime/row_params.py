@@ -198,6 +198,7 @@ def step_output(
         ids: int64 [max_rows], the request of each row.
     """
     if entry.answers_nobody and np.count_nonzero(ours) == len(ours):
+        plain = not np.count_nonzero(entry.reasons)
         return StepOutput(
             step=step,
             rows=entry.rows,
@@ -205,7 +206,7 @@ def step_output(
             tokens=entry.tokens,
             logprobs=entry.logprobs,
             finished=entry.reasons != 0,
-            finish_reasons=REASONS[entry.reasons],
+            finish_reasons=np.zeros(len(ours), REASONS.dtype) if plain else REASONS[entry.reasons],
         )
     scored = entry.is_prompt
     new = ours & ~scored
