@@ -6,7 +6,6 @@ what it gets alone, without a prefix cache.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from runtime import Runtime, SamplingParams, StepOutput
-from tests.contract import Ask, Got, ask_all, collect, everything, mask_of, random_prompt
+from runtime import SamplingParams
+from tests.contract import Ask, ask_all, everything, mask_of, random_prompt
 from tests.cpu.twins import VOCAB, load_micro, micro_checkpoint
+from tests.queued import submit_all
 
 ONE_KEY = "6+10"
 MORE = 30  # new tokens: rows outgrow the pages that they begin with
@@ -51,36 +51,11 @@ def alone(checkpoint: Path, asks: list[Ask]) -> list[tuple[Any, ...]]:
         return [ask_all(runtime, [ask])[0].bits for ask in asks]
 
 
-def by_request(out: StepOutput) -> StepOutput:
-    """The output with ids in the place of rows."""
-    ids = dict(zip(out.rows.tolist(), out.requests.tolist(), strict=True))
-    prompt = out.prompt and replace(out.prompt, rows=out.prompt.requests)
-    logits = {ids[row]: line for row, line in out.logits.items()}
-    return replace(out, rows=out.requests, prompt=prompt, logits=logits)
-
-
-def submit_all(runtime: Runtime, asks: Sequence[Ask], *, ahead: int = 1) -> list[Got]:
-    answers: dict[int, Got] = {}
-    results = []
-    for ask in asks:
-        request = runtime.submit(ask.prompt, ask.params)
-        if ask.mask is not None:
-            runtime.set_request_mask(request, ask.mask)
-        results.append(Got(-1, runtime.seed_of_request(request)))
-        answers[request] = results[-1]
-    while runtime.num_running or runtime.num_in_flight:
-        while runtime.num_in_flight < ahead and runtime.num_running:
-            runtime.launch()
-        collect(by_request(runtime.collect()), answers)
-    return results
-
-
 @pytest.mark.parametrize("prefix_cache", [True, False])
 @pytest.mark.parametrize("ahead", [1, 2])
 def test_preempted_requests_have_the_bits_of_each_alone(
     ahead: int, prefix_cache: bool, checkpoint: Path, asks: list[Ask], alone: list[Any]
 ) -> None:
-    """`collect` also asserts that no prompt token is scored twice."""
     options: dict[str, Any] = {"ladder": ONE_KEY, "reservation": "lazy", "num_pages": 8}
     preempted = set()
     with load_micro(checkpoint, prefix_cache=prefix_cache, **options) as runtime:
