@@ -215,7 +215,6 @@ def _intake(
         back = tl.arange(0, LEN)
         p = end - LEN + back
         mine = fits & (p >= start) & (p >= tl.load(row_params + PROMPT_LEN * PITCH + row))
-        mine = mine & (back >= LEN - n)
         ids = tl.load(box + IDS + taken + n - LEN + back, mask=mine, other=-1)
         tl.store(tail + row * LEN + p % LEN, ids, mask=mine)
         taken += n
