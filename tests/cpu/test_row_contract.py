@@ -312,6 +312,17 @@ def test_prompt_logprobs_come_once_for_every_token_but_the_first(
             assert counts == {ask.params.logprobs}
 
 
+def test_no_setting_of_the_output_touches_the_scores_of_the_prompt(runtime: Runtime) -> None:
+    text = prompt(30, 2)
+    plain = one(runtime, Ask(text, params(prompt_logprobs=4)))
+    settings: dict[str, Any] = {"temperature": 0.5, "seed": 1, "repetition_penalty": 2.0}
+    settings |= {"logit_bias": {text[5]: 9.0}, "logprobs_mode": "processed", "top_k": 2}
+    for mask in (None, mask_of([3], VOCAB), mask_of([], VOCAB)):
+        got = one(runtime, Ask(text, params(prompt_logprobs=4, logprobs=1, **settings), mask))
+        assert got.prompt == plain.prompt
+        assert got.logprobs != plain.logprobs
+
+
 def test_a_cancelled_prompt_returns_no_more_of_its_scores(runtime: Runtime) -> None:
     row = runtime.add(prompt(40), params(prompt_logprobs=0))
     out = runtime.step()
@@ -383,11 +394,6 @@ REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"logprobs": 21}, ValueError, r"logprobs must be in \[0, 20\], got 21"),
     ({"prompt_logprobs": 21}, ValueError, r"prompt_logprobs must be in \[0, 20\]"),
     ({"logprobs_mode": "both"}, ValueError, "logprobs_mode must be one of raw, processed"),
-    (
-        {"prompt_logprobs": 0, "logprobs_mode": "processed"},
-        ValueError,
-        "prompt_logprobs are those of the model's own distribution",
-    ),
     ({"return_logits": 1}, TypeError, "return_logits must be True or False"),
     ({"ignore_eos": "no"}, TypeError, "ignore_eos must be True or False"),
     ({"forced_tokens": ()}, ValueError, "forced_tokens must hold 1 to max_tokens"),
