@@ -23,6 +23,7 @@ from tests.contract import (
     everything,
     first_end,
     mask_of,
+    random_calls,
     random_prompt,
 )
 from tests.cpu.twins import ROWS, VOCAB, load_micro, micro_checkpoint
@@ -103,6 +104,15 @@ def test_forced_tokens_are_appended_whatever_the_model_says(runtime: Runtime) ->
     for i, logprob in enumerate(got.logprobs):
         token, other, top = scored.prompt[4 + i]
         assert (token, other, top) == (wanted[i], logprob, got.tops[i])
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_rows_leave_nothing_behind_for_their_next_owner(seed: int, runtime: Runtime) -> None:
+    print("seed", seed)
+    asks = everything(VOCAB)
+    want = [one(runtime, ask) for ask in asks]
+    assert random_calls(runtime, asks, want, seed) > 20
+    assert runtime.pages.num_free == runtime.pages.capacity
 
 
 def test_a_seeded_request_gives_the_same_tokens_wherever_it_runs(checkpoint: Path) -> None:
