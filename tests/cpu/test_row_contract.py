@@ -360,6 +360,15 @@ def test_only_so_many_requests_return_logits_at_a_time(checkpoint: Path) -> None
         assert len(runtime.step().logits) == 2
 
 
+def test_the_ledger_tells_what_the_contract_holds(runtime: Runtime) -> None:
+    assert runtime.engine.ledger is not None
+    held = runtime.engine.ledger.contract_bytes
+    assert held["counts"] == ROWS * VOCAB * 4
+    assert held["forced_tokens"] == ROWS * 96 * 4
+    assert held["masks"] == 2 * ROWS * VOCAB // 8
+    assert held["ring_logits"] == 2 * ROWS * VOCAB * 4
+
+
 # ------------------------------------------------------------------ what is refused
 
 NO_NUMBER: Any = "4"
