@@ -14,7 +14,6 @@ from graphs.model_config import ModelConfig
 from graphs.prove import Proof
 from kernels.triton.launch import KernelSpec
 
-
 # Buffers that exist because a row may ask for more than greedy tokens.
 CONTRACT_BUFFERS = (
     *("counts", "token_mask", "bias_ids", "bias_values", "processed", "top_part"),
