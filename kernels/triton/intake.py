@@ -185,31 +185,35 @@ def _intake(
     tl.debug_barrier()
     at = box + ADMITS
     for _ in range(0, num_admits):
-        row = tl.load(at + 1)
+        # A plain record's loads come before all stores: one trip over the bus, not one for each.
+        words, row, total = tl.load(at), tl.load(at + 1), tl.load(at + 2)
+        life_ns = tl.load(at + 3).to(tl.int64) * 1000000
+        stops, biases, sequences = tl.load(at + 4), tl.load(at + 5), tl.load(at + 6)
+        half = tl.arange(0, 2)
+        seeds = tl.load(at + SEED + half)
+        param = tl.arange(0, PARAMS2)
+        values = tl.load(at + HEAD + param, mask=param < PARAMS, other=0)
+        stop = tl.arange(0, STOPS2)
+        lists = at + HEAD + PARAMS
+        ids = tl.load(lists + stop, mask=stop < STOPS, other=-1)
+        now = globaltimer() if ON_DEVICE else tl.load(begin_ns)
         tl.store(phase + row, 1)
         tl.store(seq_len + row, 0)
-        tl.store(limit + row, tl.load(at + 2))
-        life_ns = tl.load(at + 3).to(tl.int64) * 1000000
-        now = globaltimer() if ON_DEVICE else tl.load(begin_ns)
+        tl.store(limit + row, total)
         tl.store(deadline_ns + row, tl.where(life_ns > 0, now + life_ns, 0))
-        word = tl.arange(0, 2)
-        tl.store(seed + row * 2 + word, tl.load(at + SEED + word))
-        param = tl.arange(0, PARAMS2)
-        value = tl.load(at + HEAD + param, mask=param < PARAMS, other=0)
-        tl.store(row_params + param * PITCH + row, value, mask=param < PARAMS)
-        words = at + HEAD + PARAMS
-        _fill_line(stop_ids + row * STOPS, words, tl.load(at + 4), STOPS, STOPS2, -1)
-        words += tl.load(at + 4)
-        biased = tl.load(at + 5)
-        if biased > 0:
-            _fill_line(bias_ids + row * BIASES, words, biased, BIASES, BIASES2, -1)
-            _fill_line(bias_values + row * BIASES, words + biased, biased, BIASES, BIASES2, 0)
-        words += 2 * biased
-        if tl.load(at + 6) > 0:
+        tl.store(seed + row * 2 + half, seeds)
+        tl.store(row_params + param * PITCH + row, values, mask=param < PARAMS)
+        tl.store(stop_ids + row * STOPS + stop, tl.where(stop < stops, ids, -1), mask=stop < STOPS)
+        lists += stops
+        if biases > 0:
+            _fill_line(bias_ids + row * BIASES, lists, biases, BIASES, BIASES2, -1)
+            _fill_line(bias_values + row * BIASES, lists + biases, biases, BIASES, BIASES2, 0)
+        lists += 2 * biases
+        if sequences > 0:
             line = stop_sequences + row * SEQ * LEN
-            _fill_line(line, words, tl.load(at + 6) * LEN, SEQ * LEN, SEQ * LEN, -1)
+            _fill_line(line, lists, sequences * LEN, SEQ * LEN, SEQ * LEN, -1)
             tl.store(tail + row * LEN + tl.arange(0, LEN), -1)
-        at += tl.load(at)
+        at += words
     for i in range(0, num_pages, BLOCK):
         m = i + lane < num_pages
         entry = box + PAGES + (i + lane) * 3
