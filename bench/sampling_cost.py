@@ -213,7 +213,11 @@ def bare_step(engine: Engine, key: GraphKey) -> Iterator[None]:
     replaced |= dict.fromkeys(("copy_masks", "count_tokens", "answer"), _nothing)
     kept = {name: getattr(ops, name) for name in replaced}
     # Its kernels must exist before a capture, which may not compile; alone they harm nothing.
+    if engine.launcher is not None:
+        engine.launcher.thaw()
     graphs.backend.eager(lambda: choose(graphs.step.buffers.for_key(key)))
+    if engine.launcher is not None:
+        engine.launcher.freeze()
     for name, op in replaced.items():
         setattr(ops, name, op)
     captured = graphs.backend.capture(key, lambda: graphs.step.run(key))

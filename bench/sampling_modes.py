@@ -87,8 +87,7 @@ def _buffers(rows: int, vocab: int, spread: float) -> Buffers:
     b["token_mask"] = torch.full((rows, -(-vocab // 32)), -2, dtype=torch.int32).pin_memory()
     for name in ("top_p", "repetition"):
         b[name].fill_(1.0)
-    for name in ("forced", "logits_slot"):
-        b[name].fill_(-1)
+    b["forced"].fill_(-1)
     return b
 
 

@@ -250,7 +250,7 @@ def _scratch(
     for name, dtype in (("part_max", "float32"), ("part_arg", "int32"), ("part_sum", "float32")):
         yield entry(name, (rows, num_chunks(cfg.vocab_size)), dtype)
     for name, (shape, dtype) in scratch_tensors(rows, cfg.vocab_size).items():
-        yield entry("draw_norm" if name == "norm" else name, shape, dtype)
+        yield entry(name, shape, dtype)
     yield entry("workspace", (max(1, _workspace_elems(cfg, step, tokens, rows)),), "float32")
 
 

@@ -292,7 +292,7 @@ class DecodeStep:
         )
         head = w["embed"] if self.cfg.tie_word_embeddings else w["head"]
         self.ops.linear(b["final"], head, out=b["logits"], workspace=b["workspace"])
-        self.ops.sample({**b, "norm": b["draw_norm"]})
+        self.ops.sample(b)
         self.ops.answer(
             *(b[n] for n in ("sample_row", "sample_pos", "row_params", "step")),
             *(b[n] for n in ("top_ids", "top_logprobs", "logits")),

@@ -62,7 +62,8 @@ class SamplingParams:
             with this many most probable tokens beside it (True is 0).
         return_logits: return the model's logits of every new token, before any setting.
         logprobs_mode: "raw" is the model's own distribution; "processed" the one that is sampled,
-            after penalties, bias, mask, temperature and filters.
+            after penalties, bias, mask, temperature and filters. Nothing samples a prompt: its
+            log-probs are raw.
         deadline_ms: the request ends with reason `deadline` after the first token that comes later
             than this after `Runtime.add`; the device's clock decides.
     Raises:
@@ -95,11 +96,6 @@ class SamplingParams:
         self._check_numbers()
         self._check_switches()
         self._check_lists()
-        if self.prompt_logprobs is not None and self.logprobs_mode == "processed":
-            raise ValueError(
-                "prompt_logprobs are those of the model's own distribution: nothing samples a "
-                "prompt; use logprobs_mode='raw' with them, or leave prompt_logprobs out"
-            )
 
     def _check_numbers(self) -> None:
         _whole(self, "max_tokens", 1)

@@ -179,3 +179,48 @@ def everything(vocab: int, longest: int = 40) -> list[Ask]:
     forced = SamplingParams(**more, forced_tokens=(1, 2, 3), logprobs=2)
     asks.append(Ask(random_prompt(9, 51, vocab), forced))
     return asks
+
+
+def random_calls(runtime: Runtime, asks: Sequence[Ask], want: Sequence[Got], seed: int) -> int:
+    """Random arrivals, steps and cancels; whatever comes has the bits that `want` has.
+
+    Args:
+        want: what each of `asks` gives alone.
+    Returns:
+        Requests that ran to their end.
+    """
+    rng = np.random.default_rng(seed)
+    answers: dict[int, Got] = {}
+    asked: dict[int, int] = {}
+    ended = 0
+
+    def check(out: StepOutput) -> int:
+        running = dict(answers)
+        collect(out, answers)
+        for row in {*out.rows.tolist()}:
+            got, whole = running[row], want[asked[row]]
+            n = len(got.tokens)
+            assert got.tokens == whole.tokens[:n], asks[asked[row]].params
+            assert repr((got.logprobs, got.tops)) == repr((whole.logprobs[:n], whole.tops[:n]))
+            assert row in answers or got.bits == whole.bits
+        return len(running) - len(answers)
+
+    for _ in range(400):
+        call = rng.choice(["add", "launch", "collect", "cancel"], p=[0.25, 0.4, 0.3, 0.05])
+        if call == "add" and runtime.num_running < runtime.config.max_rows:
+            i = int(rng.integers(len(asks)))
+            row = add(runtime, asks[i])
+            answers[row], asked[row] = Got(row), i
+        elif call == "launch" and runtime.num_in_flight < 2:
+            runtime.launch()
+        elif call == "collect" and runtime.num_in_flight:
+            ended += check(runtime.collect())
+        elif call == "cancel" and answers:
+            row = int(rng.choice(list(answers)))
+            runtime.cancel(row)
+            del answers[row]
+    while answers or runtime.num_in_flight:
+        if not runtime.num_in_flight:
+            runtime.launch()
+        ended += check(runtime.collect())
+    return ended

@@ -20,7 +20,7 @@ from kernels.triton.launch import Launcher
 from kernels.triton.logits_process import PROCESSED_LOGPROBS
 from kernels.triton.sample import num_chunks
 
-NORM = 4  # words of a row's `norm`
+NORM = 4  # words of a row's `draw_norm`
 
 
 @triton.jit
@@ -43,7 +43,7 @@ def _choose(
     temperature,  # fp32 [R]
     min_p,  # fp32 [R]
     flags,  # int32 [R]
-    norm,  # fp32 [S, 4]
+    draw_norm,  # fp32 [S, 4]
     out_token,  # int32 [S]
     out_logprob,  # fp32 [S]
     logits_pitch,
@@ -94,10 +94,10 @@ def _choose(
         kept = is_kept(value, token, z, tl.load(keep_value + s), tl.load(keep_id + s), min_z)
         value = tl.where(kept, value, float("-inf"))
     log_total = tl.where(good, tl.log(total), float("nan"))
-    tl.store(norm + s * 4, top)
-    tl.store(norm + s * 4 + 1, log_total)
-    tl.store(norm + s * 4 + 2, scale)
-    tl.store(norm + s * 4 + 3, from_processed)
+    tl.store(draw_norm + s * 4, top)
+    tl.store(draw_norm + s * 4 + 1, log_total)
+    tl.store(draw_norm + s * 4 + 2, scale)
+    tl.store(draw_norm + s * 4 + 3, from_processed)
     logprob = log_prob(value, top, log_total, scale)
     tl.store(out_token + s, tl.where(good, token, -1))
     tl.store(out_logprob + s, tl.where(good, logprob, float("nan")))
@@ -124,7 +124,7 @@ def choose_tokens(
     temperature: torch.Tensor,
     min_p: torch.Tensor,
     flags: torch.Tensor,
-    norm: torch.Tensor,
+    draw_norm: torch.Tensor,
     out_token: torch.Tensor,
     out_logprob: torch.Tensor,
 ) -> None:
@@ -141,22 +141,22 @@ def choose_tokens(
         keep_value, keep_id: of `filter_tokens`.
         temperature, min_p: fp32 [max_rows].
         flags: int32 [max_rows]; PROCESSED_LOGPROBS picks the distribution of the log-prob.
-        norm: fp32 [S, 4], for `top_tokens`: the largest logit of that distribution, the log of its
-            sum (NaN for a bad row), the scale, and 1 where it is the processed one.
+        draw_norm: fp32 [S, 4], for `top_tokens`: the largest logit of that distribution, the log
+            of its sum (NaN for a bad row), the scale, and 1 where it is the processed one.
         out_token: int32 [S]; -1 for a bad row, which a forced token outside the vocabulary is too.
         out_logprob: fp32 [S]; NaN for a bad row, -inf for a forced token that was not kept.
     Raises:
         ValueError: logits that are not fp32, or scratch of a wrong shape.
     Capture-safe.
     """
-    chunks = _check_choose(logits, norm, part_max, part_arg, part_sum, draw_score)
+    chunks = _check_choose(logits, draw_norm, part_max, part_arg, part_sum, draw_score)
     vocab = logits.shape[1]
     launch(
         _choose,
         (logits.shape[0],),
         *(logits, processed, active, sample_tok, sample_row, forced),
         *(part_max, part_arg, part_sum, proc_max, draw_score, draw_arg, draw_mass),
-        *(keep_value, keep_id, temperature, min_p, flags, norm, out_token, out_logprob),
+        *(keep_value, keep_id, temperature, min_p, flags, draw_norm, out_token, out_logprob),
         logits.stride(0),
         V=vocab,
         C=chunks,
@@ -185,12 +185,12 @@ def choose_tokens_ref(
     temperature: torch.Tensor,
     min_p: torch.Tensor,
     flags: torch.Tensor,
-    norm: torch.Tensor,
+    draw_norm: torch.Tensor,
     out_token: torch.Tensor,
     out_logprob: torch.Tensor,
 ) -> None:
     """`choose_tokens` in plain torch; takes the raw sums from the logits, not from `part_*`."""
-    _check_choose(logits, norm, part_max, part_arg, part_sum, draw_score)
+    _check_choose(logits, draw_norm, part_max, part_arg, part_sum, draw_score)
     vocab = logits.shape[1]
     row = sample_row.clamp(min=0).long()
     top, token = logits.max(dim=1)  # the first of equals; NaN wins
@@ -216,14 +216,14 @@ def choose_tokens_ref(
     kept = ((value > keep_value) | equal) & ((value - top) * scale >= min_z)
     value = torch.where(from_processed & ~kept, -torch.inf, value)
     log_total = total.log().masked_fill(~good, torch.nan)
-    norm.copy_(torch.stack([top, log_total, scale, from_processed.float()], 1))
+    draw_norm.copy_(torch.stack([top, log_total, scale, from_processed.float()], 1))
     logprob = -(log_total - (value - top) * scale)
     padded = sample_tok < 0
     out_token.copy_(token[:, 0].masked_fill(~good | padded, -1))
     out_logprob.copy_(logprob.masked_fill(~good, torch.nan).masked_fill(padded, 0.0))
 
 
-def _check_choose(logits: torch.Tensor, norm: torch.Tensor, *parts: torch.Tensor) -> int:
+def _check_choose(logits: torch.Tensor, draw_norm: torch.Tensor, *parts: torch.Tensor) -> int:
     rows, vocab = logits.shape
     if logits.dtype != torch.float32:
         raise ValueError(f"logits must be float32, got {logits.dtype}; write the head in fp32")
@@ -234,6 +234,6 @@ def _check_choose(logits: torch.Tensor, norm: torch.Tensor, *parts: torch.Tensor
                 f"scratch of the chunks must be {want} and contiguous (num_chunks({vocab}) "
                 f"columns), got {tuple(part.shape)}, strides {part.stride()}"
             )
-    if tuple(norm.shape) != (rows, NORM):
-        raise ValueError(f"norm must be {(rows, NORM)}, got {tuple(norm.shape)}")
+    if tuple(draw_norm.shape) != (rows, NORM):
+        raise ValueError(f"draw_norm must be {(rows, NORM)}, got {tuple(draw_norm.shape)}")
     return want[1]

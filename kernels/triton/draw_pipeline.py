@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from kernels.triton import draw, draw_choose, draw_filter, logits_copy, logits_process, sample, topn
+from kernels.triton import draw, draw_choose, draw_filter, logits_process, sample, topn
 from kernels.triton.launch import Launcher
 from kernels.triton.logits_process import MAX_BIAS
 from kernels.triton.sample import num_chunks
@@ -30,7 +30,7 @@ def row_tensors(max_rows: int, vocab: int) -> Table:
     `logits_counts.count_tokens`.
     """
     floats = ("temperature", "top_p", "min_p", "repetition", "presence", "frequency")
-    ints = ("top_k", "flags", "top_n", "bias_count", "min_len", "logits_slot")
+    ints = ("top_k", "flags", "top_n", "bias_count", "min_len")
     counting = ("fresh", "prompt_len")
     return {
         **{name: ((max_rows,), "float32") for name in floats},
@@ -55,7 +55,7 @@ def scratch_tensors(rows: int, vocab: int) -> Table:
         "draw_score": ((rows, chunks), "float32"),
         "draw_arg": ((rows, chunks), "int32"),
         "draw_mass": ((rows, chunks), "float32"),
-        "norm": ((rows, draw_choose.NORM), "float32"),
+        "draw_norm": ((rows, draw_choose.NORM), "float32"),
         "top_part": ((rows, chunks, MAX_TOP), "int64"),
         "top_ids": ((rows, MAX_TOP), "int32"),
         "top_logprobs": ((rows, MAX_TOP), "float32"),
@@ -63,13 +63,12 @@ def scratch_tensors(rows: int, vocab: int) -> Table:
 
 
 def sample_step(launch: Launcher, buffers: Mapping[str, torch.Tensor]) -> None:
-    """From the logits of a step's sampling rows to tokens, log-probs, top-n and copied logits.
+    """From the logits of a step's sampling rows to tokens, log-probs and top-n.
 
     Args:
         buffers: `logits`, `sample_tok`, `sample_row`, `tok_pos`, `stop_ids`, `token_mask`,
             `part_max`, `part_arg`, `part_sum`, `out_token`, `out_logprob`, all of `row_tensors` but
-            those of `count_tokens`, all of `scratch_tensors`; `step` and `logits_out` where whole
-            logits are handed out.
+            `fresh`, all of `scratch_tensors`.
     Raises:
         KeyError: a buffer is missing.
         ValueError: a buffer of a wrong shape or dtype.
@@ -82,7 +81,6 @@ def sample_step(launch: Launcher, buffers: Mapping[str, torch.Tensor]) -> None:
         draw.draw_tokens,
         draw_choose.choose_tokens,
         topn.top_tokens,
-        *([logits_copy.copy_logits] if "logits_out" in buffers else []),
     ]
     for operation in operations:
         partial(operation, launch)(**_pick(operation, buffers))
@@ -96,7 +94,6 @@ def sample_step_ref(buffers: Mapping[str, torch.Tensor]) -> None:
         draw.draw_tokens_ref,
         draw_choose.choose_tokens_ref,
         topn.top_tokens_ref,
-        *([logits_copy.copy_logits_ref] if "logits_out" in buffers else []),
     ]
     for operation in operations:
         operation(**_pick(operation, buffers))

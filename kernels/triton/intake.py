@@ -43,6 +43,71 @@ from kernels.triton.state import (
 
 
 @triton.jit
+def _fill_line(
+    line,  # int32 [N]
+    words,  # int32 [num]
+    num,
+    N: tl.constexpr,
+    N2: tl.constexpr,
+    REST: tl.constexpr,
+):
+    """line = words, and REST behind them."""
+    i = tl.arange(0, N2)
+    tl.store(line + i, tl.load(words + i, mask=i < num, other=REST), mask=i < N)
+
+
+@triton.jit
+def _list_decoding(
+    phase,
+    seq_len,
+    last_token,
+    known_len,  # int32 [R], line P_FORCED_LEN
+    forced_tokens,
+    tok_row,
+    tok_pos,
+    tok_id,
+    sample_tok,
+    sample_row,
+    sample_pos,
+    forced,
+    S,
+    max_seq_len,
+    R: tl.constexpr,
+    R2: tl.constexpr,
+):
+    """Decoding rows bring one token each, in row order; returns how many there are."""
+    r = tl.arange(0, R2)
+    decoding = (tl.load(phase + r, mask=r < R, other=0) == 2).to(tl.int32)
+    index = tl.cumsum(decoding, 0) - decoding
+    m = (decoding == 1) & (index < S)
+    pos = tl.load(seq_len + r, mask=m, other=0)
+    tl.store(tok_row + index, r, mask=m)
+    tl.store(tok_pos + index, pos, mask=m)
+    tl.store(tok_id + index, tl.load(last_token + r, mask=m, other=0), mask=m)
+    tl.store(sample_tok + index, index, mask=m)
+    tl.store(sample_row + index, r, mask=m)
+    tl.store(sample_pos + index, pos + 1, mask=m)
+    known = m & (pos + 1 < tl.load(known_len + r, mask=m, other=0))
+    target = tl.load(forced_tokens + r.to(tl.int64) * max_seq_len + pos + 1, mask=known, other=-1)
+    tl.store(forced + index, target, mask=m)
+    tl.store(seq_len + r, pos + 1, mask=m)
+    return tl.sum(decoding, 0)
+
+
+@triton.jit
+def _pad(
+    out,
+    start,
+    stop,
+    VALUE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    for i in range(start, stop, BLOCK):
+        at = i + tl.arange(0, BLOCK)
+        tl.store(out + at, VALUE, mask=at < stop)
+
+
+@triton.jit
 def _intake(
     mailbox,  # int32 [2, WORDS], pinned host memory
     forced_tokens,  # int32 [R, max_seq_len], pinned host memory
@@ -120,39 +185,35 @@ def _intake(
     tl.debug_barrier()
     at = box + ADMITS
     for _ in range(0, num_admits):
-        row = tl.load(at + 1)
+        # A plain record's loads come before all stores: one trip over the bus, not one for each.
+        words, row, total = tl.load(at), tl.load(at + 1), tl.load(at + 2)
+        life_ns = tl.load(at + 3).to(tl.int64) * 1000000
+        stops, biases, sequences = tl.load(at + 4), tl.load(at + 5), tl.load(at + 6)
+        half = tl.arange(0, 2)
+        seeds = tl.load(at + SEED + half)
+        param = tl.arange(0, PARAMS2)
+        values = tl.load(at + HEAD + param, mask=param < PARAMS, other=0)
+        stop = tl.arange(0, STOPS2)
+        lists = at + HEAD + PARAMS
+        ids = tl.load(lists + stop, mask=stop < STOPS, other=-1)
+        now = globaltimer() if ON_DEVICE else tl.load(begin_ns)
         tl.store(phase + row, 1)
         tl.store(seq_len + row, 0)
-        tl.store(limit + row, tl.load(at + 2))
-        life_ns = tl.load(at + 3).to(tl.int64) * 1000000
-        now = globaltimer() if ON_DEVICE else tl.load(begin_ns)
+        tl.store(limit + row, total)
         tl.store(deadline_ns + row, tl.where(life_ns > 0, now + life_ns, 0))
-        word = tl.arange(0, 2)
-        tl.store(seed + row * 2 + word, tl.load(at + SEED + word))
-        param = tl.arange(0, PARAMS2)
-        value = tl.load(at + HEAD + param, mask=param < PARAMS, other=0)
-        tl.store(row_params + param * PITCH + row, value, mask=param < PARAMS)
-        words = at + HEAD + PARAMS
-        num = tl.load(at + 4)
-        stop = tl.arange(0, STOPS2)
-        ids = tl.load(words + stop, mask=stop < num, other=-1)
-        tl.store(stop_ids + row * STOPS + stop, ids, mask=stop < STOPS)
-        words += num
-        num = tl.load(at + 5)
-        if num > 0:
-            bias = tl.arange(0, BIASES2)
-            biased = tl.load(words + bias, mask=bias < num, other=-1)
-            tl.store(bias_ids + row * BIASES + bias, biased, mask=bias < BIASES)
-            values = tl.load(words + num + bias, mask=bias < num, other=0)
-            tl.store(bias_values + row * BIASES + bias, values, mask=bias < BIASES)
-        words += 2 * num
-        num = tl.load(at + 6) * LEN
-        if num > 0:
-            q = tl.arange(0, SEQ * LEN)
-            sequence = tl.load(words + q, mask=q < num, other=-1)
-            tl.store(stop_sequences + row * SEQ * LEN + q, sequence)
+        tl.store(seed + row * 2 + half, seeds)
+        tl.store(row_params + param * PITCH + row, values, mask=param < PARAMS)
+        tl.store(stop_ids + row * STOPS + stop, tl.where(stop < stops, ids, -1), mask=stop < STOPS)
+        lists += stops
+        if biases > 0:
+            _fill_line(bias_ids + row * BIASES, lists, biases, BIASES, BIASES2, -1)
+            _fill_line(bias_values + row * BIASES, lists + biases, biases, BIASES, BIASES2, 0)
+        lists += 2 * biases
+        if sequences > 0:
+            line = stop_sequences + row * SEQ * LEN
+            _fill_line(line, lists, sequences * LEN, SEQ * LEN, SEQ * LEN, -1)
             tl.store(tail + row * LEN + tl.arange(0, LEN), -1)
-        at += tl.load(at)
+        at += words
     for i in range(0, num_pages, BLOCK):
         m = i + lane < num_pages
         entry = box + PAGES + (i + lane) * 3
@@ -170,25 +231,24 @@ def _intake(
         tl.store(row_params + row, flags, mask=m)
         tl.store(mask_step + row, step.to(tl.int32), mask=m & (on == 1))
 
-    # Decoding rows bring one token each, in row order.
-    r = tl.arange(0, R2)
-    decoding = (tl.load(phase + r, mask=r < R, other=0) == 2).to(tl.int32)
-    index = tl.cumsum(decoding, 0) - decoding
-    count = tl.sum(decoding, 0)
-    one_token = (decoding == 1) & (index < S)
-    pos = tl.load(seq_len + r, mask=one_token, other=0)
-    tl.store(tok_row + index, r, mask=one_token)
-    tl.store(tok_pos + index, pos, mask=one_token)
-    tl.store(tok_id + index, tl.load(last_token + r, mask=one_token, other=0), mask=one_token)
-    tl.store(sample_tok + index, index, mask=one_token)
-    tl.store(sample_row + index, r, mask=one_token)
-    tl.store(sample_pos + index, pos + 1, mask=one_token)
-    known = one_token & (
-        pos + 1 < tl.load(row_params + FORCED_LEN * PITCH + r, mask=one_token, other=0)
+    count = _list_decoding(
+        phase,
+        seq_len,
+        last_token,
+        row_params + FORCED_LEN * PITCH,
+        forced_tokens,
+        tok_row,
+        tok_pos,
+        tok_id,
+        sample_tok,
+        sample_row,
+        sample_pos,
+        forced,
+        S,
+        max_seq_len,
+        R,
+        R2,
     )
-    target = tl.load(forced_tokens + r.to(tl.int64) * max_seq_len + pos + 1, mask=known, other=-1)
-    tl.store(forced + index, target, mask=one_token)
-    tl.store(seq_len + r, pos + 1, mask=one_token)
     bad = (count > S).to(tl.int32)
     tokens = tl.minimum(count, S)
     samples = tokens
@@ -215,7 +275,6 @@ def _intake(
         back = tl.arange(0, LEN)
         p = end - LEN + back
         mine = fits & (p >= start) & (p >= tl.load(row_params + PROMPT_LEN * PITCH + row))
-        mine = mine & (back >= LEN - n)
         ids = tl.load(box + IDS + taken + n - LEN + back, mask=mine, other=-1)
         tl.store(tail + row * LEN + p % LEN, ids, mask=mine)
         taken += n
@@ -233,17 +292,13 @@ def _intake(
         samples += heads_fit
         tl.store(seq_len + row, end, mask=fits)
 
-    for i in range(0, T, BLOCK):
-        m = (i + lane >= tokens) & (i + lane < T)
-        tl.store(tok_row + i + lane, -1, mask=m)
-        tl.store(tok_pos + i + lane, 0, mask=m)
-        tl.store(tok_id + i + lane, -1, mask=m)
-    for i in range(0, S, BLOCK):
-        m = (i + lane >= samples) & (i + lane < S)
-        tl.store(sample_tok + i + lane, -1, mask=m)
-        tl.store(sample_row + i + lane, -1, mask=m)
-        tl.store(sample_pos + i + lane, 0, mask=m)
-        tl.store(forced + i + lane, -1, mask=m)
+    _pad(tok_row, tokens, T, -1, BLOCK)
+    _pad(tok_pos, tokens, T, 0, BLOCK)
+    _pad(tok_id, tokens, T, -1, BLOCK)
+    _pad(sample_tok, samples, S, -1, BLOCK)
+    _pad(sample_row, samples, S, -1, BLOCK)
+    _pad(sample_pos, samples, S, 0, BLOCK)
+    _pad(forced, samples, S, -1, BLOCK)
     tl.store(fault, bad)
 
 

@@ -38,6 +38,7 @@ def _process(
     bias_ids,  # int32 [R, BIAS]
     bias_values,  # fp32 [R, BIAS]
     min_len,  # int32 [R]
+    prompt_len,  # int32 [R]
     stop_ids,  # int32 [R, STOPS]
     token_mask,  # int32 [R, WORDS], device or pinned host memory
     active,  # int32 [S]
@@ -62,11 +63,12 @@ def _process(
     r = tl.load(sample_row + s).to(tl.int64)
     rep, pres, freq = tl.load(repetition + r), tl.load(presence + r), tl.load(frequency + r)
     flag, num_bias = tl.load(flags + r), tl.load(bias_count + r)
-    too_short = tl.load(tok_pos + tok) + 1 < tl.load(min_len + r)
+    position = tl.load(tok_pos + tok) + 1
+    too_short = position < tl.load(min_len + r)
     penalized = is_penalized(rep, pres, freq)
     # Either flag makes a row active, and so does any temperature.
     needed = (tl.load(temperature + r) > 0.0) | (flag != 0) | (num_bias > 0)
-    needed = needed | penalized | too_short
+    needed = (needed | penalized | too_short) & (position >= tl.load(prompt_len + r))
     if c == 0:
         tl.store(active + s, needed.to(tl.int32))
     if not needed:
@@ -123,6 +125,7 @@ def process_logits(
     bias_ids: torch.Tensor,
     bias_values: torch.Tensor,
     min_len: torch.Tensor,
+    prompt_len: torch.Tensor,
     stop_ids: torch.Tensor,
     token_mask: torch.Tensor,
     active: torch.Tensor,
@@ -146,6 +149,7 @@ def process_logits(
         bias_count: int32; entries of bias_ids (int32 [max_rows, B], distinct) and bias_values
             (fp32 [max_rows, B]) in use.
         min_len: int32; stop ids are masked for tokens at earlier positions.
+        prompt_len: int32; tokens at earlier positions are the prompt's own, and plain greedy.
         stop_ids: int32 [max_rows, stops]; -1 in unused places.
         token_mask: int32 [max_rows, ceil(V / 32)], device or pinned host memory: bit i of word j
             allows token 32 j + i. Read for rows with MASKED.
@@ -165,7 +169,7 @@ def process_logits(
         (num_chunks(vocab), rows),
         *(logits, sample_tok, sample_row, tok_pos, temperature, flags),
         *(repetition, presence, frequency, counts, bias_count, bias_ids, bias_values),
-        *(min_len, stop_ids, token_mask, active, processed, proc_max),
+        *(min_len, prompt_len, stop_ids, token_mask, active, processed, proc_max),
         logits.stride(0),
         V=vocab,
         C=num_chunks(vocab),
@@ -194,6 +198,7 @@ def process_logits_ref(
     bias_ids: torch.Tensor,
     bias_values: torch.Tensor,
     min_len: torch.Tensor,
+    prompt_len: torch.Tensor,
     stop_ids: torch.Tensor,
     token_mask: torch.Tensor,
     active: torch.Tensor,
@@ -204,10 +209,11 @@ def process_logits_ref(
     _check_processing(logits, counts, bias_ids, bias_values, token_mask, processed, proc_max)
     vocab = logits.shape[1]
     row = sample_row.clamp(min=0).long()
-    too_short = tok_pos[sample_tok.clamp(min=0).long()] + 1 < min_len[row]
+    position = tok_pos[sample_tok.clamp(min=0).long()] + 1
+    too_short = position < min_len[row]
     penalized = (repetition != 1) | (presence != 0) | (frequency != 0)
     asks = (temperature > 0) | (flags != 0) | (bias_count > 0) | penalized
-    needed = (sample_tok >= 0) & (asks[row] | too_short)
+    needed = (sample_tok >= 0) & (asks[row] | too_short) & (position >= prompt_len[row])
     active.copy_(needed)
     at = needed.nonzero()[:, 0]
     if not len(at):

@@ -1,6 +1,6 @@
-"""The most probable tokens of a row, with their log-probs, and whole rows of logits on request.
+"""The most probable tokens of a row, with their log-probs.
 
-Invariants: sorted by value, the lower id first among equals; both read only rows that ask.
+Invariants: sorted by value, the lower id first among equals; only rows that ask are read.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def _top_chunk(
     processed,  # fp32 [S, V]
     sample_tok,  # int32 [S]
     sample_row,  # int32 [S]
-    norm,  # fp32 [S, 4]
+    draw_norm,  # fp32 [S, 4]
     keep_value,  # fp32 [S]
     keep_id,  # int32 [S]
     temperature,  # fp32 [R]
@@ -53,9 +53,9 @@ def _top_chunk(
         return
     c = tl.program_id(0)
     col = c * CHUNK + tl.arange(0, CHUNK)
-    if tl.load(norm + s * 4 + 3) != 0.0:
+    if tl.load(draw_norm + s * 4 + 3) != 0.0:
         value = tl.load(processed + s * V + col, mask=col < V, other=float("-inf"))
-        z = (value - tl.load(norm + s * 4)) * tl.load(norm + s * 4 + 2)
+        z = (value - tl.load(draw_norm + s * 4)) * tl.load(draw_norm + s * 4 + 2)
         min_z = log_of_min_p(tl.load(min_p + r), tl.load(temperature + r))
         kept = is_kept(value, col, z, tl.load(keep_value + s), tl.load(keep_id + s), min_z)
         value = tl.where(kept, value, float("-inf"))
@@ -74,7 +74,7 @@ def _top_chunk(
 def _top_merge(
     sample_tok,  # int32 [S]
     sample_row,  # int32 [S]
-    norm,  # fp32 [S, 4]
+    draw_norm,  # fp32 [S, 4]
     top_n,  # int32 [R]
     top_part,  # int64 [S, C, TOP]
     top_ids,  # int32 [S, TOP]
@@ -102,8 +102,8 @@ def _top_merge(
             key = tl.where(key == best, NOTHING, key)
     found = keys != NOTHING
     value = order_value((keys >> 32).to(tl.int32))
-    top, log_total = tl.load(norm + s * 4), tl.load(norm + s * 4 + 1)
-    logprob = log_prob(value, top, log_total, tl.load(norm + s * 4 + 2))
+    top, log_total = tl.load(draw_norm + s * 4), tl.load(draw_norm + s * 4 + 1)
+    logprob = log_prob(value, top, log_total, tl.load(draw_norm + s * 4 + 2))
     totals = tl.zeros([TOP2], tl.float32) + log_total
     good = totals == totals
     ids = tl.where(found & good, ~keys.to(tl.int32) & LOW_WORD, ids)
@@ -120,7 +120,7 @@ def top_tokens(
     sample_tok: torch.Tensor,
     sample_row: torch.Tensor,
     *,
-    norm: torch.Tensor,
+    draw_norm: torch.Tensor,
     keep_value: torch.Tensor,
     keep_id: torch.Tensor,
     temperature: torch.Tensor,
@@ -130,14 +130,14 @@ def top_tokens(
     top_ids: torch.Tensor,
     top_logprobs: torch.Tensor,
 ) -> None:
-    """The top_n most probable tokens of each row, of the distribution that `norm` names.
+    """The top_n most probable tokens of each row, of the distribution that `draw_norm` names.
 
     Args:
         logits: fp32 [S, V]; the row pitch may exceed V.
         processed: of `process_logits`.
         sample_tok: int32 [S]; -1 is padding.
         sample_row: int32 [S], request row.
-        norm: of `choose_tokens`.
+        draw_norm: of `choose_tokens`.
         keep_value, keep_id: of `filter_tokens`.
         temperature, min_p: fp32 [max_rows].
         top_n: int32 [max_rows], 0 to MAX_TOP.
@@ -154,7 +154,7 @@ def top_tokens(
     launch(
         _top_chunk,
         (chunks, rows),
-        *(logits, processed, sample_tok, sample_row, norm, keep_value, keep_id),
+        *(logits, processed, sample_tok, sample_row, draw_norm, keep_value, keep_id),
         *(temperature, min_p, top_n, top_part),
         logits.stride(0),
         V=vocab,
@@ -166,7 +166,7 @@ def top_tokens(
     launch(
         _top_merge,
         (rows,),
-        *(sample_tok, sample_row, norm, top_n, top_part, top_ids, top_logprobs),
+        *(sample_tok, sample_row, draw_norm, top_n, top_part, top_ids, top_logprobs),
         C=chunks,
         C2=triton.next_power_of_2(chunks),
         TOP=MAX_TOP,
@@ -181,7 +181,7 @@ def top_tokens_ref(
     sample_tok: torch.Tensor,
     sample_row: torch.Tensor,
     *,
-    norm: torch.Tensor,
+    draw_norm: torch.Tensor,
     keep_value: torch.Tensor,
     keep_id: torch.Tensor,
     temperature: torch.Tensor,
@@ -201,7 +201,7 @@ def top_tokens_ref(
     if not len(at):
         return
     row = row[at]
-    top, log_total, scale, from_processed = (x[:, None] for x in norm[at].unbind(1))
+    top, log_total, scale, from_processed = (x[:, None] for x in draw_norm[at].unbind(1))
     y, t = processed[at], temperature[row]
     z = (y - y.amax(1, keepdim=True)) * inverse_temperature_ref(t)[:, None]
     min_z = torch.where((t > 0) & (min_p[row] > 0), min_p[row].log(), -torch.inf)

@@ -48,7 +48,7 @@ class Row:
     stops: Sequence[int] = ()
     top_n: int = 0
     processed_logprobs: bool = False
-    logits_slot: int = -1
+    prompt_len: int = 0
     forced: int = -1
     position: int = 10
 
@@ -93,7 +93,7 @@ def _rubbish(shape: tuple[int, ...], dtype: str) -> torch.Tensor:
 def _write(b: Buffers, r: int, row: Row, vocab: int) -> None:
     for name in ("temperature", "top_k", "top_p", "min_p", "repetition", "presence", "frequency"):
         b[name][r] = getattr(row, name)
-    for name in ("top_n", "min_len", "logits_slot"):
+    for name in ("top_n", "min_len", "prompt_len"):
         b[name][r] = getattr(row, name)
     b["seed"][r] = torch.from_numpy(np.array([row.seed], np.uint64).view(np.int32))
     b["flags"][r] = (row.allowed is not None) + 2 * row.processed_logprobs

@@ -23,6 +23,7 @@ from tests.contract import (
     everything,
     first_end,
     mask_of,
+    random_calls,
     random_prompt,
 )
 from tests.cpu.twins import ROWS, VOCAB, load_micro, micro_checkpoint
@@ -103,6 +104,15 @@ def test_forced_tokens_are_appended_whatever_the_model_says(runtime: Runtime) ->
     for i, logprob in enumerate(got.logprobs):
         token, other, top = scored.prompt[4 + i]
         assert (token, other, top) == (wanted[i], logprob, got.tops[i])
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_rows_leave_nothing_behind_for_their_next_owner(seed: int, runtime: Runtime) -> None:
+    print("seed", seed)
+    asks = everything(VOCAB)
+    want = [one(runtime, ask) for ask in asks]
+    assert random_calls(runtime, asks, want, seed) > 20
+    assert runtime.pages.num_free == runtime.pages.capacity
 
 
 def test_a_seeded_request_gives_the_same_tokens_wherever_it_runs(checkpoint: Path) -> None:
@@ -312,6 +322,17 @@ def test_prompt_logprobs_come_once_for_every_token_but_the_first(
             assert counts == {ask.params.logprobs}
 
 
+def test_no_setting_of_the_output_touches_the_scores_of_the_prompt(runtime: Runtime) -> None:
+    text = prompt(30, 2)
+    plain = one(runtime, Ask(text, params(prompt_logprobs=4)))
+    settings: dict[str, Any] = {"temperature": 0.5, "seed": 1, "repetition_penalty": 2.0}
+    settings |= {"logit_bias": {text[5]: 9.0}, "logprobs_mode": "processed", "top_k": 2}
+    for mask in (None, mask_of([3], VOCAB), mask_of([], VOCAB)):
+        got = one(runtime, Ask(text, params(prompt_logprobs=4, logprobs=1, **settings), mask))
+        assert got.prompt == plain.prompt
+        assert got.logprobs != plain.logprobs
+
+
 def test_a_cancelled_prompt_returns_no_more_of_its_scores(runtime: Runtime) -> None:
     row = runtime.add(prompt(40), params(prompt_logprobs=0))
     out = runtime.step()
@@ -337,6 +358,15 @@ def test_only_so_many_requests_return_logits_at_a_time(checkpoint: Path) -> None
         runtime.cancel(rows[0])
         add(runtime, ask)
         assert len(runtime.step().logits) == 2
+
+
+def test_the_ledger_tells_what_the_contract_holds(runtime: Runtime) -> None:
+    assert runtime.engine.ledger is not None
+    held = runtime.engine.ledger.contract_bytes
+    assert held["counts"] == ROWS * VOCAB * 4
+    assert held["forced_tokens"] == ROWS * 96 * 4
+    assert held["masks"] == 2 * ROWS * VOCAB // 8
+    assert held["ring_logits"] == 2 * ROWS * VOCAB * 4
 
 
 # ------------------------------------------------------------------ what is refused
@@ -383,11 +413,6 @@ REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"logprobs": 21}, ValueError, r"logprobs must be in \[0, 20\], got 21"),
     ({"prompt_logprobs": 21}, ValueError, r"prompt_logprobs must be in \[0, 20\]"),
     ({"logprobs_mode": "both"}, ValueError, "logprobs_mode must be one of raw, processed"),
-    (
-        {"prompt_logprobs": 0, "logprobs_mode": "processed"},
-        ValueError,
-        "prompt_logprobs are those of the model's own distribution",
-    ),
     ({"return_logits": 1}, TypeError, "return_logits must be True or False"),
     ({"ignore_eos": "no"}, TypeError, "ignore_eos must be True or False"),
     ({"forced_tokens": ()}, ValueError, "forced_tokens must hold 1 to max_tokens"),

@@ -14,7 +14,7 @@ import torch
 
 KERNELS = {
     *("_count_tokens", "_greedy_chunk", "_process", "_filter", "_draw", "_choose"),
-    *("_top_chunk", "_top_merge", "_copy_logits"),
+    *("_top_chunk", "_top_merge"),
 }
 
 
@@ -47,8 +47,6 @@ def _step_on_meta(launch: Any, *, rows: int = 32, vocab: int = 129280, tokens: i
         "logits": ((rows, vocab), "float32"),
         "stop_ids": ((rows, 16), "int32"),
         "token_mask": ((rows, vocab // 32), "int32"),
-        "step": ((1,), "int64"),
-        "logits_out": ((4, 8, vocab), "float32"),
     }
     b = {
         name: torch.empty(shape, dtype=getattr(torch, dtype), device="meta")

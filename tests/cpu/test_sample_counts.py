@@ -48,12 +48,12 @@ def test_prompts_set_a_bit_and_outputs_are_counted(count: Count) -> None:
     state = _state()
     prompt = [(1, 0, 7), (1, 1, 7), (1, 2, 1099), (1, 3, 0)]
     _step(count, state, [(0, 0, 7), *prompt, (2, 0, 5)])
-    _step(count, state, [(0, 1, 7), (1, 4, 7), (2, 1, 5)])
+    _step(count, state, [(0, 1, 7), (1, 4, 9), (2, 1, 5)])
     _step(count, state, [(1, 5, 7), (1, 6, 8), (2, 2, 6)])
     counts = state["counts"]
     assert not counts[0].any()
     found = {i: counts[1, i].item() for i in counts[1].nonzero()[:, 0].tolist()}
-    assert found == {0: PROMPT, 7: PROMPT + 2, 8: 1, 1099: PROMPT}
+    assert found == {0: PROMPT, 7: PROMPT + 1, 8: 1, 9: 1, 1099: PROMPT}
     found = {i: counts[2, i].item() for i in counts[2].nonzero()[:, 0].tolist()}
     assert found == {5: PROMPT + 1, 6: 1}
 

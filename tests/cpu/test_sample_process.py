@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -60,6 +62,20 @@ def test_stops_are_allowed_from_min_len_on(step: Step) -> None:
     step(b)
     assert b["out_token"].tolist() == [0, 6, 6]
     assert b["active"].tolist() == [1, 0, 0]
+
+
+@BOTH
+def test_the_prompts_own_tokens_are_plain(step: Step) -> None:
+    """A forced prompt token has the model's log-prob, whatever the request asks for its output."""
+    logits = _rand(3, 100)
+    row = Row(temperature=0.5, top_k=2, bias={1: 50.0}, processed_logprobs=True, prompt_len=10)
+    rows = [replace(row, forced=7, position=p) for p in (9, 10)] + [Row(forced=7)]
+    b = step_buffers(logits[:1].repeat(3, 1), rows)
+    step(b)
+    assert b["active"].tolist() == [0, 1, 0]
+    assert b["out_token"].tolist() == [7, 7, 7]
+    assert b["out_logprob"][0] == b["out_logprob"][2]
+    assert b["out_logprob"][1] == float("-inf")
 
 
 @BOTH

@@ -1,11 +1,11 @@
-"""Top-n log-probs and whole logits."""
+"""Top-n log-probs."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from kernels.triton import logits_copy, topn
+from kernels.triton import topn
 from tests.cpu.sample_rows import LAUNCH, STEPS, Row, Step, probabilities, step_buffers
 
 BOTH = pytest.mark.parametrize("step", STEPS)
@@ -74,35 +74,15 @@ def test_tokens_without_probability_are_no_answer(step: Step) -> None:
 
 def test_wrong_top_n_buffers_are_named() -> None:
     b = step_buffers(_rand(1, 100), [Row()])
-    names = ("logits", "processed", "sample_tok", "sample_row", "norm", "keep_value", "keep_id")
+    names = (
+        "logits",
+        "processed",
+        "sample_tok",
+        "sample_row",
+        "draw_norm",
+        "keep_value",
+        "keep_id",
+    )
     names += ("temperature", "min_p", "top_n", "top_part", "top_logprobs")
     with pytest.raises(ValueError, match=r"top_ids must be \(1, 20\)"):
         topn.top_tokens(LAUNCH, top_ids=b["top_ids"][:, :5], **{n: b[n] for n in names})
-
-
-@BOTH
-def test_whole_logits_of_rows_with_a_slot(step: Step) -> None:
-    wide = _rand(5, 5005)
-    logits = wide[:, :5000]
-    rows = [Row(logits_slot=2), Row(), Row(logits_slot=0, temperature=1.0), Row(logits_slot=9)]
-    b = step_buffers(logits, rows, order=(3, 2, -1, 0, 1))
-    b["step"] = torch.tensor([7])
-    b["logits_out"] = torch.full((2, 3, 5000), 99.0)
-    step(b)
-    want = torch.full((2, 3, 5000), 99.0)
-    want[1, 0], want[1, 2] = logits[1], logits[3]
-    assert torch.equal(b["logits_out"], want)
-
-
-def test_wrong_logits_buffers_are_named() -> None:
-    b = step_buffers(_rand(1, 100), [Row()])
-    with pytest.raises(ValueError, match=r"\[copies, slots, 100\]"):
-        logits_copy.copy_logits(
-            LAUNCH,
-            b["logits"],
-            b["sample_tok"],
-            b["sample_row"],
-            logits_slot=b["logits_slot"],
-            step=torch.tensor([1]),
-            logits_out=torch.empty(1, 1, 99),
-        )

@@ -18,6 +18,7 @@ from tests.contract import (
     everything,
     first_end,
     mask_of,
+    random_calls,
     random_prompt,
 )
 from tests.gpu.conftest import Load
@@ -58,6 +59,14 @@ def test_everything_has_the_same_bits_in_any_company_ladder_and_run(name: str, l
                 for ask, a, b in zip(asks, bits, want, strict=True):
                     assert a == b, f"ladder {ladder}, {how}: {ask.params}"
     assert len({repr(bits) for bits in want}) == len(asks)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_rows_leave_nothing_behind_for_their_next_owner(seed: int, load: Load) -> None:
+    asks = everything(VOCAB, longest=100)
+    with load("fp8") as runtime:
+        want = [one(runtime, ask) for ask in asks]
+        assert random_calls(runtime, asks, want, seed) > 20
 
 
 @pytest.mark.parametrize("name", PROFILES)
