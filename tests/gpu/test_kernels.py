@@ -207,7 +207,8 @@ def norm_of_parts(seed: int, tokens: int) -> Arguments:
 
 
 def norm_of_experts(seed: int, tokens: int) -> Arguments:
-    ids, weights = torch.ones(tokens, 3, dtype=I32), randn(seed, tokens, 3, dtype=F32)
+    # The same for every seed: a replay overwrites tensors, not the tuple of them.
+    ids, weights = torch.ones(tokens, 3, dtype=I32), randn(11, tokens, 3, dtype=F32)
     ids[PADDED : PADDED + 1] = -1
     delta = randn(seed, 3 * tokens, HIDDEN)
     return add_rmsnorm(seed, tokens) | {"delta": delta, "choices": (ids, weights)}
