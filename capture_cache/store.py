@@ -17,14 +17,14 @@ import os
 import re
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from capture_cache.errors import CorruptBundle, FingerprintMismatch, StoreError
 from capture_cache.files import REMEDY, Files, open_dir, read_file, unsafe
-from capture_cache.fingerprint import Fingerprint, diff, nearest
+from capture_cache.fingerprint import Fingerprint, diff, matches, nearest
 from capture_cache.manifest import (
     MAX_RECORD_BYTES,
     FileRecord,
@@ -124,6 +124,20 @@ class Store:
         """
         loaded = self._load((fingerprint.digest,), MANIFEST)
         return None if loaded is None else _bundle(loaded)
+
+    def find(
+        self, fingerprint: Fingerprint, *, unset: Collection[str] = frozenset()
+    ) -> Fingerprint | None:
+        """The stored fingerprint that is valid here: `fingerprint` itself, or one that agrees.
+
+        Args:
+            unset: fields in which this installation cannot differ, such as the version of a
+                compiler that it has not got.
+        """
+        if (self.root / fingerprint.digest).exists() or not unset:
+            return fingerprint if (self.root / fingerprint.digest).exists() else None
+        stored = (e.manifest.fingerprint for e in self.entries() if e.manifest is not None)
+        return next((s for s in stored if matches(s, fingerprint, unset=unset)), None)
 
     def require(self, fingerprint: Fingerprint) -> Bundle:
         """`load`, where a miss is an error.

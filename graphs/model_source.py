@@ -13,6 +13,7 @@ from graphs.presets import PRESETS
 from graphs.safetensors_dir import (
     CONFIG_FILE,
     CheckpointError,
+    checkpoint_digest,
     open_checkpoint,
     read_config,
     read_json,
@@ -87,7 +88,7 @@ def model_digest(path: str | Path) -> str:
     Raises:
         CheckpointError: the directory is not a whole checkpoint.
     """
-    return open_checkpoint(Path(path)).digest
+    return checkpoint_digest(Path(path))
 
 
 def _stored_dtype(path: Path) -> str:

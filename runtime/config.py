@@ -42,6 +42,9 @@ class RuntimeConfig:
         ep_size: ranks that share the experts; None: as many as torchrun started.
         transport: how tokens reach other ranks' experts; a name of `barriers.transport`.
         attention: auto, flashinfer or triton.
+        weights: directory of packed weights (`python -m runtime.pack`); None: those in the
+            store, if any.
+        verify_weights: compare the sha256 of all packed weights before use.
         seed: of a preset's random weights.
         verify: prove every key after capture.
         proof_replays: replays per key of that proof; None: 100 on a device, 2 on the CPU twin.
@@ -58,6 +61,8 @@ class RuntimeConfig:
     overrides: tuple[str, ...] = ()
     device: str = "auto"
     store: str | None = None
+    weights: str | None = None
+    verify_weights: bool = False
     ep_size: int | None = None
     transport: str = "auto"
     attention: str = "auto"

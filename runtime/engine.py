@@ -11,12 +11,12 @@ from numpy.typing import NDArray
 from capture_cache.fingerprint import Fingerprint
 from graphs.aot import AotLauncher
 from graphs.capture import GraphSet
-from graphs.fingerprint import fingerprint
 from graphs.keys import GraphKey
 from graphs.ledger import Ledger
 from graphs.prove import Proof
 from kernels.triton.state import DECODE, HEADER, MailboxLayout
 from runtime.config import RuntimeConfig
+from runtime.fingerprint import fingerprint
 from runtime.ranks import Ranks
 from runtime.selection import Selection
 
@@ -77,14 +77,7 @@ class Engine:
         return torch.cuda.get_device_name()
 
     def fingerprint(self) -> Fingerprint:
-        return fingerprint(
-            self.selection.source,
-            self.model_config,
-            self.config,
-            self.ladder,
-            self.selection.layout,
-            on_device=self.selection.on_device,
-        )
+        return fingerprint(self.options, on_device=self.selection.on_device)
 
     def adopt(self, rows: list[int], length: int, limit: int, pages: list[list[int]]) -> None:
         """Put rows into the decode phase with `length` tokens in their pages; waits."""
