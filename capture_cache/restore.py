@@ -6,7 +6,6 @@ pointers to them, the driver's own structs. What is left for each node is one dr
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable, Mapping
 
 import numpy as np
@@ -57,9 +56,7 @@ class Files:
 
     def __init__(self, contents: Mapping[str, bytes], shown: str) -> None:
         self._contents, self._shown = contents, shown
-        self.program: Program = decode_program(
-            self.read(PROGRAM_FILE), f"{shown}/{PROGRAM_FILE}"
-        )
+        self.program: Program = decode_program(self.read(PROGRAM_FILE), f"{shown}/{PROGRAM_FILE}")
 
     def read(self, name: str) -> bytes:
         """Raises CorruptBundle: there is no such file."""
@@ -185,15 +182,14 @@ def build_graph(driver: Driver, code: Code, graph: Graph, symbols: Table, shown:
         CudaError: the driver refuses a kernel, a node, or the whole.
     """
     payload = relocated(graph, symbols)
-    handle = ctypes.c_uint64()
-    driver.check(driver.lib.cuGraphCreate(ctypes.addressof(handle), 0), f"making {shown}")
+    handle = driver.new_graph()
     try:
-        nodes = _add_nodes(driver, code, graph, payload, handle.value, shown)
+        nodes = _add_nodes(driver, code, graph, payload, handle, shown)
         _set_attributes(driver, graph, nodes, shown)
-        _add_edges(driver, graph, nodes, handle.value, shown)
-        return driver.instantiate(handle.value, f"instantiating {shown}")
+        _add_edges(driver, graph, nodes, handle, shown)
+        return driver.instantiate(handle, f"instantiating {shown}")
     finally:
-        driver.check(driver.lib.cuGraphDestroy(handle.value), f"dropping {shown}")
+        driver.drop_graph(handle)
 
 
 def relocated(graph: Graph, symbols: Table) -> Table:
@@ -256,9 +252,7 @@ def _kernel_params(driver: Driver, code: Code, nodes: Table, payload: Table) -> 
     return params, pointers
 
 
-def _refuse(
-    driver: Driver, status: int, code: Code, graph: Graph, index: int, shown: str
-) -> None:
+def _refuse(driver: Driver, status: int, code: Code, graph: Graph, index: int, shown: str) -> None:
     node = graph.nodes[index]
     name = code.name(int(node["function"]))
     grid, block = node["grid"].tolist(), node["block"].tolist()

@@ -14,10 +14,11 @@ import torch
 
 from barriers.transport import Received, Transport
 from graphs.attention import Attention
-from graphs.buffers import StaticBuffers, StepConfig
+from graphs.buffers import StaticBuffers
 from graphs.keys import GraphKey
 from graphs.model_config import ModelConfig
 from graphs.ops import Ops
+from graphs.step_config import StepConfig
 
 Buffers = Mapping[str, torch.Tensor]
 Stamp = Callable[[str], None]

@@ -79,6 +79,13 @@ class Engine:
     def fingerprint(self) -> Fingerprint:
         return fingerprint(self.options, on_device=self.selection.on_device)
 
+    def reset_state(self) -> None:
+        """Every row free, step 0, nothing published; waits. The null page keeps its contents."""
+        with self.graphs.backend.on_stream():
+            for name, byte in RESET.items():
+                self.graphs.step.buffers[name].view(torch.uint8).fill_(byte)
+            self.graphs.backend.synchronize()
+
     def adopt(self, rows: list[int], length: int, limit: int, pages: list[list[int]]) -> None:
         """Put rows into the decode phase with `length` tokens in their pages; waits."""
         b, backend = self.graphs.step.buffers, self.graphs.backend
