@@ -82,6 +82,10 @@ class DecodeStep:
         assert self._transport is not None
         return self._transport
 
+    def replace_transport(self, transport: Transport) -> None:
+        """For measurements: what is captured from now on goes through `transport`."""
+        self._transport = transport
+
     def run(self, key: GraphKey, stamp: Stamp = _no_stamp) -> None:
         """Launch one step for `key` on the current stream.
 
