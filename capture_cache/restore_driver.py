@@ -179,6 +179,11 @@ class Driver:
     def num_sms(self, ordinal: int) -> int:
         return self.attribute(_NUM_SMS, ordinal)
 
+    def cuda_version(self) -> str:
+        """The CUDA version that the driver serves, such as "13.0"."""
+        version = self._int(self.lib.cuDriverGetVersion, "asking for the driver's version")
+        return f"{version // 1000}.{version % 1000 // 10}"
+
     def attribute(self, which: int, ordinal: int) -> int:
         return self._int(self.lib.cuDeviceGetAttribute, "asking for an attribute", which, ordinal)
 
@@ -324,6 +329,16 @@ class Driver:
 
     def instantiate(self, graph: int, doing: str) -> int:
         return self._new(self.lib.cuGraphInstantiateWithFlags, graph, 0, doing=doing)
+
+    def launch(self, graph: int, stream: int, doing: str) -> None:
+        """Launch an instantiated graph."""
+        status = self.lib.cuGraphLaunch(graph, stream)
+        if status:
+            self.check(status, doing)
+
+    def upload_graph(self, graph: int, stream: int) -> None:
+        """Have an instantiated graph on the device before its first launch; does not wait."""
+        self.check(self.lib.cuGraphUpload(graph, stream), "uploading a graph")
 
     def new_graph(self) -> int:
         return self._new(self.lib.cuGraphCreate, 0, doing="making a graph")

@@ -21,6 +21,7 @@ from capture_cache.machine import (
     source_digest,
     twin_facts,
 )
+from capture_cache.restore_driver import Driver
 from graphs.keys import Ladder
 from graphs.model_config import ModelConfig, parse_overrides
 from graphs.model_source import ModelSource, model_digest, resolve_model
@@ -43,12 +44,16 @@ SOURCES = (
     "barriers",
     "graphs",
     "capture_cache/arena.py",
+    "capture_cache/bundle.py",
+    "capture_cache/bundle_extract.py",
     "capture_cache/kernel.py",
     "capture_cache/launch.py",
     "capture_cache/layout.py",
     "capture_cache/nvrtc.py",
     "runtime/assemble.py",
     "runtime/build.py",
+    "runtime/golden.py",
+    "runtime/record.py",
     "runtime/selection.py",
 )
 # Field → why a change of it makes a stored capture invalid. The order is that of every listing.
@@ -100,15 +105,19 @@ IGNORED: Mapping[str, str] = MappingProxyType(
         "verify_weights": "how thoroughly they are checked",
         "verify": "whether it was proved; the ledger says so",
         "proof_replays": "how often it was proved; the ledger says so",
+        "bundle": "whether graphs are stored; the manifest says so",
         "deadline_s": "read from device memory at run time",
     }
 )
 
 
-def fingerprint(options: RuntimeConfig, *, on_device: bool | None = None) -> Fingerprint:
+def fingerprint(
+    options: RuntimeConfig, *, on_device: bool | None = None, driver: Driver | None = None
+) -> Fingerprint:
     """The facts that a stored capture must share to be valid for `options` here.
 
     Args:
+        driver: an initialised one; by default this machine's.
         on_device: for a GPU, or for the CPU twin; None: as `options.device` means here.
 
     Raises:
@@ -121,7 +130,7 @@ def fingerprint(options: RuntimeConfig, *, on_device: bool | None = None) -> Fin
         options.model, layers=options.layers, overrides=parse_overrides(options.overrides)
     )
     facts: dict[str, Value] = {"schema": SCHEMA}
-    facts |= device_facts(options.local_rank) if on_device else twin_facts()
+    facts |= device_facts(options.local_rank, driver) if on_device else twin_facts()
     facts |= {package: package_version(package) for package in PACKAGES}
     facts |= {"sources": source_digest(ROOT, SOURCES)}
     facts |= _asked(options, model, source)
