@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from capture_cache.arena import DeviceArena
+from capture_cache.bundle import Golden
 from capture_cache.restore import Code, Files, build_graph
 from capture_cache.restore_driver import Driver
 from graphs.keys import GraphKey, Ladder, NotCaptured
@@ -61,6 +62,10 @@ class Keys:
         """
         graph = self._graphs.get(key)
         return self._build(key) if graph is None else graph
+
+    def golden(self, key: GraphKey) -> Golden:
+        """The key's golden step; raises CorruptBundle."""
+        return self._files.golden_of(key.tokens, key.rows)
 
     def build_rest(self) -> None:
         """Build what is missing in a thread."""

@@ -164,7 +164,10 @@ class _Restore:
         with self._stage("first key"):
             keys.exec_of(first)
         with self._stage("golden"):
-            reason = self._golden(player, files, first) if checkable else _SKIPPED
+            reason = _SKIPPED
+            if checkable:
+                check_golden(player, first)
+                reason = f"the golden step of key {first} agrees"
         player.load_reason = f"bundle {bundle.path.name[:16]}: {reason}"
         player.stages = self.seconds
         keys.build_rest()
@@ -227,16 +230,22 @@ class _Restore:
         driver.upload(place.ptr, rope)
         return True
 
-    def _golden(self, player: Player, files: Files, key: GraphKey) -> str:
-        golden = files.golden_of(key.tokens, key.rows)
-        digest = golden_step(player, key, golden.ids)
-        if digest != golden.digest:
-            raise NotRestored(
-                f"the golden step of key {key} gave {digest[:16]}, expected {golden.digest[:16]}: "
-                "the bundle must not be used here",
-                replace=True,
-            )
-        return f"the golden step of key {key} agrees"
+
+def check_golden(player: Player, key: GraphKey) -> None:
+    """Run a key's golden step; the rows must be free, and are so afterwards.
+
+    Raises:
+        NotRestored: it gives other bits than at capture.
+        CorruptBundle, CudaError, StepFailed: it cannot be run.
+    """
+    golden = player.keys.golden(key)
+    digest = golden_step(player, key, golden.ids)
+    if digest != golden.digest:
+        raise NotRestored(
+            f"the golden step of key {key} gave {digest[:16]}, expected {golden.digest[:16]}: "
+            "the bundle must not be used here",
+            replace=True,
+        )
 
 
 def _address(arena: DeviceArena, name: str) -> int:
