@@ -41,6 +41,7 @@ from runtime.bundle_names import (
     WEIGHTS_FILE,
 )
 from runtime.config import RuntimeConfig
+from runtime.driver import StepFailed
 from runtime.fingerprint import absent_packages, fingerprint
 from runtime.golden import golden_step
 from runtime.player import Keys, Player
@@ -123,8 +124,11 @@ class _Restore:
         start = time.perf_counter()
         try:
             yield
-        except CorruptBundle as e:
+        except (CorruptBundle, StepFailed) as e:
             raise NotRestored(str(e), replace=True) from e
+        except CudaError as e:
+            short = e.name == "CUDA_ERROR_OUT_OF_MEMORY"
+            raise NotRestored(str(e), replace=not short) from e
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
     def run(self) -> Player:
@@ -190,7 +194,7 @@ class _Restore:
     def _map(self, driver: Driver, facts: Facts) -> DeviceArena:
         try:
             arena = DeviceArena(facts.layout, memory=driver, base=facts.arena_base, exact=True)
-        except (ArenaError, CudaError) as e:
+        except ArenaError as e:
             raise NotRestored(f"the arena cannot be mapped: {e}") from e
         self.resources.callback(arena.close)
         return arena
