@@ -9,7 +9,7 @@ the sources, and the manifest records it.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 
@@ -112,12 +112,15 @@ IGNORED: Mapping[str, str] = MappingProxyType(
 
 
 def fingerprint(
-    options: RuntimeConfig, *, on_device: bool | None = None, driver: Driver | None = None
+    options: RuntimeConfig,
+    *,
+    on_device: bool | None = None,
+    driver: Callable[[], Driver] | None = None,
 ) -> Fingerprint:
     """The facts that a stored capture must share to be valid for `options` here.
 
     Args:
-        driver: an initialised one; by default this machine's.
+        driver: gives an initialised one; by default this machine's.
         on_device: for a GPU, or for the CPU twin; None: as `options.device` means here.
 
     Raises:
@@ -129,11 +132,16 @@ def fingerprint(
     model, source = resolve_model(
         options.model, layers=options.layers, overrides=parse_overrides(options.overrides)
     )
+    # What needs no device comes first: the driver may still be initialising.
+    other: dict[str, Value] = {package: package_version(package) for package in PACKAGES}
+    other |= {"sources": source_digest(ROOT, SOURCES)}
+    other |= _asked(options, model, source)
     facts: dict[str, Value] = {"schema": SCHEMA}
-    facts |= device_facts(options.local_rank, driver) if on_device else twin_facts()
-    facts |= {package: package_version(package) for package in PACKAGES}
-    facts |= {"sources": source_digest(ROOT, SOURCES)}
-    facts |= _asked(options, model, source)
+    if on_device:
+        facts |= device_facts(options.local_rank, driver() if driver else None)
+    else:
+        facts |= twin_facts()
+    facts |= other
     for field in dataclasses.fields(options):  # an option that nobody has judged counts
         if field.name not in OPTIONS and field.name not in IGNORED:
             facts[field.name] = str(getattr(options, field.name))

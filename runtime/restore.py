@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from capture_cache.arena import DeviceArena
 from capture_cache.errors import ArenaError, CorruptBundle, CudaError, FingerprintMismatch
+from capture_cache.fingerprint import Fingerprint
 from capture_cache.files import REMEDY
 from capture_cache.layout import ArenaLayout
 from capture_cache.restore import Code, Files, build_graph, symbol_table
@@ -141,10 +142,10 @@ class _Restore:
             model, source = resolve_model(
                 options.model, layers=options.layers, overrides=parse_overrides(options.overrides)
             )
-        with self._stage("driver"):
-            opening.wait_driver()
-        with self._stage("find"):
-            bundle = self._find(opening.driver)
+        with self._stage("fingerprint"):
+            current = fingerprint(options, on_device=True, driver=opening.wait_driver)
+        with self._stage("bundle"):
+            bundle = self._find(current)
             facts = Facts.of(bundle)
             files = Files(bundle.files, str(bundle.path))
         with self._stage("context"):
@@ -177,10 +178,9 @@ class _Restore:
         keys.build_rest()
         return player
 
-    def _find(self, driver: Driver) -> Bundle:
+    def _find(self, current: Fingerprint) -> Bundle:
         """The bundle of these options, every hash checked."""
         store = Store(self.options.store_path)
-        current = fingerprint(self.options, on_device=True, driver=driver)
         # An installation that lacks what captured may still play.
         found = store.find(current, unset=absent_packages())
         bundle = None if found is None else store.load(found)
@@ -277,23 +277,19 @@ class _Opening:
         self._thread = threading.Thread(target=self._run, name="lockstep-open", daemon=True)
         self._thread.start()
 
-    def wait_driver(self) -> None:
-        """Until devices can be asked for; raises NotRestored."""
+    def wait_driver(self) -> Driver:
+        """A driver that can be asked about devices; raises NotRestored."""
         self._initialised.wait()
         self._check()
+        assert self._driver is not None
+        return self._driver
 
     def wait_context(self) -> Driver:
         """The opened driver, its context current in this thread; raises NotRestored."""
         self._thread.join()
-        self._check()
-        self.driver.make_current()
-        return self.driver
-
-    @property
-    def driver(self) -> Driver:
-        """Initialised, once `wait_driver` has returned."""
-        assert self._driver is not None
-        return self._driver
+        driver = self.wait_driver()
+        driver.make_current()
+        return driver
 
     def close(self) -> None:
         """Release the context."""
