@@ -176,9 +176,14 @@ class Player:
     def reset_state(self) -> None:
         """Every row free, step 0, nothing published; waits. The null page keeps its contents."""
         self._enter()
+        self._driver.wait(self._stream, "finishing steps")
+        places = self._arena.layout.by_name
         for name, byte in RESET.items():
             spec = self._arena.view_spec(name)
-            self._driver.fill(spec.ptr, byte, spec.nbytes, self._stream)
+            if places[name].host:
+                ctypes.memset(spec.ptr, byte, spec.nbytes)
+            else:
+                self._driver.fill(spec.ptr, byte, spec.nbytes, self._stream)
         self._driver.wait(self._stream, "freeing all rows")
 
     def adopt(self, rows: list[int], length: int, limit: int, pages: list[list[int]]) -> None:

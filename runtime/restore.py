@@ -23,8 +23,8 @@ from numpy.typing import NDArray
 
 from capture_cache.arena import DeviceArena
 from capture_cache.errors import ArenaError, CorruptBundle, CudaError, FingerprintMismatch
-from capture_cache.fingerprint import Fingerprint
 from capture_cache.files import REMEDY
+from capture_cache.fingerprint import Fingerprint
 from capture_cache.layout import ArenaLayout
 from capture_cache.restore import Code, Files, build_graph, symbol_table
 from capture_cache.restore_driver import Driver
