@@ -16,7 +16,6 @@ import errno
 import os
 import re
 import time
-import uuid
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -328,7 +327,7 @@ class Store:
                     self._files.remove(path)
 
     def _temporary(self) -> Path:
-        return self.root / f".tmp-{uuid.uuid4().hex}"
+        return self.root / f".tmp-{os.urandom(16).hex()}"
 
     def _discard(self, path: Path) -> None:
         # What cannot be removed now is invisible under its name and swept later.

@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,8 +25,10 @@ from graphs.model_config import ModelConfig
 from graphs.step_config import StepConfig, mailbox_layout
 from kernels.triton.state import DECODE, HEADER
 from runtime.config import RuntimeConfig
-from runtime.player_ranks import PlayerRanks
 from runtime.state import RESET
+
+if TYPE_CHECKING:
+    from runtime.player_ranks import PlayerRanks
 
 
 class Keys:

@@ -7,8 +7,6 @@ them.
 from __future__ import annotations
 
 from contextlib import ExitStack
-from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -16,40 +14,11 @@ from barriers.device_barrier import DeviceWatch
 from barriers.group import RankGroup
 from barriers.symmetric_device import DeviceMemory
 from capture_cache.driver import Device
-from capture_cache.errors import CorruptBundle
 from capture_cache.restore_driver import Driver
 from runtime.config import RuntimeConfig
+from runtime.opening import PeerFacts
 
 _MAX_REASON = 600  # characters that are passed on
-
-
-@dataclass(frozen=True)
-class PeerFacts:
-    """The ranks' shared memory, as it was at capture.
-
-    Attributes:
-        base: address of this rank's part.
-        payload_bytes: of each rank.
-        words_at: offset into the payload of the transport's own words: the rank, then zeros.
-    """
-
-    base: int
-    payload_bytes: int
-    words_at: int
-
-    @classmethod
-    def of(cls, told: Any, shown: str) -> PeerFacts | None:
-        """From `Manifest.restore`; None where ranks share nothing. Raises CorruptBundle."""
-        if told is None:
-            return None
-        try:
-            facts = cls(**told)
-            sound = 0 < facts.base < 1 << 57 and 0 <= facts.words_at < facts.payload_bytes
-        except TypeError as e:
-            raise CorruptBundle(f"{shown}: memory of the ranks is malformed: {e}") from e
-        if not sound:
-            raise CorruptBundle(f"{shown}: memory of the ranks makes no sense: {facts}")
-        return facts
 
 
 class PlayerRanks:

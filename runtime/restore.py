@@ -10,13 +10,12 @@ the caller captures again, and says so.
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,30 +45,22 @@ from runtime.config import RuntimeConfig
 from runtime.driver import StepFailed
 from runtime.fingerprint import absent_packages, fingerprint
 from runtime.golden import golden_step
+from runtime.opening import NotRestored, Opening, PeerFacts
 from runtime.player import Keys, Player
-from runtime.player_ranks import PeerFacts, PlayerRanks
+
+if TYPE_CHECKING:
+    from runtime.player_ranks import PlayerRanks
 
 _SKIPPED = "weights skipped, for measurement only: no golden step, and its tokens mean nothing"
 _FILLING = "filling the weights"
 
 
-class NotRestored(RuntimeError):
-    """There is nothing to restore, or it cannot be used; the message is the reason.
-
-    Attributes:
-        replace: what is stored must be replaced by the next capture.
-    """
-
-    def __init__(self, reason: str, *, replace: bool = False) -> None:
-        super().__init__(reason)
-        self.replace = replace
-
-
-def restore(options: RuntimeConfig, *, lib: Any = None) -> Player:
+def restore(options: RuntimeConfig, *, lib: Any = None, opening: Opening | None = None) -> Player:
     """Restore the bundle that is valid for `options` here.
 
     Args:
         lib: driver functions; by default those of the machine.
+        opening: the device as it is being opened, where somebody has begun; closed with the player.
 
     Raises:
         NotRestored: no valid bundle, or one that cannot be restored: capture instead.
@@ -77,7 +68,7 @@ def restore(options: RuntimeConfig, *, lib: Any = None) -> Player:
     """
     resources = ExitStack()
     try:
-        return _Restore(options, resources, lib).run()
+        return _Restore(options, resources, opening or Opening(options.local_rank, lib)).run()
     except BaseException:
         with suppress(CudaError):
             resources.close()
@@ -130,8 +121,8 @@ class _Found:
 class _Restore:
     """One restore; each method is a stage."""
 
-    def __init__(self, options: RuntimeConfig, resources: ExitStack, lib: Any) -> None:
-        self.options, self.resources, self.lib = options, resources, lib
+    def __init__(self, options: RuntimeConfig, resources: ExitStack, opening: Opening) -> None:
+        self.options, self.resources, self.opening = options, resources, opening
         self.ranks: PlayerRanks | None = None
         self.seconds: dict[str, float] = {}
 
@@ -162,14 +153,15 @@ class _Restore:
 
     def run(self) -> Player:
         options = self.options
-        opening = _Opening(options.local_rank, self.lib)
-        self.resources.callback(opening.close)
+        self.resources.callback(self.opening.close)
         found, failure = None, None
         try:
-            found = self._look(opening)
+            found = self._look()
         except NotRestored as e:
             failure = e
         if options.num_ranks > 1:
+            from runtime.player_ranks import PlayerRanks  # sockets and more, for ranks alone
+
             with self._stage("ranks"):
                 ranks = PlayerRanks(options)
             self.resources.callback(ranks.close)
@@ -178,9 +170,9 @@ class _Restore:
         if failure is not None:
             raise failure
         assert found is not None
-        return self._load(found, opening)
+        return self._load(found)
 
-    def _look(self, opening: _Opening) -> _Found:
+    def _look(self) -> _Found:
         """Find the bundle and check it, while the driver comes up."""
         options = self.options
         with self._stage("model"):
@@ -188,17 +180,17 @@ class _Restore:
                 options.model, layers=options.layers, overrides=parse_overrides(options.overrides)
             )
         with self._stage("fingerprint"):
-            current = fingerprint(options, on_device=True, driver=opening.wait_driver)
+            current = fingerprint(options, on_device=True, driver=self.opening.wait_driver)
         with self._stage("bundle"):
             bundle = self._find(current)
             facts = Facts.of(bundle, options.ranks.rank)
             files = Files(bundle.files, str(bundle.path))
         return _Found(model, source, bundle, facts, files)
 
-    def _load(self, found: _Found, opening: _Opening) -> Player:
+    def _load(self, found: _Found) -> Player:
         facts, files = found.facts, found.files
         with self._stage("context"):
-            driver = opening.wait_context()
+            driver = self.opening.wait_context()
         with self._stage("arena"):
             arena = self._map(driver, facts)
             stream = driver.create_stream()
@@ -330,53 +322,3 @@ def _address(arena: DeviceArena, peers: int, name: str) -> int:
         raise CorruptBundle(
             f"the program names memory {name!r}, which is not in the arena; {REMEDY}"
         ) from e
-
-
-class _Opening:
-    """The driver and the device's context, made in a thread: together they take 200 ms."""
-
-    def __init__(self, ordinal: int, lib: Any) -> None:
-        self._ordinal, self._lib = ordinal, lib
-        self._driver: Driver | None = None
-        self._failure: Exception | None = None
-        self._initialised = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="lockstep-open", daemon=True)
-        self._thread.start()
-
-    def wait_driver(self) -> Driver:
-        """A driver that can be asked about devices; raises NotRestored."""
-        self._initialised.wait()
-        self._check()
-        assert self._driver is not None
-        return self._driver
-
-    def wait_context(self) -> Driver:
-        """The opened driver, its context current in this thread; raises NotRestored."""
-        self._thread.join()
-        driver = self.wait_driver()
-        driver.make_current()
-        return driver
-
-    def close(self) -> None:
-        """Release the context."""
-        self._thread.join()
-        if self._driver is not None:
-            self._driver.close()
-
-    def _run(self) -> None:
-        try:
-            driver = Driver(self._lib)
-            driver.init()
-            if driver.num_devices() <= self._ordinal:
-                raise CudaError("no such device", f"opening device {self._ordinal}", "use another")
-            self._driver = driver
-            self._initialised.set()
-            driver.open(self._ordinal)
-        except CudaError as e:
-            self._failure = e
-        finally:
-            self._initialised.set()
-
-    def _check(self) -> None:
-        if self._failure is not None:
-            raise NotRestored(str(self._failure)) from self._failure
