@@ -12,10 +12,8 @@ fails its own checks is reported (`CorruptBundle`), and replaced when it is publ
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import re
-import time
 import uuid
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
@@ -23,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from capture_cache.errors import CorruptBundle, FingerprintMismatch, StoreError
-from capture_cache.files import REMEDY, Files, open_dir, read_file, unsafe
+from capture_cache.files import REMEDY, TAKEN, Files, open_dir, read_file, sweep, write_failure
 from capture_cache.fingerprint import Fingerprint, diff, matches, nearest
 from capture_cache.manifest import (
     MAX_RECORD_BYTES,
@@ -37,9 +35,7 @@ from capture_cache.manifest import (
 
 _HEX = re.compile(r"[0-9a-f]{64}")
 _ARCH = re.compile(r"sm_[0-9]{2,3}[a-z]?")
-_TAKEN = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR, errno.EISDIR)
 _ATTEMPTS = 4
-_STALE_S = 24 * 3600
 MANIFEST = "manifest.json"
 META = "meta.json"
 
@@ -277,7 +273,7 @@ class Store:
                 self._files.sync_dir(final.parent)
                 return None
             except OSError as e:
-                if e.errno not in _TAKEN:
+                if e.errno not in TAKEN:
                     raise
             winner = None if replace_existing else self._valid(parts, record_name)
             if winner is not None:
@@ -313,19 +309,8 @@ class Store:
         except OSError as e:
             raise self._failure(e, self.root) from e
         if not self._ready:
-            self._sweep()
+            sweep(self.root, self._files)
             self._ready = True
-
-    def _sweep(self) -> None:
-        """Remove what writers that died left behind."""
-        oldest = time.time() - _STALE_S
-        for path in self.root.glob(".tmp-*"):
-            with contextlib.suppress(
-                OSError
-            ):  # another sweeper, or another user's: not ours to judge
-                info = path.lstat()
-                if info.st_mtime < oldest and unsafe(info) is None:
-                    self._files.remove(path)
 
     def _temporary(self) -> Path:
         return self.root / f".tmp-{uuid.uuid4().hex}"
@@ -336,15 +321,7 @@ class Store:
             self._files.remove(path)
 
     def _failure(self, e: OSError, path: Path) -> StoreError:
-        remedies = {
-            errno.ENOSPC: "free space, or give another directory with --store",
-            errno.EDQUOT: "free quota, or give another directory with --store",
-            errno.EACCES: "make it writable, or give another directory with --store",
-            errno.EPERM: "make it writable, or give another directory with --store",
-            errno.EROFS: "it is read-only: give another directory with --store",
-        }
-        remedy = remedies.get(e.errno or 0, "check the file system, or give another --store")
-        return StoreError(f"cannot write {path}: {e.strerror} ({e.filename}); {remedy}")
+        return write_failure(e, path, "--store")
 
 
 def _bundle(loaded: Loaded) -> Bundle:

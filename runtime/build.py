@@ -14,6 +14,7 @@ from contextlib import ExitStack, contextmanager, suppress
 import torch
 
 from capture_cache.arena import Arena, DeviceArena, HostArena
+from capture_cache.driver import Device
 from capture_cache.errors import CorruptBundle, CudaError
 from capture_cache.manifest import Manifest
 from capture_cache.store import Store
@@ -32,9 +33,12 @@ from runtime.config import RuntimeConfig
 from runtime.engine import Engine
 from runtime.ranks import Ranks
 from runtime.selection import Selection, choose
+from runtime.weights import find as find_weights
+from runtime.weights import load as load_packed_weights
 
 # (kind of work, pieces in all, piece)
 Progress = Callable[[str, int, object], None]
+_CHUNK_BYTES = 64 << 20
 COMPILE_TIMEOUT_S = 1800.0  # how long the other ranks wait for rank 0 to compile
 
 
@@ -66,6 +70,7 @@ class _Builder:
         self.options, self.progress, self.resources = options, progress, resources
         self.store = Store(options.store_path)
         self.seconds: dict[str, float] = {}
+        self.weights_note = ""
 
     @contextmanager
     def _timed(self, name: str) -> Iterator[None]:
@@ -86,7 +91,7 @@ class _Builder:
             self._compile(selection, launcher, ranks)
         backend: GraphBackend = CudaBackend(device) if selection.on_device else TwinBackend()
         with self._timed("weights"), backend.on_stream():
-            self._load_weights(selection, views, launcher)
+            self._load_weights(selection, arena, views, launcher)
             _reset_state(views)
             backend.synchronize()
         with self._timed("transport"):
@@ -100,7 +105,7 @@ class _Builder:
         ranks.meet("captured")
         with self._timed("store"):
             self._record(engine)
-        engine.stages = self.seconds
+        engine.stages, engine.weights_note = self.seconds, self.weights_note
         return engine
 
     def _meet(self, selection: Selection) -> tuple[Ranks, Selection]:
@@ -145,21 +150,42 @@ class _Builder:
     def _load_weights(
         self,
         selection: Selection,
+        arena: Arena,
         views: dict[str, torch.Tensor],
         launcher: AotLauncher | None,
     ) -> None:
         model, step = selection.model, selection.step
-        experts = {"ep_rank": step.ep_rank, "ep_size": step.ep_size}
         views["rope_table"].copy_(rope_table(model, step.max_seq_len))
+        found = find_weights(self.options, model, selection.source)
+        self.weights_note = found.note
+        if found.packed is not None:
+            load_packed_weights(
+                found.packed,
+                arena,
+                self.options,
+                rank=step.ep_rank,
+                device=Device(torch.cuda.current_device()) if selection.on_device else None,
+                store=self.store,
+                progress=_in_chunks(self.progress, "load"),
+            )
+            return
         if selection.source.path is None:
-            random_weights(model, views, seed=self.options.seed, launch=launcher, **experts)
+            random_weights(
+                model,
+                views,
+                seed=self.options.seed,
+                launch=launcher,
+                ep_rank=step.ep_rank,
+                ep_size=step.ep_size,
+            )
             return
         load_checkpoint(
             selection.source.path,
             model,
             views,
-            **experts,
-            progress=lambda _, total: self.progress("load", total, ""),
+            ep_rank=step.ep_rank,
+            ep_size=step.ep_size,
+            progress=_in_chunks(self.progress, "load"),
         )
 
     def _make_graphs(
@@ -221,6 +247,20 @@ class _Builder:
         kernels = tuple(launcher.used) if launcher else ()
         manifest = Manifest(facts, engine.selection.layout, record, kernels)
         self.store.publish(facts, manifest, {}, replace_existing=True)
+
+
+def _in_chunks(progress: Progress, kind: str) -> Callable[[int, int], None]:
+    """Bytes (done, in all) told as pieces of 64 MiB, as `progress` counts."""
+    told = 0
+
+    def tell(done: int, total: int) -> None:
+        nonlocal told
+        pieces = max(1, -(-total // _CHUNK_BYTES))
+        while told < (pieces if done >= total else done // _CHUNK_BYTES):
+            told += 1
+            progress(kind, pieces, "x 64 MiB")
+
+    return tell
 
 
 def _launcher(store: Store) -> AotLauncher:

@@ -30,6 +30,7 @@ class Engine:
     Attributes:
         mailbox: int32 [2, words]; ring: int32 [slots, words]; ring_step: int64 [slots].
         stages: seconds of each stage of the build.
+        weights_note: where the weights came from, for people.
         proofs: one per key, empty if not verified.
     """
 
@@ -56,6 +57,7 @@ class Engine:
         self.ring: NDArray[np.int32] = buffers["ring"].numpy()
         self.ring_step: NDArray[np.int64] = buffers["ring_step"].numpy()
         self.stages: dict[str, float] = {}
+        self.weights_note = ""
         self.proofs: dict[GraphKey, Proof] = {}
         self.ledger: Ledger | None = None
         self.replay = graphs.replay
