@@ -14,7 +14,7 @@ from typing import Any
 
 from capture_cache.errors import CudaError
 
-_REMEDIES = {
+REMEDIES = {
     "CUDA_ERROR_OUT_OF_MEMORY": "free device memory or lower --num-pages, --max-seq-len or --bs",
     "CUDA_ERROR_NO_DEVICE": "no GPU is visible: check CUDA_VISIBLE_DEVICES, or use --device cpu",
     "CUDA_ERROR_INVALID_DEVICE": "choose a device that exists (see nvidia-smi)",
@@ -67,7 +67,7 @@ def check(result: tuple[Any, ...], doing: str, remedy: str | None = None) -> Any
     """
     status, *values = result
     if int(status) != 0:
-        raise CudaError(status.name, doing, remedy or _REMEDIES.get(status.name, _DEFAULT_REMEDY))
+        raise CudaError(status.name, doing, remedy or REMEDIES.get(status.name, _DEFAULT_REMEDY))
     return values[0] if len(values) == 1 else (tuple(values) or None)
 
 

@@ -117,6 +117,7 @@ class Manifest:
         arena: the layout its graphs were captured for; None if it holds none.
         ledger: JSON, bytes and microseconds per bucket.
         kernels: (arch, digest) of the stored kernels it uses.
+        restore: JSON, what a player must know beside the files; None: it holds no graphs.
         files: its own files, filled in by the store.
     """
 
@@ -124,6 +125,7 @@ class Manifest:
     arena: ArenaLayout | None = None
     ledger: Any = None
     kernels: tuple[tuple[str, str], ...] = ()
+    restore: Any = None
     files: Mapping[str, FileRecord] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
@@ -134,6 +136,7 @@ class Manifest:
             "arena_digest": None if self.arena is None else self.arena.digest,
             "ledger": self.ledger,
             "kernels": [list(k) for k in self.kernels],
+            "restore": self.restore,
         }
 
     @classmethod
@@ -146,6 +149,7 @@ class Manifest:
                 arena,
                 record["ledger"],
                 tuple((str(arch), str(digest)) for arch, digest in record["kernels"]),
+                record["restore"],
                 files_from_json(record["files"], shown),
             )
             stored_digest = record["arena_digest"]
@@ -157,5 +161,6 @@ class Manifest:
 
 
 def _json(value: Any) -> bytes:
-    text = json.dumps(value, sort_keys=True, indent=1, allow_nan=False)
+    # On one line: with an indent Python's own encoder would take 100 ms for a large arena.
+    text = json.dumps(value, sort_keys=True, allow_nan=False)
     return text.encode() + b"\n"

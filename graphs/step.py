@@ -14,10 +14,11 @@ import torch
 
 from barriers.transport import Received, Transport
 from graphs.attention import Attention
-from graphs.buffers import StaticBuffers, StepConfig
+from graphs.buffers import StaticBuffers
 from graphs.keys import GraphKey
 from graphs.model_config import ModelConfig
 from graphs.ops import Ops
+from graphs.step_config import StepConfig
 
 Buffers = Mapping[str, torch.Tensor]
 Stamp = Callable[[str], None]
@@ -80,6 +81,10 @@ class DecodeStep:
         """Carries tokens to experts; a model without experts has none."""
         assert self._transport is not None
         return self._transport
+
+    def replace_transport(self, transport: Transport) -> None:
+        """For measurements: what is captured from now on goes through `transport`."""
+        self._transport = transport
 
     def run(self, key: GraphKey, stamp: Stamp = _no_stamp) -> None:
         """Launch one step for `key` on the current stream.

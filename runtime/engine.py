@@ -62,6 +62,14 @@ class Engine:
         self.ledger: Ledger | None = None
         self.replay = graphs.replay
 
+    def check_ranks(self) -> None:
+        """One read of host memory, after every step.
+
+        Raises:
+            BarrierTimeout, StepMismatch: a wait of this device ended without its peers.
+        """
+        self.ranks.check()
+
     def check_alive(self) -> None:
         """Cheap enough for a poll.
 
@@ -80,6 +88,13 @@ class Engine:
 
     def fingerprint(self) -> Fingerprint:
         return fingerprint(self.options, on_device=self.selection.on_device)
+
+    def reset_state(self) -> None:
+        """Every row free, step 0, nothing published; waits. The null page keeps its contents."""
+        with self.graphs.backend.on_stream():
+            for name, byte in RESET.items():
+                self.graphs.step.buffers[name].view(torch.uint8).fill_(byte)
+            self.graphs.backend.synchronize()
 
     def adopt(self, rows: list[int], length: int, limit: int, pages: list[list[int]]) -> None:
         """Put rows into the decode phase with `length` tokens in their pages; waits."""

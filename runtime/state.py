@@ -1,0 +1,18 @@
+"""What a runtime begins with: every row free, step 0, nothing published.
+
+The buffers that hold state between steps, and the byte that each is filled with; both the compiler
+and the player go by this table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+RESET: Mapping[str, int] = MappingProxyType(
+    {
+        **dict.fromkeys(("phase", "seq_len", "last_token", "limit", "page_table"), 0),
+        **dict.fromkeys(("step", "fault", "poison", "ring_step"), 0),
+        **dict.fromkeys(("stop_ids", "mailbox"), 0xFF),  # -1: no token, no step
+    }
+)
