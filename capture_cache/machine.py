@@ -16,7 +16,50 @@ from capture_cache.driver import check, cuda, driver_version
 from capture_cache.errors import CudaError
 from capture_cache.fingerprint import Value
 
+ROOT = Path(__file__).resolve().parent.parent
+# Packages whose version can change the code that is captured.
+PACKAGES = (
+    "torch",
+    "triton",
+    "flashinfer-python",
+    "apache-tvm-ffi",
+    "cuda-bindings",
+    "nvidia-cuda-nvrtc",
+)
+# Files that decide what is captured and where it lies; every folder whole.
+SOURCES = (
+    "kernels",
+    "barriers",
+    "graphs",
+    "capture_cache/arena.py",
+    "capture_cache/kernel.py",
+    "capture_cache/launch.py",
+    "capture_cache/layout.py",
+    "capture_cache/nvrtc.py",
+    "runtime/assemble.py",
+    "runtime/build.py",
+    "runtime/selection.py",
+)
 SOURCE_SUFFIXES = (".py", ".cu", ".cuh")
+
+
+def here(*, on_device: bool, ordinal: int = 0) -> dict[str, Value]:
+    """The part of a fingerprint that this machine and installation decide.
+
+    Raises:
+        CudaError: a GPU is asked for and there is none.
+    """
+    facts = device_facts(ordinal) if on_device else twin_facts()
+    facts |= {package: package_version(package) for package in PACKAGES}
+    return facts | {"sources": source_digest(ROOT, SOURCES)}
+
+
+def absent_packages() -> frozenset[str]:
+    """Fields that this installation cannot differ in: packages it has not got compile nothing.
+
+    A player needs none of them; with them left out it compares what is there.
+    """
+    return frozenset(p for p in PACKAGES if package_version(p) is None)
 
 
 def device_count() -> int:

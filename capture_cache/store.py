@@ -190,7 +190,7 @@ class Store:
         Raises:
             StoreError: no space, no permission, an unsafe directory.
         """
-        parts = _kernel_parts(arch, digest)
+        parts = kernel_parts(arch, digest)
         winner = self._publish(parts, META, {"meta": dict(meta)}, files, replace_existing)
         if winner is not None:
             return _kernel(winner)
@@ -203,10 +203,41 @@ class Store:
             CorruptBundle: it is not what its record says.
             StoreError: the store cannot be read safely.
         """
-        loaded = self._load(_kernel_parts(arch, digest), META)
+        loaded = self._load(kernel_parts(arch, digest), META)
         return None if loaded is None else _kernel(loaded)
 
+    def kernels(self) -> list[tuple[str, str]]:
+        """(arch, digest) of every stored kernel, damaged ones included."""
+        folder, found = self.root / "kernels", []
+        for arch in sorted(_names(folder, _ARCH)):
+            found += [(arch, digest) for digest in sorted(_names(folder / arch, _HEX))]
+        return found
+
+    def kernel_record(self, arch: str, digest: str) -> dict[str, Any] | None:
+        """What `load_kernel` would read first: the record alone; raises as that."""
+        return self._record(kernel_parts(arch, digest), META)
+
+    def weights(self) -> list[Path]:
+        """Directories of packed weights, damaged ones included."""
+        folder = self.root / "weights"
+        return [folder / name for name in sorted(_names(folder, _HEX))]
+
     # -- entries ---------------------------------------------------------------------------------
+
+    def remove(self, parts: tuple[str, ...]) -> None:
+        """Remove an entry: it vanishes in one step, then its files go.
+
+        Raises:
+            StoreError: no permission.
+        """
+        aside = self._temporary()
+        try:
+            self._files.rename(self.root.joinpath(*parts), aside)
+        except FileNotFoundError:
+            return  # another was quicker
+        except OSError as e:
+            raise self._failure(e, self.root.joinpath(*parts)) from e
+        self._discard(aside)
 
     def _record(self, parts: tuple[str, ...], record_name: str) -> dict[str, Any] | None:
         with open_dir(self.root, parts) as fd:
@@ -324,6 +355,10 @@ class Store:
         return write_failure(e, path, "--store")
 
 
+def _names(folder: Path, pattern: re.Pattern[str]) -> list[str]:
+    return [n for n in os.listdir(folder) if pattern.fullmatch(n)] if folder.is_dir() else []
+
+
 def _bundle(loaded: Loaded) -> Bundle:
     return Bundle(loaded.path, _manifest(loaded.record, loaded.path), loaded.files)
 
@@ -342,7 +377,8 @@ def _kernel(loaded: Loaded) -> Loaded:
     return replace(loaded, record=loaded.record["meta"])
 
 
-def _kernel_parts(arch: str, digest: str) -> tuple[str, ...]:
+def kernel_parts(arch: str, digest: str) -> tuple[str, ...]:
+    """Where a kernel lies below the root. Raises ValueError for names that are none."""
     if not _ARCH.fullmatch(arch) or not _HEX.fullmatch(digest):
         raise ValueError(f"expected an architecture and 64 hex digits, got {arch!r}, {digest!r}")
     return ("kernels", arch, digest)

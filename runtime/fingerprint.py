@@ -10,47 +10,17 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from pathlib import Path
 from types import MappingProxyType
 
 from capture_cache.fingerprint import Fingerprint, Value
-from capture_cache.machine import (
-    device_count,
-    device_facts,
-    package_version,
-    source_digest,
-    twin_facts,
-)
+from capture_cache.machine import PACKAGES, absent_packages, device_count, here
 from graphs.keys import Ladder
 from graphs.model_config import ModelConfig, parse_overrides
 from graphs.model_source import ModelSource, model_digest, resolve_model
 from runtime.config import RuntimeConfig
 
+__all__ = ["FIELDS", "IGNORED", "OPTIONS", "absent_packages", "fingerprint"]
 SCHEMA = 2  # raised whenever the meaning of a field changes
-ROOT = Path(__file__).resolve().parent.parent
-# Packages whose version can change the code that is captured.
-PACKAGES = (
-    "torch",
-    "triton",
-    "flashinfer-python",
-    "apache-tvm-ffi",
-    "cuda-bindings",
-    "nvidia-cuda-nvrtc",
-)
-# Files that decide what is captured and where it lies; every folder whole.
-SOURCES = (
-    "kernels",
-    "barriers",
-    "graphs",
-    "capture_cache/arena.py",
-    "capture_cache/kernel.py",
-    "capture_cache/launch.py",
-    "capture_cache/layout.py",
-    "capture_cache/nvrtc.py",
-    "runtime/assemble.py",
-    "runtime/build.py",
-    "runtime/selection.py",
-)
 # Field → why a change of it makes a stored capture invalid. The order is that of every listing.
 FIELDS: Mapping[str, str] = MappingProxyType(
     {
@@ -121,22 +91,12 @@ def fingerprint(options: RuntimeConfig, *, on_device: bool | None = None) -> Fin
         options.model, layers=options.layers, overrides=parse_overrides(options.overrides)
     )
     facts: dict[str, Value] = {"schema": SCHEMA}
-    facts |= device_facts(options.local_rank) if on_device else twin_facts()
-    facts |= {package: package_version(package) for package in PACKAGES}
-    facts |= {"sources": source_digest(ROOT, SOURCES)}
+    facts |= here(on_device=on_device, ordinal=options.local_rank)
     facts |= _asked(options, model, source)
     for field in dataclasses.fields(options):  # an option that nobody has judged counts
         if field.name not in OPTIONS and field.name not in IGNORED:
             facts[field.name] = str(getattr(options, field.name))
     return Fingerprint.of(facts)
-
-
-def absent_packages() -> frozenset[str]:
-    """Fields that this installation cannot differ in: packages it has not got compile nothing.
-
-    A player needs none of them; with them left out it compares what is there.
-    """
-    return frozenset(p for p in PACKAGES if package_version(p) is None)
 
 
 def _asked(options: RuntimeConfig, model: ModelConfig, source: ModelSource) -> dict[str, Value]:

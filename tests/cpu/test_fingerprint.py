@@ -12,22 +12,14 @@ from typing import Any
 
 import pytest
 
-import runtime.fingerprint as module
+import capture_cache.machine as module
 from capture_cache.fingerprint import Fingerprint, differing
 from capture_cache.layout import ArenaLayout, Entry
+from capture_cache.machine import PACKAGES, ROOT, SOURCES
 from capture_cache.manifest import Manifest
 from capture_cache.store import Store
 from runtime.config import RuntimeConfig
-from runtime.fingerprint import (
-    FIELDS,
-    IGNORED,
-    OPTIONS,
-    PACKAGES,
-    ROOT,
-    SOURCES,
-    absent_packages,
-    fingerprint,
-)
+from runtime.fingerprint import FIELDS, IGNORED, OPTIONS, absent_packages, fingerprint
 from tests.cpu.checkpoints import edit_config, read_tensors, write_tensors
 from tests.cpu.twins import micro_checkpoint
 
