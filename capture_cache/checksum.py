@@ -10,24 +10,23 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import hashlib
 from collections.abc import Sequence
-from typing import Any
+from contextlib import ExitStack
 
 import numpy as np
 from numpy.typing import NDArray
 
-from capture_cache.driver import Device, wait_stream
-from capture_cache.kernel import CompiledKernel, param_bytes
-from capture_cache.launch import LoadedKernel
-from capture_cache.nvrtc import compile_cuda
+from capture_cache.errors import CorruptBundle
+from capture_cache.kernel import CUBIN
+from capture_cache.restore_driver import Driver
 from capture_cache.store import Store
 
 WORD_BYTES = 8
 _MASK = (1 << 64) - 1
 _BLOCK_WORDS = 1 << 16
 _SEGMENT_WORDS = 1 << 19  # of one thread block: 4 MiB
-_WARPS = 16
-_PARAMS = ("ptr", "ptr")
+_THREADS = 512
 _SOURCE = r"""
 typedef unsigned long long u64;
 // segments: u64 [grid, 3]: address (16-byte aligned), words (even), index of the first word.
@@ -75,25 +74,29 @@ def _factors() -> NDArray[np.uint64]:
     return np.arange(_BLOCK_WORDS, dtype=np.uint64) * np.uint64(2) + np.uint64(1)
 
 
-def compile_sum64(arch: str, store: Store | None) -> CompiledKernel:
-    """The device's kernel; needs no GPU. Raises as `compile_cuda`."""
-    module = compile_cuda(_SOURCE, arch, store=store)
-    facts = module.kernels["sum64"]
-    assert facts.param_bytes == param_bytes(_PARAMS), facts
-    return CompiledKernel(
-        name="sum64",
-        arch=arch,
-        cubin=module.cubin,
-        num_warps=_WARPS,
-        num_ctas=1,
-        pdl=False,
-        shared_bytes=0,
-        params=_PARAMS,
-        tensor_maps=(),
-        registers=facts.registers,
-        local_bytes=facts.local_bytes,
-        spill_bytes=0,
-    )
+def sum64_code(arch: str, store: Store | None) -> bytes:
+    """Device code of the kernel, from the store or compiled into it; needs no GPU.
+
+    It is found by its source alone, so a player needs no compiler once it is there.
+
+    Raises:
+        CompileError, CudaError: as `compile_cuda`.
+        StoreError: the store cannot be written.
+    """
+    digest = hashlib.sha256(f"sum64\0{arch}\0{_SOURCE}".encode()).hexdigest()
+    try:
+        loaded = None if store is None else store.load_kernel(arch, digest)
+    except CorruptBundle:
+        loaded = None  # replaced by a good one below
+    if loaded is not None and CUBIN in loaded.files:
+        return loaded.files[CUBIN]
+    from capture_cache.nvrtc import compile_cuda  # where nothing is compiled it may be absent
+
+    module = compile_cuda(_SOURCE, arch)
+    if store is not None:
+        meta = {"name": "sum64", "registers": module.kernels["sum64"].registers}
+        store.publish_kernel(arch, digest, meta, {CUBIN: module.cubin})
+    return module.cubin
 
 
 def segments_of(places: Sequence[tuple[int, int]]) -> tuple[NDArray[np.uint64], NDArray[np.intp]]:
@@ -113,13 +116,14 @@ def segments_of(places: Sequence[tuple[int, int]]) -> tuple[NDArray[np.uint64], 
 
 
 def device_sums(
-    device: Device, kernel: CompiledKernel, places: Sequence[tuple[int, int]], stream: Any
+    driver: Driver, code: bytes, places: Sequence[tuple[int, int]], stream: int
 ) -> list[int]:
     """`sum64` of each (address, bytes) of device memory; waits.
 
     Args:
+        code: of `sum64_code`, for this device.
         places: as `segments_of` takes them.
-        stream: a CUstream on which the data is complete.
+        stream: a CUstream.
 
     Raises:
         CudaError: the driver refuses, or the device failed.
@@ -127,22 +131,22 @@ def device_sums(
     segments, owners = segments_of(places)
     if not len(segments):
         return [0] * len(places)
-    loaded = LoadedKernel(device, kernel)
-    # Pinned memory has one address on both sides; the device reads and writes each word once.
-    address = device.host_alloc(segments.nbytes + WORD_BYTES * len(segments))
-    try:
-        table = host_words(address, segments.size)
-        sums = host_words(address + segments.nbytes, len(segments))
-        table[:] = segments.ravel()
-        loaded.launch((len(segments),), (address, address + segments.nbytes), int(stream))
-        wait_stream(int(stream), 60.0, "summing the weights")
+    with ExitStack() as held:
+        library = driver.load_library(code, "loading kernel sum64")
+        held.callback(driver.unload_library, library)
+        kernel = driver.kernel(library, "sum64")
+        # Pinned memory has one address on both sides; the device reads and writes each word once.
+        address = driver.host_alloc(segments.nbytes + WORD_BYTES * len(segments))
+        held.callback(driver.host_free, address)
+        sums_at = address + segments.nbytes
+        host_words(address, segments.size)[:] = segments.ravel()
+        driver.launch_kernel(kernel, len(segments), _THREADS, (address, sums_at), stream)
+        driver.wait(stream, "summing the weights")
         totals = [0] * len(places)
-        for owner, value in zip(owners.tolist(), sums.tolist(), strict=True):
+        sums = host_words(sums_at, len(segments)).tolist()
+        for owner, value in zip(owners.tolist(), sums, strict=True):
             totals[owner] = (totals[owner] + value) & _MASK
         return totals
-    finally:
-        device.host_free(address)
-        loaded.close()
 
 
 def host_words(address: int, count: int) -> NDArray[np.uint64]:

@@ -192,6 +192,11 @@ def memory_info() -> tuple[int, int]:
 def driver_version() -> str:
     """The driver's release and the CUDA version it serves, as "580.95.05 (CUDA 13.0)"."""
     version = int(check(cuda().cuDriverGetVersion(), "asking for the driver's version"))
+    return f"{nvml_release()} (CUDA {version // 1000}.{version % 1000 // 10})"
+
+
+def nvml_release() -> str:
+    """The driver's release, such as "580.95.05"."""
     text = ctypes.create_string_buffer(96)
     try:
         nvml = ctypes.CDLL("libnvidia-ml.so.1")  # comes with every driver
@@ -199,7 +204,7 @@ def driver_version() -> str:
         nvml = None
     if nvml is None or nvml.nvmlInit_v2() or nvml.nvmlSystemGetDriverVersion(text, len(text)):
         text.value = b"unknown release"
-    return f"{text.value.decode()} (CUDA {version // 1000}.{version % 1000 // 10})"
+    return text.value.decode()
 
 
 def wait_stream(stream: int, timeout_s: float, doing: str) -> None:

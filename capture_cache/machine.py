@@ -8,13 +8,15 @@ from __future__ import annotations
 import functools
 import hashlib
 import platform
+import re
 from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 
-from capture_cache.driver import check, cuda, driver_version
+from capture_cache.driver import nvml_release
 from capture_cache.errors import CudaError
 from capture_cache.fingerprint import Value
+from capture_cache.restore_driver import Driver
 
 ROOT = Path(__file__).resolve().parent.parent
 # Packages whose version can change the code that is captured.
@@ -32,24 +34,32 @@ SOURCES = (
     "barriers",
     "graphs",
     "capture_cache/arena.py",
+    "capture_cache/bundle.py",
+    "capture_cache/bundle_extract.py",
     "capture_cache/kernel.py",
     "capture_cache/launch.py",
     "capture_cache/layout.py",
     "capture_cache/nvrtc.py",
     "runtime/assemble.py",
     "runtime/build.py",
+    "runtime/golden.py",
+    "runtime/record.py",
     "runtime/selection.py",
 )
+_MODULE_VERSION = Path("/proc/driver/nvidia/version")
 SOURCE_SUFFIXES = (".py", ".cu", ".cuh")
 
 
-def here(*, on_device: bool, ordinal: int = 0) -> dict[str, Value]:
+def here(*, on_device: bool, ordinal: int = 0, driver: Driver | None = None) -> dict[str, Value]:
     """The part of a fingerprint that this machine and installation decide.
+
+    Args:
+        driver: an initialised one; by default this machine's.
 
     Raises:
         CudaError: a GPU is asked for and there is none.
     """
-    facts = device_facts(ordinal) if on_device else twin_facts()
+    facts = device_facts(ordinal, driver) if on_device else twin_facts()
     facts |= {package: package_version(package) for package in PACKAGES}
     return facts | {"sources": source_digest(ROOT, SOURCES)}
 
@@ -65,32 +75,45 @@ def absent_packages() -> frozenset[str]:
 def device_count() -> int:
     """GPUs that this process may use; 0 without a driver."""
     try:
-        return int(check(cuda().cuDeviceGetCount(), "counting devices"))
+        return _driver().num_devices()
     except CudaError:
         return 0
 
 
-def device_facts(ordinal: int) -> dict[str, Value]:
+def device_facts(ordinal: int, driver: Driver | None = None) -> dict[str, Value]:
     """Chip and driver of one GPU.
+
+    Args:
+        driver: an initialised one; by default this machine's.
 
     Raises:
         CudaError: no driver, or no such device.
     """
-    cu = cuda()
-    device = check(cu.cuDeviceGet(ordinal), f"opening device {ordinal}")
-
-    def attribute(name: str) -> int:
-        which = getattr(cu.CUdevice_attribute, f"CU_DEVICE_ATTRIBUTE_{name}")
-        return int(check(cu.cuDeviceGetAttribute(which, device), f"asking for {name}"))
-
-    name = check(cu.cuDeviceGetName(128, device), "naming the device")
-    major, minor = (attribute(f"COMPUTE_CAPABILITY_{part}") for part in ("MAJOR", "MINOR"))
+    driver = driver or _driver()
+    major, minor = driver.compute_capability(ordinal)
     return {
-        "device": name.split(b"\0")[0].decode(),
+        "device": driver.device_name(ordinal),
         "compute capability": f"{major}.{minor}",
-        "multiprocessors": attribute("MULTIPROCESSOR_COUNT"),
-        "driver": driver_version(),
+        "multiprocessors": driver.num_sms(ordinal),
+        "driver": f"{driver_release()} (CUDA {driver.cuda_version()})",
     }
+
+
+@functools.cache
+def _driver() -> Driver:
+    driver = Driver()
+    driver.init()
+    return driver
+
+
+def driver_release() -> str:
+    """The driver's release, such as "580.95.05": from the kernel module, else from NVML."""
+    try:
+        text = _MODULE_VERSION.read_text()
+    except OSError:
+        return nvml_release()
+    found = re.search(r"Module\s+(?:for\s+\S+\s+)?([0-9]+(?:\.[0-9]+)+)", text)
+    return found[1] if found else nvml_release()
 
 
 def twin_facts() -> dict[str, Value]:

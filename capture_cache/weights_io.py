@@ -20,15 +20,16 @@ from typing import Any, Protocol
 import numpy as np
 
 from capture_cache.arena import Arena, HostArena
-from capture_cache.checksum import compile_sum64, device_sums, sum64
-from capture_cache.driver import Device, check, cuda
+from capture_cache.checksum import device_sums, sum64, sum64_code
 from capture_cache.errors import CorruptBundle
 from capture_cache.packed import REMEDY, PackedTensor, PackedWeights, Run
+from capture_cache.restore_driver import Driver
 from capture_cache.store import Store
 
 BUFFER_BYTES = 16 << 20  # of one staging buffer
 MAX_LANES = 12
 _BUFFERS = 2
+_COPYING = "copying weights"
 
 # (bytes done, bytes in all)
 Progress = Callable[[int, int], None]
@@ -102,50 +103,40 @@ class HostLane:
 class DeviceLane:
     """Two pinned buffers, a stream, and an event a buffer that its copy records."""
 
-    def __init__(self, device: Device) -> None:
-        cu = cuda()
-        self._device, self._next, self.nbytes = device, 0, BUFFER_BYTES
+    def __init__(self, driver: Driver, nbytes: int = BUFFER_BYTES) -> None:
+        self._driver, self._next, self.nbytes = driver, 0, nbytes
         self._open = ExitStack()
         try:
-            address = device.host_alloc(_BUFFERS * BUFFER_BYTES)
-            self._open.callback(device.host_free, address)
-            self._addresses = [address + i * BUFFER_BYTES for i in range(_BUFFERS)]
-            flags = cu.CUstream_flags.CU_STREAM_NON_BLOCKING
-            self.stream = check(cu.cuStreamCreate(flags), "making a stream for weights")
-            self._open.callback(cu.cuStreamDestroy, self.stream)
-            kinds = cu.CUevent_flags
-            quiet = int(kinds.CU_EVENT_DISABLE_TIMING) | int(kinds.CU_EVENT_BLOCKING_SYNC)
-            self._events: list[Any] = []
+            address = driver.host_alloc(_BUFFERS * nbytes)
+            self._open.callback(driver.host_free, address)
+            self._addresses = [address + i * nbytes for i in range(_BUFFERS)]
+            self.stream = driver.create_stream()
+            self._open.callback(driver.destroy_stream, self.stream)
+            self._events = list[int]()
             for _ in range(_BUFFERS):
-                event = check(cu.cuEventCreate(quiet), "making an event for weights")
-                self._events.append(event)
-                self._open.callback(cu.cuEventDestroy, event)
+                self._events.append(driver.create_event())
+                self._open.callback(driver.destroy_event, self._events[-1])
         except BaseException:
             self.close()
             raise
-        memory = (ctypes.c_uint8 * (_BUFFERS * BUFFER_BYTES)).from_address(address)
-        whole = memoryview(memory).cast("B")
-        self._views = [whole[i * BUFFER_BYTES : (i + 1) * BUFFER_BYTES] for i in range(_BUFFERS)]
+        whole = memoryview((ctypes.c_uint8 * (_BUFFERS * nbytes)).from_address(address)).cast("B")
+        self._views = [whole[i * nbytes : (i + 1) * nbytes] for i in range(_BUFFERS)]
 
     def begin(self) -> None:
-        self._device.make_current()
+        self._driver.make_current()
 
     def buffer(self) -> memoryview:
-        event = self._events[self._next]
-        check(cuda().cuEventSynchronize(event), "waiting for a copy of weights")
+        self._driver.wait_event(self._events[self._next], _COPYING)
         return self._views[self._next]
 
     def send(self, address: int, nbytes: int) -> None:
-        cu, i = cuda(), self._next
-        check(
-            cu.cuMemcpyHtoDAsync(address, self._addresses[i], nbytes, self.stream),
-            f"copying {nbytes} bytes of weights to {address:#x}",
-        )
-        check(cu.cuEventRecord(self._events[i], self.stream), "marking the end of a copy")
+        i = self._next
+        self._driver.copy_async(address, self._addresses[i], nbytes, self.stream)
+        self._driver.record_event(self._events[i], self.stream)
         self._next = (i + 1) % _BUFFERS
 
     def drain(self) -> None:
-        check(cuda().cuStreamSynchronize(self.stream), "copying weights")
+        self._driver.wait(self.stream, _COPYING)
 
     def close(self) -> None:
         self._open.close()
@@ -162,7 +153,7 @@ def load_packed(
     *,
     rank: int = 0,
     computed: frozenset[str] = frozenset(),
-    device: Device | None = None,
+    driver: Driver | None = None,
     store: Store | None = None,
     verify: bool = False,
     progress: Progress | None = None,
@@ -172,7 +163,7 @@ def load_packed(
 
     Args:
         rank: whose experts to take.
-        device: of a device arena; None for the CPU twin's.
+        driver: opened, of a device arena; None for the CPU twin's.
         store: where the device's kernel for the sums is kept.
         verify: compare every sha256 of the shards that are read first, too.
         progress: called with (bytes read, bytes to read), by one thread at a time.
@@ -187,8 +178,10 @@ def load_packed(
     """
     if not 0 <= rank < weights.index.ep_size:
         raise ValueError(f"rank: expected 0 … {weights.index.ep_size - 1}, got {rank}")
-    if isinstance(arena, HostArena) != (device is None):
-        raise ValueError(f"an arena of type {type(arena).__name__} cannot be filled on {device}")
+    if isinstance(arena, HostArena) != (driver is None):
+        raise ValueError(
+            f"an arena of type {type(arena).__name__} cannot be filled through {driver}"
+        )
     runs = weights.runs(arena.layout, rank, computed=computed)
     if verify:
         for _ in weights.verify(sorted({run.file for run in runs})):
@@ -197,12 +190,12 @@ def load_packed(
     with ExitStack() as held:
         made = list[Lane]()
         for _ in range(lanes or num_lanes()):
-            made.append(HostLane() if device is None else DeviceLane(device))
+            made.append(HostLane() if driver is None else DeviceLane(driver))
             held.callback(made[-1].close)
         pinned = time.perf_counter()
         nbytes = copy_runs(weights, runs, _base(arena), made, progress)
         copied = time.perf_counter()
-        check_sums(weights, arena, rank, computed, device, store, made[0])
+        check_sums(weights, arena, rank, computed, driver, store, made[0])
     done = time.perf_counter()
     return LoadStats(nbytes, len(runs), len(made), pinned - begin, copied - pinned, done - copied)
 
@@ -323,7 +316,7 @@ def check_sums(
     arena: Arena,
     rank: int,
     computed: frozenset[str],
-    device: Device | None,
+    driver: Driver | None,
     store: Store | None,
     lane: Lane,
 ) -> None:
@@ -339,11 +332,13 @@ def check_sums(
         if p.entry.section == "weights" and p.entry.name not in computed
     ]
     places = [(arena.ptr(t.name), t.padded) for t in held]
-    if device is None:
+    if driver is None:
         got = [sum64(_bytes(address, nbytes)) for address, nbytes in places]
     else:
         assert isinstance(lane, DeviceLane)
-        got = device_sums(device, compile_sum64(device.arch, store), places, lane.stream)
+        major, minor = driver.compute_capability(driver.ordinal)
+        code = sum64_code(f"sm_{major}{minor}", store)
+        got = device_sums(driver, code, places, lane.stream)
     wrong = [t for t, s in zip(held, got, strict=True) if s != t.sums[rank if t.expert else 0]]
     if wrong:
         raise CorruptBundle(_damage(weights, wrong, rank))

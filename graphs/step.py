@@ -77,6 +77,11 @@ class DecodeStep:
         self.on_device = on_device
 
     @property
+    def transport_or_none(self) -> Transport | None:
+        """As `transport`; None for a model without experts."""
+        return self._transport
+
+    @property
     def transport(self) -> Transport:
         """Carries tokens to experts; a model without experts has none."""
         assert self._transport is not None

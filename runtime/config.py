@@ -49,6 +49,7 @@ class RuntimeConfig:
         verify: prove every key after capture.
         proof_replays: replays per key of that proof; None: 100 on a device, 2 on the CPU twin.
         deadline_s: longest wait for a step, seconds.
+        bundle: restore stored graphs, and store captured ones; False: capture, and store none.
     """
 
     model: str
@@ -70,6 +71,7 @@ class RuntimeConfig:
     verify: bool = True
     proof_replays: int | None = None
     deadline_s: float = 10.0
+    bundle: bool = True
 
     def __post_init__(self) -> None:
         for name, choices in (("device", DEVICES), ("attention", ATTENTION)):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import ExitStack
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -19,6 +21,11 @@ from runtime.config import RuntimeConfig
 from runtime.fingerprint import fingerprint
 from runtime.ranks import Ranks
 from runtime.selection import Selection
+from runtime.state import RESET
+
+
+class _Views(Protocol):
+    def __getitem__(self, name: str, /) -> torch.Tensor: ...
 
 
 class Engine:
@@ -32,6 +39,8 @@ class Engine:
         stages: seconds of each stage of the build.
         weights_note: where the weights came from, for people.
         proofs: one per key, empty if not verified.
+        loaded_from, load_reason: "capture", and why no bundle was used where one was looked for.
+        bundle_note: what became of the bundle: stored, or why there is none.
     """
 
     ring_header = HEADER
@@ -58,9 +67,12 @@ class Engine:
         self.ring_step: NDArray[np.int64] = buffers["ring_step"].numpy()
         self.stages: dict[str, float] = {}
         self.weights_note = ""
+        self.bundle_note = ""
         self.proofs: dict[GraphKey, Proof] = {}
         self.ledger: Ledger | None = None
-        self.replay = graphs.replay
+        self.replay: Callable[[GraphKey], None] = graphs.replay
+        self.loaded_from = "capture"
+        self.load_reason = ""
 
     def check_ranks(self) -> None:
         """One read of host memory, after every step.
@@ -92,8 +104,7 @@ class Engine:
     def reset_state(self) -> None:
         """Every row free, step 0, nothing published; waits. The null page keeps its contents."""
         with self.graphs.backend.on_stream():
-            for name, byte in RESET.items():
-                self.graphs.step.buffers[name].view(torch.uint8).fill_(byte)
+            reset_state(self.graphs.step.buffers)
             self.graphs.backend.synchronize()
 
     def adopt(self, rows: list[int], length: int, limit: int, pages: list[list[int]]) -> None:
@@ -126,3 +137,9 @@ class Engine:
     def close(self) -> None:
         """Release graphs, peer memory and arena. Idempotent."""
         self._resources.close()
+
+
+def reset_state(views: _Views) -> None:
+    """Fill the buffers of `RESET` on the current stream."""
+    for name, byte in RESET.items():
+        views[name].view(torch.uint8).fill_(byte)

@@ -14,6 +14,7 @@ from types import MappingProxyType
 
 from capture_cache.fingerprint import Fingerprint, Value
 from capture_cache.machine import PACKAGES, absent_packages, device_count, here
+from capture_cache.restore_driver import Driver
 from graphs.keys import Ladder
 from graphs.model_config import ModelConfig, parse_overrides
 from graphs.model_source import ModelSource, model_digest, resolve_model
@@ -70,15 +71,19 @@ IGNORED: Mapping[str, str] = MappingProxyType(
         "verify_weights": "how thoroughly they are checked",
         "verify": "whether it was proved; the ledger says so",
         "proof_replays": "how often it was proved; the ledger says so",
+        "bundle": "whether graphs are stored; the manifest says so",
         "deadline_s": "read from device memory at run time",
     }
 )
 
 
-def fingerprint(options: RuntimeConfig, *, on_device: bool | None = None) -> Fingerprint:
+def fingerprint(
+    options: RuntimeConfig, *, on_device: bool | None = None, driver: Driver | None = None
+) -> Fingerprint:
     """The facts that a stored capture must share to be valid for `options` here.
 
     Args:
+        driver: an initialised one; by default this machine's.
         on_device: for a GPU, or for the CPU twin; None: as `options.device` means here.
 
     Raises:
@@ -91,7 +96,7 @@ def fingerprint(options: RuntimeConfig, *, on_device: bool | None = None) -> Fin
         options.model, layers=options.layers, overrides=parse_overrides(options.overrides)
     )
     facts: dict[str, Value] = {"schema": SCHEMA}
-    facts |= here(on_device=on_device, ordinal=options.local_rank)
+    facts |= here(on_device=on_device, ordinal=options.local_rank, driver=driver)
     facts |= _asked(options, model, source)
     for field in dataclasses.fields(options):  # an option that nobody has judged counts
         if field.name not in OPTIONS and field.name not in IGNORED:

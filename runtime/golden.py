@@ -18,13 +18,14 @@ from runtime.driver import Runtime
 from runtime.sampling import SamplingParams
 
 if TYPE_CHECKING:
-    from runtime.driver import Replayer
+    from runtime.replayer import Replayer
 
 MAX_REQUESTS = 8  # enough to see rows apart, few enough for the smallest KV cache in use
 
 
-def golden_ids(key: GraphKey, *, num_pages: int, max_seq_len: int, page_size: int, vocab: int
-               ) -> NDArray[np.int32]:
+def golden_ids(
+    key: GraphKey, *, num_pages: int, max_seq_len: int, page_size: int, vocab: int
+) -> NDArray[np.int32]:
     """Prompts of the canned state, int32 [requests, tokens], one page each at most."""
     requests = min(key.rows, num_pages - 1, MAX_REQUESTS)
     length = min(key.tokens // requests, page_size, max_seq_len - 1)

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from capture_cache.arena import Arena
-from capture_cache.driver import Device
 from capture_cache.fingerprint import Fingerprint, Value
 from capture_cache.packed import PackedWeights, is_packed
+from capture_cache.restore_driver import Driver
 from capture_cache.store import Store
 from capture_cache.weights_io import LoadStats, Progress, load_packed
 from graphs.model_config import ModelConfig
@@ -105,17 +105,22 @@ def load(
     options: RuntimeConfig,
     *,
     rank: int,
-    device: Device | None,
+    driver: Driver | None,
     store: Store | None,
     progress: Progress | None = None,
 ) -> LoadStats:
-    """Fill the arena's weights, the rope table excepted; raises as `load_packed`."""
+    """Fill the arena's weights, the rope table excepted; raises as `load_packed`.
+
+    Args:
+        driver: opened, of the arena's device; None for the CPU twin.
+        store: where the device's kernel for the sums is kept.
+    """
     return load_packed(
         packed,
         arena,
         rank=rank,
         computed=COMPUTED,
-        device=device,
+        driver=driver,
         store=store,
         verify=options.verify_weights,
         progress=progress,

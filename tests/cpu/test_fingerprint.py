@@ -87,10 +87,10 @@ def test_another_package_version_invalidates(package: str, monkeypatch: pytest.M
 @pytest.mark.parametrize("fact", CHIP)
 def test_another_machine_invalidates(fact: str, monkeypatch: pytest.MonkeyPatch) -> None:
     options = RuntimeConfig.of(**(BASE | {"device": "auto"}))
-    monkeypatch.setattr(module, "device_facts", lambda _: dict(CHIP))
+    monkeypatch.setattr(module, "device_facts", lambda *_: dict(CHIP))
     before = fingerprint(options, on_device=True)
     assert [name for name, _ in before.fields] == list(FIELDS)
-    monkeypatch.setattr(module, "device_facts", lambda _: CHIP | {fact: "another"})
+    monkeypatch.setattr(module, "device_facts", lambda *_: CHIP | {fact: "another"})
     assert differing(before, fingerprint(options, on_device=True)) == [fact]
 
 

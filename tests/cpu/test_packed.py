@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,14 @@ import torch
 from safetensors import safe_open
 
 from capture_cache.arena import HostArena
-from capture_cache.checksum import compile_sum64, segments_of, sum64
+from capture_cache.checksum import segments_of, sum64, sum64_code
+from capture_cache.cubin import kernel_facts
 from capture_cache.errors import CorruptBundle, FingerprintMismatch, StoreError
 from capture_cache.files import Files
 from capture_cache.layout import ArenaLayout, Entry
 from capture_cache.manifest import seal, unseal
 from capture_cache.packed import INDEX, SHARED, Index, PackedWeights, Run
+from capture_cache.store import Store
 from capture_cache.weights_io import HostLane, copy_runs, load_packed
 from graphs.checkpoint import load_checkpoint, random_weights
 from graphs.devices import bind_views
@@ -249,10 +252,16 @@ def test_the_devices_segments_cover_every_word_once() -> None:
 
 
 @pytest.mark.parametrize("arch", ["sm_90", "sm_100"])
-def test_the_devices_sum_compiles_without_spills(arch: str) -> None:
-    kernel = compile_sum64(arch, None)
-    assert kernel.local_bytes == 0
-    assert kernel.registers <= 64
+def test_the_devices_sum_compiles_without_spills_and_is_found_again(
+    tmp_path: Path, arch: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = sum64_code(arch, Store(tmp_path))
+    facts = kernel_facts(code)["sum64"]
+    assert facts.local_bytes == 0
+    assert facts.registers <= 64
+    assert facts.param_bytes == (8, 8)
+    monkeypatch.setitem(sys.modules, "capture_cache.nvrtc", None)  # a player without a compiler
+    assert sum64_code(arch, Store(tmp_path)) == code
 
 
 # -- damage ---------------------------------------------------------------------------------------

@@ -1,0 +1,239 @@
+"""The player's engine: restored graphs over a filled arena; knows neither torch nor triton.
+
+A key that is wanted before the building thread has come to it is built at once, by who wants it;
+no other key takes its place.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from capture_cache.arena import DeviceArena
+from capture_cache.restore import Code, Files, build_graph
+from capture_cache.restore_driver import Driver
+from graphs.keys import GraphKey, Ladder, NotCaptured
+from graphs.model_config import ModelConfig
+from graphs.step_config import StepConfig, mailbox_layout
+from kernels.triton.state import DECODE, HEADER
+from runtime.config import RuntimeConfig
+from runtime.state import RESET
+
+
+class Keys:
+    """The graphs of a ladder, each rebuilt when it is wanted or when the thread comes to it.
+
+    Attributes:
+        seconds: spent on building each key.
+    """
+
+    def __init__(
+        self,
+        driver: Driver,
+        code: Code,
+        files: Files,
+        symbols: NDArray[np.uint64],
+        stream: int,
+        ladder: Ladder,
+    ) -> None:
+        self._driver, self._code, self._files = driver, code, files
+        self._symbols, self._stream, self._ladder = symbols, stream, ladder
+        self._graphs: dict[GraphKey, int] = {}
+        self._lock = threading.Lock()
+        self._stop = False
+        self._thread: threading.Thread | None = None
+        self._failure: Exception | None = None
+        self.seconds: dict[GraphKey, float] = {}
+
+    def exec_of(self, key: GraphKey) -> int:
+        """The key's CUgraphExec; waits for it where it is not built yet.
+
+        Raises:
+            NotCaptured: no such key.
+            CorruptBundle, CudaError: it cannot be built.
+        """
+        graph = self._graphs.get(key)
+        return self._build(key) if graph is None else graph
+
+    def build_rest(self) -> None:
+        """Build what is missing in a thread."""
+        self._thread = threading.Thread(target=self._run, name="lockstep-restore", daemon=True)
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Wait until every key is built; raises what went wrong."""
+        if self._thread is not None:
+            self._thread.join()
+        self.check()
+
+    def check(self) -> None:
+        """Raises what went wrong in the thread."""
+        if self._failure is not None:
+            raise self._failure
+
+    def close(self) -> None:
+        """Stop building and drop all graphs. Idempotent."""
+        self._stop = True
+        if self._thread is not None:
+            self._thread.join()
+        while self._graphs:
+            self._driver.drop_exec(self._graphs.popitem()[1])
+
+    def _run(self) -> None:
+        try:
+            self._driver.make_current()
+            for key in self._ladder.keys:
+                if self._stop:
+                    return
+                self.exec_of(key)
+        except Exception as e:  # told by `check`, and again by the step that wants the key
+            self._failure = e
+
+    def _build(self, key: GraphKey) -> int:
+        if key not in self._ladder.keys:
+            raise NotCaptured(
+                f"key {key} was not captured (ladder {self._ladder}); add it with --ladder"
+            )
+        with self._lock:
+            graph = self._graphs.get(key)
+            if graph is not None:  # the other thread was quicker
+                return graph
+            start = time.perf_counter()
+            stored = self._files.graph_of(key.tokens, key.rows)
+            graph = build_graph(
+                self._driver, self._code, stored, self._symbols, f"the graph of key {key}"
+            )
+            self._driver.upload_graph(graph, self._stream)
+            self.seconds[key] = time.perf_counter() - start
+            self._graphs[key] = graph
+            return graph
+
+
+class Player:
+    """Restored graphs, as `runtime.replayer.Replayer`.
+
+    Args:
+        resources: what `close` releases, last acquired first.
+
+    Attributes:
+        stages: seconds of each stage of the restore.
+        loaded_from, load_reason: "bundle", and which.
+    """
+
+    ring_header = HEADER
+
+    def __init__(
+        self,
+        options: RuntimeConfig,
+        driver: Driver,
+        arena: DeviceArena,
+        stream: int,
+        keys: Keys,
+        config: StepConfig,
+        model: ModelConfig,
+        ladder: Ladder,
+        resources: ExitStack,
+    ) -> None:
+        self.options, self.config, self.model_config, self.ladder = options, config, model, ladder
+        self.deadline_s = options.deadline_s
+        self.keys = keys
+        self._driver, self._arena, self._stream = driver, arena, stream
+        self._resources = resources
+        self._thread = threading.get_ident()
+        self.mailbox_layout = mailbox_layout(config, ladder)
+        self.mailbox: NDArray[np.int32] = self._host_view("mailbox")
+        self.ring: NDArray[np.int32] = self._host_view("ring")
+        self.ring_step: NDArray[np.int64] = self._host_view("ring_step")
+        self.stages: dict[str, float] = {}
+        self.loaded_from, self.load_reason = "bundle", ""
+        self.replay: Callable[[GraphKey], None] = self._replay
+
+    @property
+    def device_name(self) -> str:
+        return self._driver.device_name(self._driver.ordinal)
+
+    def check_ranks(self) -> None:
+        """One rank waits for nobody."""
+
+    def check_alive(self) -> None:
+        """Raises CudaError if the device has failed."""
+        self._enter()
+        self._driver.check_stream(self._stream, "replaying a step")
+        self.keys.check()
+
+    def reset_state(self) -> None:
+        """Every row free, step 0, nothing published; waits. The null page keeps its contents."""
+        self._enter()
+        for name, byte in RESET.items():
+            spec = self._arena.view_spec(name)
+            self._driver.fill(spec.ptr, byte, spec.nbytes, self._stream)
+        self._driver.wait(self._stream, "freeing all rows")
+
+    def adopt(self, rows: list[int], length: int, limit: int, pages: list[list[int]]) -> None:
+        """Put rows into the decode phase with `length` tokens in their pages; waits."""
+        self._enter()
+        self._driver.wait(self._stream, "finishing steps")
+        for name, value in (("phase", DECODE), ("seq_len", length), ("limit", limit)):
+            with _Edited(self._driver, self._arena, name) as data:
+                data[rows] = value
+        with _Edited(self._driver, self._arena, "stop_ids") as data:
+            data[rows] = -1
+        with _Edited(self._driver, self._arena, "page_table") as data:
+            for row, held in zip(rows, pages, strict=True):
+                data[row, : len(held)] = held
+
+    def read(self, name: str) -> NDArray[np.uint8]:
+        """A copy of an arena entry's bytes, after all work; for tests."""
+        self._enter()
+        self._driver.wait(self._stream, "finishing steps")
+        spec = self._arena.view_spec(name)
+        data = np.empty(spec.nbytes, np.uint8)
+        self._driver.download(data, spec.ptr)
+        return data
+
+    def close(self) -> None:
+        """Release graphs, arena and context. Idempotent."""
+        self._enter()
+        self._resources.close()
+
+    def _replay(self, key: GraphKey) -> None:
+        """Launch the graph of `key`; raises as `Keys.exec_of`."""
+        self._enter()
+        self._driver.launch(self.keys.exec_of(key), self._stream, "launching a step")
+
+    def _enter(self) -> None:
+        """A context is current in one thread at a time; the caller may have changed."""
+        if self._thread != threading.get_ident():
+            self._driver.make_current()
+            self._thread = threading.get_ident()
+
+    def _host_view(self, name: str) -> NDArray[Any]:
+        spec = self._arena.view_spec(name)
+        memory = (ctypes.c_uint8 * spec.nbytes).from_address(spec.ptr)
+        words: NDArray[Any] = np.frombuffer(
+            memoryview(memory), spec.dtype
+        )  # numpy knows int32 and int64
+        return words.reshape(spec.shape)
+
+
+class _Edited:
+    """An int32 arena entry to change on the host: read, changed, written back."""
+
+    def __init__(self, driver: Driver, arena: DeviceArena, name: str) -> None:
+        self._driver, self._spec = driver, arena.view_spec(name)
+        self._data = np.empty(self._spec.shape, np.int32)
+
+    def __enter__(self) -> NDArray[np.int32]:
+        self._driver.download(self._data, self._spec.ptr)
+        return self._data
+
+    def __exit__(self, *failure: object) -> None:
+        if failure[0] is None:
+            self._driver.upload(self._spec.ptr, self._data)
