@@ -26,7 +26,7 @@ from capture_cache.packed import REMEDY, PackedTensor, PackedWeights, Run
 from capture_cache.restore_driver import Driver
 from capture_cache.store import Store
 
-BUFFER_BYTES = 16 << 20  # of one staging buffer
+BUFFER_BYTES = 8 << 20  # of one staging buffer: long reads, and little to pin
 MAX_LANES = 12
 _BUFFERS = 2
 _COPYING = "copying weights"

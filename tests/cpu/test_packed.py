@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import json
 import multiprocessing
 import os
 import shutil
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -25,8 +27,9 @@ from capture_cache.files import Files
 from capture_cache.layout import ArenaLayout, Entry
 from capture_cache.manifest import seal, unseal
 from capture_cache.packed import INDEX, SHARED, Index, PackedWeights, Run
+from capture_cache.restore_driver import Driver
 from capture_cache.store import Store
-from capture_cache.weights_io import HostLane, copy_runs, load_packed
+from capture_cache.weights_io import DeviceLane, HostLane, copy_runs, load_packed
 from graphs.checkpoint import load_checkpoint, random_weights
 from graphs.devices import bind_views
 from graphs.model_config import ModelConfig
@@ -501,6 +504,83 @@ def test_runs_arrive_whole_through_buffers_of_any_size(
     assert _same(got, expected)
     assert seen[-1] == (total, total)
     assert seen == sorted(seen)
+
+
+class _LateDriver:
+    """Driver calls on host memory; a copy happens as late as the calls allow."""
+
+    def __init__(self) -> None:
+        self.held: dict[int, Any] = {}
+        self.queues: dict[int, list[tuple[int, int, int]]] = {}
+        self.marks: dict[int, tuple[int, int]] = {}  # event → stream, copies before it
+        self.done: dict[int, int] = {}
+        self.current: set[int] = set()
+
+    def host_alloc(self, nbytes: int) -> int:
+        memory = np.zeros(nbytes, np.uint8)
+        self.held[memory.ctypes.data] = memory
+        return int(memory.ctypes.data)
+
+    def host_free(self, address: int) -> None:
+        del self.held[address]
+
+    def create_stream(self) -> int:
+        stream = len(self.queues) + 1
+        self.queues[stream], self.done[stream] = [], 0
+        return stream
+
+    def destroy_stream(self, stream: int) -> None:
+        del self.queues[stream]
+
+    def create_event(self) -> int:
+        event = 1000 + len(self.marks)
+        self.marks[event] = (0, 0)
+        return event
+
+    def destroy_event(self, event: int) -> None:
+        self.marks[event] = (-1, 0)
+
+    def record_event(self, event: int, stream: int) -> None:
+        self.marks[event] = (stream, len(self.queues[stream]))
+
+    def wait_event(self, event: int, doing: str) -> None:
+        stream, count = self.marks[event]
+        if stream:
+            self._run(stream, count)
+
+    def wait(self, stream: int, doing: str) -> None:
+        self._run(stream, len(self.queues[stream]))
+
+    def copy_async(self, address: int, source: int, nbytes: int, stream: int) -> None:
+        assert threading.get_ident() in self.current, "no context in this thread"
+        self.queues[stream].append((address, source, nbytes))
+
+    def make_current(self) -> None:
+        self.current.add(threading.get_ident())
+
+    def _run(self, stream: int, count: int) -> None:
+        for address, source, nbytes in self.queues[stream][self.done[stream] : count]:
+            ctypes.memmove(address, source, nbytes)
+        self.done[stream] = max(self.done[stream], count)
+
+
+@pytest.mark.parametrize("lanes", [1, 3])
+def test_a_staging_buffer_is_not_used_again_before_its_copy_is_done(
+    damaged: tuple[ModelConfig, Path], lanes: int
+) -> None:
+    model, path = damaged
+    packed, driver = PackedWeights(path), _LateDriver()
+    expected, _ = _arena(model, 2)
+    load_packed(packed, expected, rank=1, computed=COMPUTED)
+    got, _ = _arena(model, 2)
+    made = [DeviceLane(cast(Driver, driver), 4096) for _ in range(lanes)]
+    copy_runs(packed, packed.runs(got.layout, 1, computed=COMPUTED), got.base, made)
+    assert _same(got, expected)
+    for lane in made:
+        lane.close()
+        lane.close()
+    assert not driver.held
+    assert not driver.queues
 
 
 # -- what fits ------------------------------------------------------------------------------------
