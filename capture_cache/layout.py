@@ -231,9 +231,9 @@ class ArenaLayout:
             layout = cls.build(entries, sections)
         except (TypeError, KeyError) as e:
             raise LayoutError(f"stored arena table is malformed ({e!r}); capture again") from e
+        computed = layout.to_json()
         for field in ("sections", "entries"):
-            computed = layout.to_json()[field]
-            for stored, now in zip(table[field], computed, strict=True):
+            for stored, now in zip(table[field], computed[field], strict=True):
                 if stored != now:
                     raise LayoutError(
                         f"stored arena table disagrees: expected {now}, got {stored}; capture again"

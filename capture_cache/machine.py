@@ -50,18 +50,19 @@ _MODULE_VERSION = Path("/proc/driver/nvidia/version")
 SOURCE_SUFFIXES = (".py", ".cu", ".cuh")
 
 
-def here(*, on_device: bool, ordinal: int = 0, driver: Driver | None = None) -> dict[str, Value]:
+def here(*, on_device: bool, ordinal: int = 0) -> dict[str, Value]:
     """The part of a fingerprint that this machine and installation decide.
-
-    Args:
-        driver: an initialised one; by default this machine's.
 
     Raises:
         CudaError: a GPU is asked for and there is none.
     """
-    facts = device_facts(ordinal, driver) if on_device else twin_facts()
-    facts |= {package: package_version(package) for package in PACKAGES}
-    return facts | {"sources": source_digest(ROOT, SOURCES)}
+    return (device_facts(ordinal) if on_device else twin_facts()) | installation()
+
+
+def installation() -> dict[str, Value]:
+    """Versions and sources that decide which code is captured; asks no device."""
+    versions: dict[str, Value] = {package: package_version(package) for package in PACKAGES}
+    return versions | {"sources": source_digest(ROOT, SOURCES)}
 
 
 def absent_packages() -> frozenset[str]:

@@ -9,11 +9,18 @@ the sources, and the manifest records it.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
 from capture_cache.fingerprint import Fingerprint, Value
-from capture_cache.machine import PACKAGES, absent_packages, device_count, here
+from capture_cache.machine import (
+    PACKAGES,
+    absent_packages,
+    device_count,
+    device_facts,
+    installation,
+    twin_facts,
+)
 from capture_cache.restore_driver import Driver
 from graphs.keys import Ladder
 from graphs.model_config import ModelConfig, parse_overrides
@@ -78,12 +85,15 @@ IGNORED: Mapping[str, str] = MappingProxyType(
 
 
 def fingerprint(
-    options: RuntimeConfig, *, on_device: bool | None = None, driver: Driver | None = None
+    options: RuntimeConfig,
+    *,
+    on_device: bool | None = None,
+    driver: Callable[[], Driver] | None = None,
 ) -> Fingerprint:
     """The facts that a stored capture must share to be valid for `options` here.
 
     Args:
-        driver: an initialised one; by default this machine's.
+        driver: gives an initialised one; by default this machine's.
         on_device: for a GPU, or for the CPU twin; None: as `options.device` means here.
 
     Raises:
@@ -95,9 +105,14 @@ def fingerprint(
     model, source = resolve_model(
         options.model, layers=options.layers, overrides=parse_overrides(options.overrides)
     )
+    # What needs no device comes first: the driver may still be initialising.
+    other = installation() | _asked(options, model, source)
     facts: dict[str, Value] = {"schema": SCHEMA}
-    facts |= here(on_device=on_device, ordinal=options.local_rank, driver=driver)
-    facts |= _asked(options, model, source)
+    if on_device:
+        facts |= device_facts(options.local_rank, driver() if driver else None)
+    else:
+        facts |= twin_facts()
+    facts |= other
     for field in dataclasses.fields(options):  # an option that nobody has judged counts
         if field.name not in OPTIONS and field.name not in IGNORED:
             facts[field.name] = str(getattr(options, field.name))

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from capture_cache.arena import DeviceArena
+from capture_cache.bundle import Golden
 from capture_cache.restore import Code, Files, build_graph
 from capture_cache.restore_driver import Driver
 from graphs.keys import GraphKey, Ladder, NotCaptured
@@ -61,6 +62,10 @@ class Keys:
         """
         graph = self._graphs.get(key)
         return self._build(key) if graph is None else graph
+
+    def golden(self, key: GraphKey) -> Golden:
+        """The key's golden step; raises CorruptBundle."""
+        return self._files.golden_of(key.tokens, key.rows)
 
     def build_rest(self) -> None:
         """Build what is missing in a thread."""
@@ -171,9 +176,14 @@ class Player:
     def reset_state(self) -> None:
         """Every row free, step 0, nothing published; waits. The null page keeps its contents."""
         self._enter()
+        self._driver.wait(self._stream, "finishing steps")
+        places = self._arena.layout.by_name
         for name, byte in RESET.items():
             spec = self._arena.view_spec(name)
-            self._driver.fill(spec.ptr, byte, spec.nbytes, self._stream)
+            if places[name].host:
+                ctypes.memset(spec.ptr, byte, spec.nbytes)
+            else:
+                self._driver.fill(spec.ptr, byte, spec.nbytes, self._stream)
         self._driver.wait(self._stream, "freeing all rows")
 
     def adopt(self, rows: list[int], length: int, limit: int, pages: list[list[int]]) -> None:

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from capture_cache.arena import DeviceArena
 from capture_cache.errors import ArenaError, CorruptBundle, CudaError, FingerprintMismatch
 from capture_cache.files import REMEDY
+from capture_cache.fingerprint import Fingerprint
 from capture_cache.layout import ArenaLayout
 from capture_cache.restore import Code, Files, build_graph, symbol_table
 from capture_cache.restore_driver import Driver
@@ -41,6 +42,7 @@ from runtime.bundle_names import (
     WEIGHTS_FILE,
 )
 from runtime.config import RuntimeConfig
+from runtime.driver import StepFailed
 from runtime.fingerprint import absent_packages, fingerprint
 from runtime.golden import golden_step
 from runtime.player import Keys, Player
@@ -125,8 +127,11 @@ class _Restore:
         start = time.perf_counter()
         try:
             yield
-        except CorruptBundle as e:
+        except (CorruptBundle, StepFailed) as e:
             raise NotRestored(str(e), replace=True) from e
+        except CudaError as e:
+            short = e.name == "CUDA_ERROR_OUT_OF_MEMORY"
+            raise NotRestored(str(e), replace=not short) from e
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
     def run(self) -> Player:
@@ -139,10 +144,10 @@ class _Restore:
             model, source = resolve_model(
                 options.model, layers=options.layers, overrides=parse_overrides(options.overrides)
             )
-        with self._stage("driver"):
-            opening.wait_driver()
-        with self._stage("find"):
-            bundle = self._find(opening.driver)
+        with self._stage("fingerprint"):
+            current = fingerprint(options, on_device=True, driver=opening.wait_driver)
+        with self._stage("bundle"):
+            bundle = self._find(current)
             facts = Facts.of(bundle)
             files = Files(bundle.files, str(bundle.path))
         with self._stage("context"):
@@ -168,16 +173,18 @@ class _Restore:
         with self._stage("first key"):
             keys.exec_of(first)
         with self._stage("golden"):
-            reason = self._golden(player, files, first) if checkable else _SKIPPED
+            reason = _SKIPPED
+            if checkable:
+                check_golden(player, first)
+                reason = f"the golden step of key {first} agrees"
         player.load_reason = f"bundle {bundle.path.name[:16]}: {reason}"
         player.stages = self.seconds
         keys.build_rest()
         return player
 
-    def _find(self, driver: Driver) -> Bundle:
+    def _find(self, current: Fingerprint) -> Bundle:
         """The bundle of these options, every hash checked."""
         store = Store(self.options.store_path)
-        current = fingerprint(self.options, on_device=True, driver=driver)
         # An installation that lacks what captured may still play.
         found = store.find(current, unset=absent_packages())
         bundle = None if found is None else store.load(found)
@@ -191,7 +198,7 @@ class _Restore:
     def _map(self, driver: Driver, facts: Facts) -> DeviceArena:
         try:
             arena = DeviceArena(facts.layout, memory=driver, base=facts.arena_base, exact=True)
-        except (ArenaError, CudaError) as e:
+        except ArenaError as e:
             raise NotRestored(f"the arena cannot be mapped: {e}") from e
         self.resources.callback(arena.close)
         return arena
@@ -247,16 +254,22 @@ class _Restore:
         driver.upload(place.ptr, rope)
         return True
 
-    def _golden(self, player: Player, files: Files, key: GraphKey) -> str:
-        golden = files.golden_of(key.tokens, key.rows)
-        digest = golden_step(player, key, golden.ids)
-        if digest != golden.digest:
-            raise NotRestored(
-                f"the golden step of key {key} gave {digest[:16]}, expected {golden.digest[:16]}: "
-                "the bundle must not be used here",
-                replace=True,
-            )
-        return f"the golden step of key {key} agrees"
+
+def check_golden(player: Player, key: GraphKey) -> None:
+    """Run a key's golden step; the rows must be free, and are so afterwards.
+
+    Raises:
+        NotRestored: it gives other bits than at capture.
+        CorruptBundle, CudaError, StepFailed: it cannot be run.
+    """
+    golden = player.keys.golden(key)
+    digest = golden_step(player, key, golden.ids)
+    if digest != golden.digest:
+        raise NotRestored(
+            f"the golden step of key {key} gave {digest[:16]}, expected {golden.digest[:16]}: "
+            "the bundle must not be used here",
+            replace=True,
+        )
 
 
 def _rope(files: Files, arena: DeviceArena) -> NDArray[np.uint8]:
@@ -294,23 +307,19 @@ class _Opening:
         self._thread = threading.Thread(target=self._run, name="lockstep-open", daemon=True)
         self._thread.start()
 
-    def wait_driver(self) -> None:
-        """Until devices can be asked for; raises NotRestored."""
+    def wait_driver(self) -> Driver:
+        """A driver that can be asked about devices; raises NotRestored."""
         self._initialised.wait()
         self._check()
+        assert self._driver is not None
+        return self._driver
 
     def wait_context(self) -> Driver:
         """The opened driver, its context current in this thread; raises NotRestored."""
         self._thread.join()
-        self._check()
-        self.driver.make_current()
-        return self.driver
-
-    @property
-    def driver(self) -> Driver:
-        """Initialised, once `wait_driver` has returned."""
-        assert self._driver is not None
-        return self._driver
+        driver = self.wait_driver()
+        driver.make_current()
+        return driver
 
     def close(self) -> None:
         """Release the context."""

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 import capture_cache.machine as module
+import runtime.fingerprint as asked
 from capture_cache.fingerprint import Fingerprint, differing
 from capture_cache.layout import ArenaLayout, Entry
 from capture_cache.machine import PACKAGES, ROOT, SOURCES
@@ -87,10 +88,10 @@ def test_another_package_version_invalidates(package: str, monkeypatch: pytest.M
 @pytest.mark.parametrize("fact", CHIP)
 def test_another_machine_invalidates(fact: str, monkeypatch: pytest.MonkeyPatch) -> None:
     options = RuntimeConfig.of(**(BASE | {"device": "auto"}))
-    monkeypatch.setattr(module, "device_facts", lambda *_: dict(CHIP))
+    monkeypatch.setattr(asked, "device_facts", lambda *_: dict(CHIP))
     before = fingerprint(options, on_device=True)
     assert [name for name, _ in before.fields] == list(FIELDS)
-    monkeypatch.setattr(module, "device_facts", lambda *_: CHIP | {fact: "another"})
+    monkeypatch.setattr(asked, "device_facts", lambda *_: CHIP | {fact: "another"})
     assert differing(before, fingerprint(options, on_device=True)) == [fact]
 
 

@@ -1,0 +1,53 @@
+"""One fresh process of `runtime.restore_bench`: load, one step, what each stage took.
+
+Started with the wall clock of its own start, so that the interpreter and the imports count.
+"""
+
+import sys
+import time
+
+MAIN_NS = time.time_ns()  # before anything is imported
+
+
+def main(argv: list[str]) -> int:
+    """Args: options as JSON, nanoseconds of the process's start."""
+    import json
+
+    options, start_ns = json.loads(argv[0]), int(argv[1])
+    from runtime import Runtime, SamplingParams
+
+    imported_ns = time.time_ns()
+    runtime = Runtime.load(**options)
+    loaded_ns = time.time_ns()
+    runtime.add([1], SamplingParams(max_tokens=2, ignore_eos=True))
+    runtime.step()
+    stepped_ns = time.time_ns()
+    engine = runtime.engine
+    keys = {}
+    if runtime.loaded_from == "bundle":
+        engine.keys.wait()
+        keys = {str(key): 1e3 * seconds for key, seconds in engine.keys.seconds.items()}
+    all_ns = time.time_ns()
+    spans = {
+        "interpreter": MAIN_NS - start_ns,
+        "imports": imported_ns - MAIN_NS,
+        "load": loaded_ns - imported_ns,
+        "first step": stepped_ns - loaded_ns,
+    }
+    report = {
+        "from": runtime.loaded_from,
+        "reason": runtime.load_reason,
+        "spans_ms": {name: ns / 1e6 for name, ns in spans.items()},
+        "stages_ms": {name: 1e3 * s for name, s in engine.stages.items()},
+        "first_step_ms": (stepped_ns - start_ns) / 1e6,
+        "all_keys_ms": (all_ns - start_ns) / 1e6,
+        "key_ms": keys,
+        "torch": "torch" in sys.modules or "triton" in sys.modules,
+    }
+    runtime.close()
+    print("RESULT " + json.dumps(report), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

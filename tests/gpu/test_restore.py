@@ -1,0 +1,93 @@
+"""Restored graphs give the bits of captured ones, in processes that share nothing but the store."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.gpu.models import LADDERS, MODELS, options_of
+
+ROOT = Path(__file__).resolve().parents[2]
+# One process: load, run requests, print what came of each step as a digest.
+PROGRAM = """
+import hashlib, json, sys
+import numpy as np
+from runtime import Runtime, SamplingParams
+
+options, steps = json.loads(sys.argv[1]), int(sys.argv[2])
+rt = Runtime.load(**options)
+rng = np.random.default_rng(7)
+digests, whole, seen = [], hashlib.sha256(), set()
+for step in range(steps):
+    while rt.num_running < rt.config.max_rows and rng.random() < 0.6:
+        n = int(rng.integers(1, rt.config.max_seq_len // 3))
+        new = int(rng.integers(1, rt.config.max_seq_len // 3))
+        prompt = rng.integers(0, rt.model_config.vocab_size, n)
+        try:
+            rt.add(prompt, SamplingParams(max_tokens=new, ignore_eos=True))
+        except RuntimeError:  # no pages: steps go on without
+            break
+    if not rt.num_running:
+        rt.add([1, 2, 3], SamplingParams(max_tokens=4, ignore_eos=True))
+    out = rt.step()
+    seen.add(str(rt.last_key))
+    order = np.argsort(out.rows)
+    for values in (out.rows, out.tokens, out.logprobs):
+        whole.update(np.ascontiguousarray(values[order]).tobytes())
+    digests.append(whole.hexdigest())
+print("RESULT " + json.dumps({
+    "digests": digests, "keys": sorted(seen), "from": rt.loaded_from, "reason": rt.load_reason,
+    "torch": "torch" in sys.modules, "triton": "triton" in sys.modules,
+    "stages": rt.engine.stages,
+}))
+rt.close()
+"""
+
+
+def run(options: dict[str, Any], steps: int) -> dict[str, Any]:
+    """One process of `PROGRAM`."""
+    command = [sys.executable, "-c", PROGRAM, json.dumps(options), str(steps)]
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    line = next(x for x in done.stdout.splitlines() if x.startswith("RESULT "))
+    result: dict[str, Any] = json.loads(line.removeprefix("RESULT "))
+    return result
+
+
+@pytest.mark.parametrize("ladder", LADDERS)
+@pytest.mark.parametrize("name", MODELS)
+def test_restored_equals_captured(name: str, ladder: str, store: Path, tmp_path: Path) -> None:
+    options = options_of(name) | {"ladder": ladder, "store": str(store), "device": "cuda"}
+    options |= {"verify": False, "overrides": list(options_of(name).get("overrides", ()))}
+    steps = 1000 if name == next(iter(MODELS)) else 50
+    captured = run(options, steps)
+    assert captured["from"] == "capture", captured["reason"]
+    restored = run(options, steps)
+    assert restored["from"] == "bundle", restored["reason"]
+    assert not restored["torch"]
+    assert not restored["triton"]
+    for step in sorted({0, min(49, steps - 1), steps - 1}):
+        assert restored["digests"][step] == captured["digests"][step], f"differs by step {step}"
+
+
+def test_all_keys_have_their_golden_bits(store: Path) -> None:
+    """Every key's golden step, restored; a load checks the first key's alone."""
+    from runtime.config import RuntimeConfig
+    from runtime.restore import check_golden, restore
+
+    options = options_of("fp8") | {"ladder": LADDERS[0], "store": str(store), "device": "cuda"}
+    options |= {"overrides": list(MODELS["fp8"]), "verify": False}
+    run(options, 1)
+    player = restore(RuntimeConfig.of(**options))
+    try:
+        for key in reversed(player.ladder.keys):
+            check_golden(player, key)
+    finally:
+        player.close()
