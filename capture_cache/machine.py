@@ -20,8 +20,59 @@ from capture_cache.errors import CudaError
 from capture_cache.fingerprint import Value
 from capture_cache.restore_driver import Driver
 
+ROOT = Path(__file__).resolve().parent.parent
+# Packages whose version can change the code that is captured.
+PACKAGES = (
+    "torch",
+    "triton",
+    "flashinfer-python",
+    "apache-tvm-ffi",
+    "cuda-bindings",
+    "nvidia-cuda-nvrtc",
+)
+# Files that decide what is captured and where it lies; every folder whole.
+SOURCES = (
+    "kernels",
+    "barriers",
+    "graphs",
+    "capture_cache/arena.py",
+    "capture_cache/bundle.py",
+    "capture_cache/bundle_extract.py",
+    "capture_cache/kernel.py",
+    "capture_cache/launch.py",
+    "capture_cache/layout.py",
+    "capture_cache/nvrtc.py",
+    "runtime/assemble.py",
+    "runtime/build.py",
+    "runtime/golden.py",
+    "runtime/record.py",
+    "runtime/selection.py",
+)
 _MODULE_VERSION = Path("/proc/driver/nvidia/version")
 SOURCE_SUFFIXES = (".py", ".cu", ".cuh")
+
+
+def here(*, on_device: bool, ordinal: int = 0) -> dict[str, Value]:
+    """The part of a fingerprint that this machine and installation decide.
+
+    Raises:
+        CudaError: a GPU is asked for and there is none.
+    """
+    return (device_facts(ordinal) if on_device else twin_facts()) | installation()
+
+
+def installation() -> dict[str, Value]:
+    """Versions and sources that decide which code is captured; asks no device."""
+    versions: dict[str, Value] = {package: package_version(package) for package in PACKAGES}
+    return versions | {"sources": source_digest(ROOT, SOURCES)}
+
+
+def absent_packages() -> frozenset[str]:
+    """Fields that this installation cannot differ in: packages it has not got compile nothing.
+
+    A player needs none of them; with them left out it compares what is there.
+    """
+    return frozenset(p for p in PACKAGES if package_version(p) is None)
 
 
 def device_count() -> int:

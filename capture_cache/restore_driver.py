@@ -24,6 +24,9 @@ QUICK: dict[str, tuple[Any, ...]] = {
     "cuDeviceGetCount": (_P,),
     "cuDeviceGetName": (_P, _I, _I),
     "cuDriverGetVersion": (_P,),
+    "cuEventCreate": (_P, _U),
+    "cuEventDestroy_v2": (_P,),
+    "cuEventRecord": (_P, _P),
     "cuFuncGetAttribute": (_P, _I, _P),
     "cuFuncGetName": (_P, _P),
     "cuFuncGetParamInfo": (_P, ctypes.c_size_t, _P, _P),
@@ -46,6 +49,7 @@ QUICK: dict[str, tuple[Any, ...]] = {
     "cuKernelGetFunction": (_P, _P),
     "cuKernelSetAttribute": (_I, _I, _P, _I),
     "cuKernelSetCacheConfig": (_P, _I, _I),
+    "cuLaunchKernel": (_P, *[_U] * 7, _P, _P, _P),
     "cuLibraryGetKernel": (_P, _P, ctypes.c_char_p),
     "cuMemAddressReserve": (_P, ctypes.c_size_t, ctypes.c_size_t, _U64, _U64),
     "cuMemAddressFree": (_U64, ctypes.c_size_t),
@@ -74,6 +78,8 @@ SLOW: dict[str, tuple[Any, ...]] = {
     "cuMemRelease": (_U64,),
     "cuMemSetAccess": (_U64, ctypes.c_size_t, _P, ctypes.c_size_t),
     "cuMemUnmap": (_U64, ctypes.c_size_t),
+    "cuEventSynchronize": (_P,),
+    "cuMemcpyHtoDAsync_v2": (_U64, _P, ctypes.c_size_t, _P),
     "cuMemcpyDtoH_v2": (_P, _U64, ctypes.c_size_t),
     "cuMemcpyHtoD_v2": (_U64, _P, ctypes.c_size_t),
     "cuStreamDestroy_v2": (_P,),
@@ -83,6 +89,7 @@ _DEFAULT_REMEDY = "look the name up in the CUDA driver API reference"
 _PINNED, _ON_DEVICE, _READ_WRITE = 1, 1, 3  # of allocations, locations and access
 _PORTABLE_MAPPED = 3  # CU_MEMHOSTALLOC_PORTABLE | CU_MEMHOSTALLOC_DEVICEMAP
 _NON_BLOCKING = 1
+_QUIET_EVENT = 3  # CU_EVENT_BLOCKING_SYNC | CU_EVENT_DISABLE_TIMING
 _COMPUTE_MAJOR, _COMPUTE_MINOR, _NUM_SMS = 75, 76, 16  # CUdevice_attribute
 _NOT_READY = 600
 _ATTRIBUTE_BYTES = 64
@@ -272,6 +279,12 @@ class Driver:
         # CUmemAllocationProp: type, handle types, location (type, device), then nothing asked for.
         return (ctypes.c_int * 8)(_PINNED, 0, _ON_DEVICE, self.ordinal, 0, 0, 0, 0)
 
+    def copy_async(self, address: int, source: int, nbytes: int, stream: int) -> None:
+        """Copy from pinned host memory; does not wait."""
+        status = self.lib.cuMemcpyHtoDAsync_v2(address, source, nbytes, stream)
+        if status:
+            self.check(status, f"copying {nbytes} bytes to {address:#x}")
+
     # -- streams -----------------------------------------------------------------------------------
 
     def create_stream(self) -> int:
@@ -279,6 +292,20 @@ class Driver:
 
     def destroy_stream(self, stream: int) -> None:
         self.check(self.lib.cuStreamDestroy_v2(stream), "destroying a stream")
+
+    def create_event(self) -> int:
+        """One that is waited for without spinning, and keeps no time."""
+        return self._new(self.lib.cuEventCreate, _QUIET_EVENT, doing="making an event")
+
+    def destroy_event(self, event: int) -> None:
+        self.check(self.lib.cuEventDestroy_v2(event), "destroying an event")
+
+    def record_event(self, event: int, stream: int) -> None:
+        self.check(self.lib.cuEventRecord(event, stream), "recording an event")
+
+    def wait_event(self, event: int, doing: str) -> None:
+        """Wait for what was recorded last; at once if nothing was."""
+        self.check(self.lib.cuEventSynchronize(event), doing)
 
     def wait(self, stream: int, doing: str) -> None:
         """Wait for all work on `stream`; raises what failed."""
@@ -316,6 +343,17 @@ class Driver:
     def kernel(self, library: int, name: str) -> int:
         doing = f"finding kernel {name}"
         return self._new(self.lib.cuLibraryGetKernel, library, name.encode(), doing=doing)
+
+    def launch_kernel(
+        self, kernel: int, grid: int, block: int, pointers: tuple[int, ...], stream: int
+    ) -> None:
+        """Launch a kernel that takes pointers alone, over one dimension."""
+        values = (ctypes.c_uint64 * len(pointers))(*pointers)
+        first = ctypes.addressof(values)
+        table = (ctypes.c_void_p * len(pointers))(*(first + 8 * i for i in range(len(pointers))))
+        sizes = (grid, 1, 1, block, 1, 1, 0)
+        status = self.lib.cuLaunchKernel(kernel, *sizes, stream, ctypes.addressof(table), 0)
+        self.check(status, f"launching a kernel over {grid} blocks")
 
     def set_kernel_attribute(self, kernel: int, which: int, value: int, name: str) -> None:
         status = self.lib.cuKernelSetAttribute(which, value, kernel, self.ordinal)

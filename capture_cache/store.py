@@ -12,17 +12,15 @@ fails its own checks is reported (`CorruptBundle`), and replaced when it is publ
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import re
-import time
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from capture_cache.errors import CorruptBundle, FingerprintMismatch, StoreError
-from capture_cache.files import REMEDY, Files, open_dir, read_file, unsafe
+from capture_cache.files import REMEDY, TAKEN, Files, open_dir, read_file, sweep, write_failure
 from capture_cache.fingerprint import Fingerprint, diff, matches, nearest
 from capture_cache.manifest import (
     MAX_RECORD_BYTES,
@@ -36,9 +34,7 @@ from capture_cache.manifest import (
 
 _HEX = re.compile(r"[0-9a-f]{64}")
 _ARCH = re.compile(r"sm_[0-9]{2,3}[a-z]?")
-_TAKEN = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR, errno.EISDIR)
 _ATTEMPTS = 4
-_STALE_S = 24 * 3600
 MANIFEST = "manifest.json"
 META = "meta.json"
 
@@ -193,7 +189,7 @@ class Store:
         Raises:
             StoreError: no space, no permission, an unsafe directory.
         """
-        parts = _kernel_parts(arch, digest)
+        parts = kernel_parts(arch, digest)
         winner = self._publish(parts, META, {"meta": dict(meta)}, files, replace_existing)
         if winner is not None:
             return _kernel(winner)
@@ -206,10 +202,41 @@ class Store:
             CorruptBundle: it is not what its record says.
             StoreError: the store cannot be read safely.
         """
-        loaded = self._load(_kernel_parts(arch, digest), META)
+        loaded = self._load(kernel_parts(arch, digest), META)
         return None if loaded is None else _kernel(loaded)
 
+    def kernels(self) -> list[tuple[str, str]]:
+        """(arch, digest) of every stored kernel, damaged ones included."""
+        folder, found = self.root / "kernels", []
+        for arch in sorted(_names(folder, _ARCH)):
+            found += [(arch, digest) for digest in sorted(_names(folder / arch, _HEX))]
+        return found
+
+    def kernel_record(self, arch: str, digest: str) -> dict[str, Any] | None:
+        """What `load_kernel` would read first: the record alone; raises as that."""
+        return self._record(kernel_parts(arch, digest), META)
+
+    def weights(self) -> list[Path]:
+        """Directories of packed weights, damaged ones included."""
+        folder = self.root / "weights"
+        return [folder / name for name in sorted(_names(folder, _HEX))]
+
     # -- entries ---------------------------------------------------------------------------------
+
+    def remove(self, parts: tuple[str, ...]) -> None:
+        """Remove an entry: it vanishes in one step, then its files go.
+
+        Raises:
+            StoreError: no permission.
+        """
+        aside = self._temporary()
+        try:
+            self._files.rename(self.root.joinpath(*parts), aside)
+        except FileNotFoundError:
+            return  # another was quicker
+        except OSError as e:
+            raise self._failure(e, self.root.joinpath(*parts)) from e
+        self._discard(aside)
 
     def _record(self, parts: tuple[str, ...], record_name: str) -> dict[str, Any] | None:
         with open_dir(self.root, parts) as fd:
@@ -276,7 +303,7 @@ class Store:
                 self._files.sync_dir(final.parent)
                 return None
             except OSError as e:
-                if e.errno not in _TAKEN:
+                if e.errno not in TAKEN:
                     raise
             winner = None if replace_existing else self._valid(parts, record_name)
             if winner is not None:
@@ -312,19 +339,8 @@ class Store:
         except OSError as e:
             raise self._failure(e, self.root) from e
         if not self._ready:
-            self._sweep()
+            sweep(self.root, self._files)
             self._ready = True
-
-    def _sweep(self) -> None:
-        """Remove what writers that died left behind."""
-        oldest = time.time() - _STALE_S
-        for path in self.root.glob(".tmp-*"):
-            with contextlib.suppress(
-                OSError
-            ):  # another sweeper, or another user's: not ours to judge
-                info = path.lstat()
-                if info.st_mtime < oldest and unsafe(info) is None:
-                    self._files.remove(path)
 
     def _temporary(self) -> Path:
         return self.root / f".tmp-{os.urandom(16).hex()}"
@@ -335,15 +351,11 @@ class Store:
             self._files.remove(path)
 
     def _failure(self, e: OSError, path: Path) -> StoreError:
-        remedies = {
-            errno.ENOSPC: "free space, or give another directory with --store",
-            errno.EDQUOT: "free quota, or give another directory with --store",
-            errno.EACCES: "make it writable, or give another directory with --store",
-            errno.EPERM: "make it writable, or give another directory with --store",
-            errno.EROFS: "it is read-only: give another directory with --store",
-        }
-        remedy = remedies.get(e.errno or 0, "check the file system, or give another --store")
-        return StoreError(f"cannot write {path}: {e.strerror} ({e.filename}); {remedy}")
+        return write_failure(e, path, "--store")
+
+
+def _names(folder: Path, pattern: re.Pattern[str]) -> list[str]:
+    return [n for n in os.listdir(folder) if pattern.fullmatch(n)] if folder.is_dir() else []
 
 
 def _bundle(loaded: Loaded) -> Bundle:
@@ -364,7 +376,8 @@ def _kernel(loaded: Loaded) -> Loaded:
     return replace(loaded, record=loaded.record["meta"])
 
 
-def _kernel_parts(arch: str, digest: str) -> tuple[str, ...]:
+def kernel_parts(arch: str, digest: str) -> tuple[str, ...]:
+    """Where a kernel lies below the root. Raises ValueError for names that are none."""
     if not _ARCH.fullmatch(arch) or not _HEX.fullmatch(digest):
         raise ValueError(f"expected an architecture and 64 hex digits, got {arch!r}, {digest!r}")
     return ("kernels", arch, digest)

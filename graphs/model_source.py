@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from capture_cache.packed import PackedWeights, is_packed
 from graphs.hf_config import token_ids
 from graphs.model_config import ModelConfig
 from graphs.presets import PRESETS
@@ -85,14 +86,27 @@ def model_digest(path: str | Path) -> str:
 
     It changes with every re-layout of the weights, but not with the bytes of a tensor alone.
 
+    Packed weights have the digest of the checkpoint that they were made from.
+
     Raises:
         CheckpointError: the directory is not a whole checkpoint.
+        CorruptBundle: it holds packed weights, and they are damaged.
     """
-    return checkpoint_digest(Path(path))
+    if not is_packed(Path(path)):
+        return checkpoint_digest(Path(path))
+    packed = PackedWeights(path)
+    packed.check_small()
+    return str(dict(packed.index.identity.fields)["source"])
 
 
 def _stored_dtype(path: Path) -> str:
     """The embedding's type: what a config that names none was saved in."""
+    if is_packed(path):
+        stored = PackedWeights(path).index.stored_dtype
+        if stored is not None:
+            return stored
+        problem = f"{CONFIG_FILE}: expected dtype or torch_dtype, got neither"
+        raise CheckpointError(path, [problem], "pack the checkpoint again")
     embed = open_checkpoint(path).tensors.get("model.embed_tokens.weight")
     if embed is None:
         problem = f"{CONFIG_FILE}: expected dtype or torch_dtype, got neither"

@@ -10,7 +10,6 @@ import dataclasses
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from typing import Any
 
 import torch
 
@@ -18,6 +17,7 @@ from capture_cache.arena import Arena, DeviceArena, HostArena
 from capture_cache.errors import CorruptBundle, CudaError, NotRestorable
 from capture_cache.fingerprint import Fingerprint
 from capture_cache.manifest import Manifest
+from capture_cache.restore_driver import Driver
 from capture_cache.store import Bundle, Store
 from graphs.aot import AotLauncher
 from graphs.buffers import transport_config
@@ -36,9 +36,12 @@ from runtime.engine import Engine, reset_state
 from runtime.ranks import Ranks
 from runtime.record import Recording, record
 from runtime.selection import Selection, choose
+from runtime.weights import find as find_weights
+from runtime.weights import load as load_packed_weights
 
 # (kind of work, pieces in all, piece)
 Progress = Callable[[str, int, object], None]
+_CHUNK_BYTES = 64 << 20
 COMPILE_TIMEOUT_S = 1800.0  # how long the other ranks wait for rank 0 to compile
 
 
@@ -77,6 +80,7 @@ class _Builder:
         self.replace = replace
         self.store = Store(options.store_path)
         self.seconds: dict[str, float] = {}
+        self.weights_note = ""
 
     @contextmanager
     def _timed(self, name: str) -> Iterator[None]:
@@ -97,7 +101,7 @@ class _Builder:
             self._compile(selection, launcher, ranks)
         backend: GraphBackend = CudaBackend(device) if selection.on_device else TwinBackend()
         with self._timed("weights"), backend.on_stream():
-            self._load_weights(selection, views, launcher)
+            self._load_weights(selection, arena, views, launcher)
             reset_state(views)
             backend.synchronize()
         with self._timed("transport"):
@@ -109,7 +113,7 @@ class _Builder:
         ranks.meet("captured")
         with self._timed("store"):
             self._record(engine, arena)
-        engine.stages = self.seconds
+        engine.stages, engine.weights_note = self.seconds, self.weights_note
         return engine
 
     def _meet(self, selection: Selection) -> tuple[Ranks, Selection]:
@@ -154,21 +158,43 @@ class _Builder:
     def _load_weights(
         self,
         selection: Selection,
+        arena: Arena,
         views: dict[str, torch.Tensor],
         launcher: AotLauncher | None,
     ) -> None:
         model, step = selection.model, selection.step
-        experts: dict[str, Any] = {"ep_rank": step.ep_rank, "ep_size": step.ep_size}
         views["rope_table"].copy_(rope_table(model, step.max_seq_len))
+        found = find_weights(self.options, model, selection.source)
+        self.weights_note = found.note
+        if found.packed is not None:
+            with _driver(selection) as driver:
+                load_packed_weights(
+                    found.packed,
+                    arena,
+                    self.options,
+                    rank=step.ep_rank,
+                    driver=driver,
+                    store=self.store,
+                    progress=_in_chunks(self.progress, "load"),
+                )
+            return
         if selection.source.path is None:
-            random_weights(model, views, seed=self.options.seed, launch=launcher, **experts)
+            random_weights(
+                model,
+                views,
+                seed=self.options.seed,
+                launch=launcher,
+                ep_rank=step.ep_rank,
+                ep_size=step.ep_size,
+            )
             return
         load_checkpoint(
             selection.source.path,
             model,
             views,
-            **experts,
-            progress=lambda _, total: self.progress("load", total, ""),
+            ep_rank=step.ep_rank,
+            ep_size=step.ep_size,
+            progress=_in_chunks(self.progress, "load"),
         )
 
     def _make_graphs(
@@ -259,6 +285,35 @@ class _Builder:
     def _without(self, engine: Engine, kind: str, reason: str) -> Recording:
         engine.bundle_note = f"no graphs stored: {reason}"
         return Recording({}, {"kind": kind, "reason": reason})
+
+
+@contextmanager
+def _driver(selection: Selection) -> Iterator[Driver | None]:
+    """Driver calls in torch's own context; None for the CPU twin."""
+    if not selection.on_device:
+        yield None
+        return
+    driver = Driver()
+    driver.init()
+    driver.open(torch.cuda.current_device())
+    try:
+        yield driver
+    finally:
+        driver.close()
+
+
+def _in_chunks(progress: Progress, kind: str) -> Callable[[int, int], None]:
+    """Bytes (done, in all) told as pieces of 64 MiB, as `progress` counts."""
+    told = 0
+
+    def tell(done: int, total: int) -> None:
+        nonlocal told
+        pieces = max(1, -(-total // _CHUNK_BYTES))
+        while told < (pieces if done >= total else done // _CHUNK_BYTES):
+            told += 1
+            progress(kind, pieces, "x 64 MiB")
+
+    return tell
 
 
 def _launcher(store: Store) -> AotLauncher:

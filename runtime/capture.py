@@ -81,6 +81,7 @@ def _report(engine: Engine, seconds: float) -> dict[str, Any]:
         "kernels_compiled": launcher.num_compiled if launcher else 0,
         "kernels_loaded": launcher.num_loaded if launcher else 0,
         "seconds": seconds,
+        "weights": engine.weights_note,
         "stages_s": engine.stages,
         "bundle": engine.bundle_note,
         "ledger": engine.ledger.to_json(),
@@ -102,6 +103,7 @@ def _show(engine: Engine, report: dict[str, Any]) -> None:
         f"pages of {engine.config.page_size}, {engine.ledger.kv_bytes_per_token:,} bytes a token"
     )
     console.print(f"attention  {report['attention']}")
+    console.print(f"weights    {report['weights']}", soft_wrap=True)
     if engine.launcher:
         console.print(
             f"kernels    {report['kernels_compiled']} compiled, {report['kernels_loaded']} loaded"

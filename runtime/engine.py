@@ -37,6 +37,7 @@ class Engine:
     Attributes:
         mailbox: int32 [2, words]; ring: int32 [slots, words]; ring_step: int64 [slots].
         stages: seconds of each stage of the build.
+        weights_note: where the weights came from, for people.
         proofs: one per key, empty if not verified.
         loaded_from, load_reason: "capture", and why no bundle was used where one was looked for.
         bundle_note: what became of the bundle: stored, or why there is none.
@@ -65,6 +66,7 @@ class Engine:
         self.ring: NDArray[np.int32] = buffers["ring"].numpy()
         self.ring_step: NDArray[np.int64] = buffers["ring_step"].numpy()
         self.stages: dict[str, float] = {}
+        self.weights_note = ""
         self.bundle_note = ""
         self.proofs: dict[GraphKey, Proof] = {}
         self.ledger: Ledger | None = None

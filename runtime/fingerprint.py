@@ -10,15 +10,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from types import MappingProxyType
 
 from capture_cache.fingerprint import Fingerprint, Value
 from capture_cache.machine import (
+    PACKAGES,
+    absent_packages,
     device_count,
     device_facts,
-    package_version,
-    source_digest,
+    installation,
     twin_facts,
 )
 from capture_cache.restore_driver import Driver
@@ -27,35 +27,8 @@ from graphs.model_config import ModelConfig, parse_overrides
 from graphs.model_source import ModelSource, model_digest, resolve_model
 from runtime.config import RuntimeConfig
 
+__all__ = ["FIELDS", "IGNORED", "OPTIONS", "absent_packages", "fingerprint"]
 SCHEMA = 2  # raised whenever the meaning of a field changes
-ROOT = Path(__file__).resolve().parent.parent
-# Packages whose version can change the code that is captured.
-PACKAGES = (
-    "torch",
-    "triton",
-    "flashinfer-python",
-    "apache-tvm-ffi",
-    "cuda-bindings",
-    "nvidia-cuda-nvrtc",
-)
-# Files that decide what is captured and where it lies; every folder whole.
-SOURCES = (
-    "kernels",
-    "barriers",
-    "graphs",
-    "capture_cache/arena.py",
-    "capture_cache/bundle.py",
-    "capture_cache/bundle_extract.py",
-    "capture_cache/kernel.py",
-    "capture_cache/launch.py",
-    "capture_cache/layout.py",
-    "capture_cache/nvrtc.py",
-    "runtime/assemble.py",
-    "runtime/build.py",
-    "runtime/golden.py",
-    "runtime/record.py",
-    "runtime/selection.py",
-)
 # Field → why a change of it makes a stored capture invalid. The order is that of every listing.
 FIELDS: Mapping[str, str] = MappingProxyType(
     {
@@ -133,9 +106,7 @@ def fingerprint(
         options.model, layers=options.layers, overrides=parse_overrides(options.overrides)
     )
     # What needs no device comes first: the driver may still be initialising.
-    other: dict[str, Value] = {package: package_version(package) for package in PACKAGES}
-    other |= {"sources": source_digest(ROOT, SOURCES)}
-    other |= _asked(options, model, source)
+    other = installation() | _asked(options, model, source)
     facts: dict[str, Value] = {"schema": SCHEMA}
     if on_device:
         facts |= device_facts(options.local_rank, driver() if driver else None)
@@ -146,14 +117,6 @@ def fingerprint(
         if field.name not in OPTIONS and field.name not in IGNORED:
             facts[field.name] = str(getattr(options, field.name))
     return Fingerprint.of(facts)
-
-
-def absent_packages() -> frozenset[str]:
-    """Fields that this installation cannot differ in: packages it has not got compile nothing.
-
-    A player needs none of them; with them left out it compares what is there.
-    """
-    return frozenset(p for p in PACKAGES if package_version(p) is None)
 
 
 def _asked(options: RuntimeConfig, model: ModelConfig, source: ModelSource) -> dict[str, Value]:

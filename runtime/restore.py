@@ -47,6 +47,8 @@ from runtime.fingerprint import absent_packages, fingerprint
 from runtime.golden import golden_step
 from runtime.opening import NotRestored, Opening, PeerFacts
 from runtime.player import Keys, Player
+from runtime.weights import find as find_weights
+from runtime.weights import load as load_packed_weights
 
 if TYPE_CHECKING:
     from runtime.player_ranks import PlayerRanks
@@ -218,7 +220,9 @@ class _Restore:
             self.ranks,
         )
         with self._stage("weights"):
-            checkable = self._load_weights(driver, arena, found, code, symbols, stream)
+            checkable = self._load_packed(driver, arena, files, found.model, found.source)
+            if not checkable:
+                checkable = self._load_weights(driver, arena, found, code, symbols, stream)
             player.reset_state()
         first = facts.ladder.keys[0]
         with self._stage("first key"):
@@ -254,6 +258,26 @@ class _Restore:
         self.resources.callback(arena.close)
         return arena
 
+    def _load_packed(
+        self,
+        driver: Driver,
+        arena: DeviceArena,
+        files: Files,
+        model: ModelConfig,
+        source: ModelSource,
+    ) -> bool:
+        """Fill the weights from packed ones; whether there are any."""
+        if self.options.weights == SKIP_WEIGHTS:
+            return False
+        packed = find_weights(self.options, model, source).packed
+        if packed is None:
+            return False
+        store = Store(self.options.store_path)
+        rank = self.options.ranks.rank
+        load_packed_weights(packed, arena, self.options, rank=rank, driver=driver, store=store)
+        driver.upload(arena.view_spec("rope_table").ptr, _rope(files, arena))
+        return True
+
     def _load_weights(
         self,
         driver: Driver,
@@ -265,11 +289,7 @@ class _Restore:
     ) -> bool:
         """Fill the weights; whether a golden step can be expected to agree."""
         files, source, rank = found.files, found.source, self.options.ranks.rank
-        rope, place = np.frombuffer(files.read(ROPE_FILE), np.uint8), arena.view_spec("rope_table")
-        if rope.nbytes != place.nbytes:
-            raise CorruptBundle(
-                f"{ROPE_FILE}: expected {place.nbytes} bytes, got {rope.nbytes}; {REMEDY}"
-            )
+        rope, place = _rope(files, arena), arena.view_spec("rope_table")
         if self.options.weights == SKIP_WEIGHTS:
             driver.upload(place.ptr, rope)
             return False
@@ -306,6 +326,16 @@ def check_golden(player: Player, key: GraphKey) -> None:
             "the bundle must not be used here",
             replace=True,
         )
+
+
+def _rope(files: Files, arena: DeviceArena) -> NDArray[np.uint8]:
+    """The rope table's bytes; raises CorruptBundle."""
+    rope, place = np.frombuffer(files.read(ROPE_FILE), np.uint8), arena.view_spec("rope_table")
+    if rope.nbytes != place.nbytes:
+        raise CorruptBundle(
+            f"{ROPE_FILE}: expected {place.nbytes} bytes, got {rope.nbytes}; {REMEDY}"
+        )
+    return rope
 
 
 def _address(arena: DeviceArena, peers: int, name: str) -> int:

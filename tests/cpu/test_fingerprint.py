@@ -12,22 +12,15 @@ from typing import Any
 
 import pytest
 
-import runtime.fingerprint as module
+import capture_cache.machine as module
+import runtime.fingerprint as asked
 from capture_cache.fingerprint import Fingerprint, differing
 from capture_cache.layout import ArenaLayout, Entry
+from capture_cache.machine import PACKAGES, ROOT, SOURCES
 from capture_cache.manifest import Manifest
 from capture_cache.store import Store
 from runtime.config import RuntimeConfig
-from runtime.fingerprint import (
-    FIELDS,
-    IGNORED,
-    OPTIONS,
-    PACKAGES,
-    ROOT,
-    SOURCES,
-    absent_packages,
-    fingerprint,
-)
+from runtime.fingerprint import FIELDS, IGNORED, OPTIONS, absent_packages, fingerprint
 from tests.cpu.checkpoints import edit_config, read_tensors, write_tensors
 from tests.cpu.twins import micro_checkpoint
 
@@ -95,10 +88,10 @@ def test_another_package_version_invalidates(package: str, monkeypatch: pytest.M
 @pytest.mark.parametrize("fact", CHIP)
 def test_another_machine_invalidates(fact: str, monkeypatch: pytest.MonkeyPatch) -> None:
     options = RuntimeConfig.of(**(BASE | {"device": "auto"}))
-    monkeypatch.setattr(module, "device_facts", lambda *_: dict(CHIP))
+    monkeypatch.setattr(asked, "device_facts", lambda *_: dict(CHIP))
     before = fingerprint(options, on_device=True)
     assert [name for name, _ in before.fields] == list(FIELDS)
-    monkeypatch.setattr(module, "device_facts", lambda *_: CHIP | {fact: "another"})
+    monkeypatch.setattr(asked, "device_facts", lambda *_: CHIP | {fact: "another"})
     assert differing(before, fingerprint(options, on_device=True)) == [fact]
 
 
