@@ -235,8 +235,13 @@ class _Restore:
             stream = driver.create_stream()
             self.resources.callback(driver.destroy_stream, stream)
         if self.ranks is not None and facts.peers is not None:
+            from barriers.errors import RankError
+
             with self._stage("peers"):
-                self.ranks.share(driver, facts.peers, arena.ptr("step"))
+                try:
+                    self.ranks.share(driver, facts.peers, arena.ptr("step"))
+                except RankError as e:  # raised on every rank
+                    raise NotRestored(str(e)) from e
         peers = self.ranks.base if self.ranks is not None else 0
         with self._stage("symbols"):
             symbols = symbol_table(files.program, partial(_address, arena, peers))
