@@ -19,6 +19,7 @@ from barriers.device_code import STATE_AT, State, cuda_headers, cuda_source, loa
 from barriers.transport import (
     BufferSpec,
     Received,
+    Stateless,
     TransportConfig,
     check_combine,
     check_dispatch,
@@ -176,7 +177,7 @@ class _DeviceBytes:
         }
 
 
-class Rdep:
+class Rdep(Stateless):
     """The default transport on GPUs of one node.
 
     Args:

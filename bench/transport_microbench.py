@@ -4,8 +4,14 @@
 
 Times are of one layer: `dispatch` with quantisation, `combine` with the weighted sum of a rank's
 own experts (`sum`), the exchange and the ordered sum, `both` of them one after the other. `net` is
-both without `sum`, which a transport that is given partial sums does not do. The floor is the bytes
-of one copy of a token a rank each way, at the link's measured bandwidth, and no latency at all.
+both without `sum`, which a transport that is given partial sums does not do. A library is timed by
+its own calls alone, tokens and sums prepared; its `step` is both as the decode step needs it. The
+floor is the bytes of one copy of a token a rank each way, at the link's measured bandwidth, and no
+latency at all.
+
+Ranks meet in front of every call, and the meetings are taken off (`bench.transport_timing`). All
+modes take turns, a round of replays each; told is the median over a rank's replays, of that the
+mean and the highest of all ranks, and the range from the lowest p10 to the highest p90.
 """
 
 from __future__ import annotations
@@ -15,7 +21,9 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from contextlib import ExitStack
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -24,26 +32,20 @@ import torch
 
 from barriers.config import GroupConfig
 from barriers.deepep import DeepEpMissing
-from barriers.errors import RankError
+from barriers.errors import RanksMissing
 from barriers.group import RankGroup
 from barriers.rdep import RdepTuning
-from barriers.rdep_ref import quantize_ref, relative_error
 from barriers.transport import TransportConfig
 from bench.routing import KINDS
-from bench.transport_cases import (
-    Tokens,
-    make_gains,
-    make_tokens,
-    oracle,
-    reference,
-    run_experts,
-    wire_bytes,
-)
+from bench.transport_cases import make_gains, make_tokens
+from bench.transport_layer import Layer, Plan, TimedLayer
 from bench.transport_modes import MODES, Subject, make_subject
 from bench.transport_report import merge, print_mode
+from bench.transport_timing import WARM_UP, Aligner
 from capture_cache.driver import Device
 from runtime.report import provenance
 
+_MEET_S = 120.0  # for the slowest rank of a part
 LINK_GBPS = 353.0  # one way, measured on H200 with NV18 (bytes of 128 tokens, two ranks)
 # One change at a time from the default.
 SWEEP: tuple[dict[str, Any], ...] = (
@@ -66,14 +68,6 @@ SWEEP: tuple[dict[str, Any], ...] = (
 )
 
 
-@dataclass(frozen=True)
-class Timing:
-    """How often: calls in a graph, replays of it."""
-
-    inner: int
-    replays: int
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code: 0, 1 (a mode failed or was wrong), 2 (bad arguments)."""
     args = _parser().parse_args(argv)
@@ -91,6 +85,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         if args.plain and args.prequantized:
             raise ValueError("--plain sends bf16 tokens and --prequantized e4m3 ones: choose one")
+        plan = Plan(
+            inner=args.inner,
+            replays=args.replays,
+            rounds=args.rounds,
+            prequantized=args.prequantized,
+            routing=args.routing,
+            routing_file=args.routing_file,
+        )
         make_tokens(config, 0, 1, torch.device("cpu"), routing=args.routing, path=args.routing_file)
         if not torch.cuda.is_available():
             raise ValueError(
@@ -105,13 +107,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         "config": {k: v for k, v in asdict(config).items() if k != "rank"},
         "routing": args.routing,
         "prequantized": args.prequantized,
+        "replays": args.replays,
+        "back_to_back": args.back_to_back,
         "modes": {},
     }
     names = MODES if args.mode == "all" else (args.mode,)
     with RankGroup(place, {"config": json.dumps(report["config"])}) as group:
         device = Device(torch.cuda.current_device())
+        report["modes"] = _Bench(args, plan, config, group, device).run(names, rows)
         for name in names:
-            report["modes"][name] = _run_mode(name, args, config, rows, group, device)
             if place.rank == 0 and not args.json:
                 print_mode(name, report["modes"][name])
     failed = [n for n, r in report["modes"].items() if not r["ok"] and not r.get("absent")]
@@ -137,8 +141,10 @@ def _parser() -> argparse.ArgumentParser:
     add("--routing-file", type=Path, help=".npy of integers [N, topk], with --routing file")
     add("--sweep", action="store_true", help="time rdep under each tuning, too")
     add("--inner", type=int, default=20, help="layers in a graph")
-    add("--replays", type=int, default=15)
-    add("--deadline-ms", type=int, default=3000, help="of each wait of rdep")
+    add("--replays", type=int, default=200, help="of each graph, in all rounds together")
+    add("--rounds", type=int, default=5, help="turns that every mode gets")
+    add("--back-to-back", action="store_true", help="ranks do not meet in front of every call")
+    add("--deadline-ms", type=int, default=3000, help="of each wait of rdep and of each meeting")
     add("--link-gbps", type=float, default=LINK_GBPS, help="one way; for the floor")
     add("--json", action="store_true", help="print one JSON object as the last line")
     return parser
@@ -157,172 +163,157 @@ def _rows(args: argparse.Namespace, world: int) -> list[int]:
     return [int(p) for p in parts]
 
 
-# -- one mode ------------------------------------------------------------------------------------
+# -- all modes -----------------------------------------------------------------------------------
 
 
-def _run_mode(
-    name: str,
-    args: argparse.Namespace,
-    config: TransportConfig,
-    rows: list[int],
-    group: RankGroup,
-    device: Device,
-) -> dict[str, Any]:
-    """Set up, measure, close; what all ranks found. A failure is a result, not an end."""
-    subject: Subject | None = None
-    try:
-        error = None
-        try:
-            subject = make_subject(
-                name,
-                config,
-                group,
-                device,
-                deadline_ms=args.deadline_ms,
-                tunings=[replace(RdepTuning(), **c) for c in (SWEEP if args.sweep else SWEEP[:1])],
-            )
-        except (DeepEpMissing, RankError):
-            raise  # alike on all ranks
-        except Exception as e:
-            error = f"{type(e).__name__}: {e}"
-        group.agree(f"setting {name} up", error)
-        assert subject is not None
-        found: dict[str, Any] = {"error": None, "cases": []}
-        try:
-            found["cases"] = [_measure(subject, args, count) for count in rows]
-            if args.sweep and subject.retune is not None:
-                found["sweep"] = _sweep(subject, args, rows)
-        except Exception as e:
-            found["error"] = f"{type(e).__name__}: {str(e)[:400]}"
-        parts = group.allgather(f"results of {name}", found)
-        return merge([p.value for p in parts], link_gbps=args.link_gbps, sweep=SWEEP)
-    except DeepEpMissing as e:
-        return {"ok": False, "absent": True, "error": str(e)}
-    except RankError as e:
-        return {"ok": False, "error": str(e)}
-    finally:
-        if subject is not None:
-            subject.close()
-
-
-def _measure(subject: Subject, args: argparse.Namespace, count: int) -> dict[str, Any]:
-    """This rank's numbers for `count` rows on every rank."""
-    config, device = subject.transport.config, torch.device("cuda", torch.cuda.current_device())
-    every = [
-        make_tokens(config, r, count, device, routing=args.routing, path=args.routing_file)
-        for r in range(config.world)
-    ]
-    own, gains = every[config.rank], make_gains(config, device)
-    layer = _Layer(subject, own, gains, prequantized=args.prequantized)
-    outs = [layer.whole().clone() for _ in range(3)]
-    case: dict[str, Any] = {
-        "rows": count,
-        "rel_error": relative_error(outs[0], reference(config, own, gains)),
-        "repeats": all(torch.equal(outs[0], o) for o in outs[1:]),
-        "oracle_bits": torch.equal(outs[0], oracle(config, every, gains)[config.rank]),
-        "bytes": wire_bytes(config, own.ids),
-        "us": {},
-    }
-    timing = Timing(args.inner, args.replays)
-    for part, run in layer.parts():
-        case["us"][part] = round(_time(run, timing, subject), 2)
-    again = layer.whole()
-    case["repeats"] = case["repeats"] and torch.equal(again, outs[0])
-    return case
-
-
-class _Layer:
-    """One layer's calls on one rank's tokens."""
+class _Bench:
+    """Every mode set up beside the others; sizes one after the other, modes in turns."""
 
     def __init__(
-        self, subject: Subject, tokens: Tokens, gains: torch.Tensor, *, prequantized: bool
+        self,
+        args: argparse.Namespace,
+        plan: Plan,
+        config: TransportConfig,
+        group: RankGroup,
+        device: Device,
     ) -> None:
-        self.subject, self.tokens, self.gains = subject, tokens, gains
-        self.sent: tuple[torch.Tensor, torch.Tensor | None] = (tokens.x, None)
-        if prequantized:
-            self.sent = quantize_ref(tokens.x)
-        self.out = torch.empty_like(tokens.x)
-        self.received = self.dispatch()
-        self.y = tokens.x.new_empty(self.received.ids.numel(), tokens.x.shape[1])
-        self.whole_after_dispatch()
+        self.args, self.plan, self.config = args, plan, config
+        self.group, self.device = group, device
+        self.aligner = Aligner(
+            group, device, deadline_ms=args.deadline_ms, back_to_back=args.back_to_back
+        )
+        self.failed: dict[str, dict[str, Any]] = {}  # verdicts on modes that are out
+        self.subjects: dict[str, Subject] = {}
 
-    def dispatch(self) -> Any:
-        t = self.tokens
-        self.received = self.subject.transport.dispatch(*self.sent, t.ids, t.weights)
-        return self.received
+    def run(self, names: Sequence[str], rows: list[int]) -> dict[str, Any]:
+        """What all ranks found, by mode. A failure is a result, not an end."""
+        with ExitStack() as opened:
+            opened.callback(self.aligner.close)
+            for name in names:
+                self._set_up(name, opened)
+            # By mode: what each rank found, rank by rank.
+            found: dict[str, list[dict[str, Any]]] = {
+                name: [{"error": None, "cases": []} for _ in range(self.group.world)]
+                for name in self.subjects
+            }
+            for count in rows:
+                for name, cases in self._measure(count).items():
+                    for part, case in zip(found[name], cases, strict=True):
+                        part["cases"].append(case)
+            if self.args.sweep and "rdep" in self.subjects:
+                self._add_sweep(rows, found["rdep"])
+            return {
+                name: self.failed.get(name)
+                or merge(found[name], link_gbps=self.args.link_gbps, sweep=SWEEP)
+                for name in names
+            }
 
-    def combine(self) -> None:
-        t = self.tokens
-        self.subject.transport.combine(self.out, self.y, self.received, t.ids, t.shared)
-
-    def both(self) -> None:
-        self.dispatch()
-        self.combine()
-
-    def whole_after_dispatch(self) -> torch.Tensor:
-        run_experts(self.subject.transport.config, self.received, self.gains, self.y)
-        self.combine()
-        self.subject.finish()
-        return self.out
-
-    def whole(self) -> torch.Tensor:
-        """With its experts, for checking."""
-        self.dispatch()
-        return self.whole_after_dispatch()
-
-    def parts(self) -> list[tuple[str, Callable[[], object]]]:
-        found: list[tuple[str, Callable[[], object]]] = [("both", self.both)]
-        if self.subject.separable:
-            found += [("dispatch", self.dispatch), ("combine", self.combine)]
-        if self.subject.sum_alone is not None:
-            alone = self.subject.sum_alone
-            found.append(("sum", lambda: alone(self.y, self.received)))
-        return found
-
-
-def _time(run: Callable[[], object], timing: Timing, subject: Subject) -> float:
-    """Median microseconds of one call inside a graph."""
-    run()
-    subject.finish()
-    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
-    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-        for _ in range(timing.inner):
-            run()
-    graph.replay()
-    subject.finish()
-    begin, end = _event(), _event()
-    times: list[float] = []
-    for _ in range(timing.replays):
-        begin.record()
-        graph.replay()
-        end.record()
-        subject.finish()
-        times.append(begin.elapsed_time(end) * 1e3 / timing.inner)
-    return median(times)
-
-
-def _event() -> Any:
-    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-
-
-def _sweep(subject: Subject, args: argparse.Namespace, rows: list[int]) -> list[list[float]]:
-    """`both` of each tuning in `SWEEP` for each number of rows."""
-    assert subject.retune is not None
-    found = []
-    device = torch.device("cuda", torch.cuda.current_device())
-    gains = make_gains(subject.transport.config, device)
-    for change in SWEEP:
-        subject.retune(replace(RdepTuning(), **change))
-        line = []
-        for count in rows:
-            config = subject.transport.config
-            own = make_tokens(
-                config, config.rank, count, device, routing=args.routing, path=args.routing_file
+    def _set_up(self, name: str, opened: ExitStack) -> None:
+        def make() -> None:
+            self.subjects[name] = make_subject(
+                name,
+                self.config,
+                self.group,
+                self.device,
+                deadline_ms=self.args.deadline_ms,
+                tunings=[
+                    replace(RdepTuning(), **c) for c in (SWEEP if self.args.sweep else SWEEP[:1])
+                ],
             )
-            layer = _Layer(subject, own, gains, prequantized=args.prequantized)
-            line.append(round(_time(layer.both, Timing(args.inner, args.replays), subject), 2))
-        found.append(line)
-    return found
+
+        try:
+            self._try(name, "setting up", make)
+        except DeepEpMissing as e:  # alike on all ranks
+            self.failed[name] = {"ok": False, "absent": True, "error": str(e)}
+            return
+        if name in self.subjects:
+            opened.callback(self._close, name, self.subjects[name])
+
+    def _close(self, name: str, subject: Subject) -> None:
+        # A library that failed would wait for the other ranks in its end.
+        if subject.upstream is None or name not in self.failed:
+            subject.close()
+
+    def _try(self, name: str, doing: str, act: Callable[[], None]) -> bool:
+        """Did `act` do on every rank? If not the mode is out, and each rank says why."""
+        error = None
+        try:
+            act()
+        except (DeepEpMissing, RanksMissing):
+            raise  # alike on all ranks
+        except Exception as e:
+            error = f"{type(e).__name__}: {str(e)[:400]}"
+        told = self._gather(f"{name}: {doing}", error)
+        errors = {f"rank {r}": text for r, text in enumerate(told) if text}
+        if errors:
+            self.failed[name] = {"ok": False, "error": errors, "doing": doing}
+            self.subjects.pop(name, None)
+            self.aligner.recover()
+        return not errors
+
+    def _measure(self, count: int) -> dict[str, list[dict[str, Any]]]:
+        """Every rank's numbers for `count` rows on every rank, by mode."""
+        with ExitStack() as graphs:
+            ready: dict[str, TimedLayer] = {}
+
+            def prepare(name: str) -> None:
+                ready[name] = TimedLayer(self.subjects[name], self.plan, count, self.aligner)
+                graphs.callback(ready[name].close)
+
+            for name in list(self.subjects):
+                self._try(name, f"{count} rows", partial(prepare, name))
+            meetings = self.aligner.capture_nothing(self.plan.inner)
+            graphs.callback(meetings.close)
+            for turn in range(self.plan.rounds + 1):  # the first one warms up
+                replays = self.plan.share if turn else WARM_UP
+                meetings.replay(replays, self.aligner.finish)
+                for name in list(self.subjects):
+                    replay = partial(ready[name].replay, replays)
+                    self._try(name, f"{count} rows, round {turn}", replay)
+                if turn == 0:
+                    for graph in (meetings, *(g for timed in ready.values() for g in timed.graphs)):
+                        graph.times.clear()
+            taken_off = 0.0 if self.args.back_to_back else median(meetings.times)
+            cases: dict[str, dict[str, Any]] = {}
+
+            def conclude(name: str) -> None:
+                cases[name] = ready[name].case(taken_off)
+
+            for name in list(self.subjects):
+                self._try(name, f"{count} rows again", partial(conclude, name))
+            return {name: self._gather(f"{name}: {count}", cases[name]) for name in self.subjects}
+
+    def _gather(self, what: str, value: Any) -> list[Any]:
+        return [part.value for part in self.group.allgather(what, value, timeout_s=_MEET_S)]
+
+    def _add_sweep(self, rows: list[int], found: list[dict[str, Any]]) -> None:
+        lines: list[list[float]] = []
+        if self._try("rdep", "sweep", lambda: lines.extend(self._sweep(rows))):
+            for part, theirs in zip(found, self._gather("sweep", lines), strict=True):
+                part["sweep"] = theirs
+
+    def _sweep(self, rows: list[int]) -> list[list[float]]:
+        """`both` of each tuning in `SWEEP` for each number of rows."""
+        subject, found = self.subjects["rdep"], []
+        assert subject.retune is not None
+        gains = make_gains(self.config, self.aligner.device)
+        meetings = self.aligner.capture_nothing(self.plan.inner)
+        meetings.replay(WARM_UP + self.plan.share, self.aligner.finish)
+        taken_off = 0.0 if self.args.back_to_back else median(meetings.times[WARM_UP:])
+        for change in SWEEP:
+            subject.retune(replace(RdepTuning(), **change))
+            line = []
+            for count in rows:
+                own = self.plan.tokens(self.config, self.config.rank, count, self.aligner.device)
+                layer = Layer(subject, own, gains, prequantized=self.plan.prequantized)
+                layer.both()
+                subject.finish()
+                graph = self.aligner.capture(layer.both, self.plan.inner)
+                graph.replay(WARM_UP + self.plan.share, subject.finish)
+                line.append(round(median(graph.times[WARM_UP:]) - taken_off, 2))
+                graph.close()
+            found.append(line)
+        return found
 
 
 if __name__ == "__main__":

@@ -34,13 +34,16 @@ def merge(
             "floor_us": round((sent + got) / link_gbps / 1e3, 2),
         }
         for part in same[0]["us"]:
-            times = [c["us"][part] for c in same]
+            spreads = [c["us"][part] for c in same]
+            times = [s["median"] for s in spreads]
             case[f"{part}_us"] = {
                 "mean": round(sum(times) / len(times), 2),
                 "max": max(times),
+                "p10": min(s["p10"] for s in spreads),
+                "p90": max(s["p90"] for s in spreads),
             }
         if "sum" in same[0]["us"]:
-            nets = [c["us"]["both"] - c["us"]["sum"] for c in same]
+            nets = [c["us"]["both"]["median"] - c["us"]["sum"]["median"] for c in same]
             case["net_us"] = {"mean": round(sum(nets) / len(nets), 2), "max": round(max(nets), 2)}
         case["gb_per_s"] = round((sent + got) / case["both_us"]["max"] / 1e3, 1)
         case["ok"] = case["rel_error"] < MAX_ERROR and case["repeats"]
@@ -54,6 +57,11 @@ def merge(
     return merged
 
 
+def _told(part: str, us: Mapping[str, float]) -> str:
+    spread = f" ({us['p10']:.1f}-{us['p90']:.1f})" if "p10" in us else ""
+    return f"{part} {us['mean']:.1f}/{us['max']:.1f}{spread}"
+
+
 def print_mode(name: str, result: Mapping[str, Any]) -> None:
     """A line a case, for people."""
     if "cases" not in result:
@@ -61,15 +69,16 @@ def print_mode(name: str, result: Mapping[str, Any]) -> None:
         return
     for case in result["cases"]:
         times = "  ".join(
-            f"{part} {case[f'{part}_us']['mean']:.1f}/{case[f'{part}_us']['max']:.1f}"
-            for part in ("dispatch", "combine", "sum", "both", "net")
+            _told(part, case[f"{part}_us"])
+            for part in ("dispatch", "combine", "sum", "both", "net", "step")
             if f"{part}_us" in case
         )
         verdict = "ok" if case["ok"] else "WRONG"
+        bits = "yes" if case["oracle_bits"] else "no"
         print(
-            f"{name:14s} rows {case['rows']:4d}  us mean/max: {times}  floor {case['floor_us']:.1f}"
-            f"  {case['gb_per_s']:.0f} GB/s  error {case['rel_error']:.1e}"
-            f"  oracle bits {'yes' if case['oracle_bits'] else 'no'}  {verdict}",
+            f"{name:14s} rows {case['rows']:4d}  us mean/max (p10-p90): {times}"
+            f"  floor {case['floor_us']:.1f}  {case['gb_per_s']:.0f} GB/s"
+            f"  error {case['rel_error']:.1e}  oracle bits {bits}  {verdict}",
             flush=True,
         )
     for line in result.get("sweep", ()):

@@ -39,6 +39,7 @@ class Stamped:
 
     def __init__(self, inner: Transport, engine: Engine, first: int) -> None:
         self.name, self.config = inner.name, inner.config
+        self.live, self.allocates, self.takes_act = inner.live, inner.allocates, inner.takes_act
         self._inner, self._first = inner, first
         self._launch = engine.launcher
         self._stamps = engine.graphs.step.buffers["stamps"]
@@ -63,6 +64,9 @@ class Stamped:
         self._inner.combine(*args, layer=layer)
         self._mark(layer, 3)
         self.loads[layer - self._first].copy_(self._offsets)
+
+    def require_settled(self, doing: str) -> None:
+        self._inner.require_settled(doing)
 
     def _mark(self, layer: int, mark: int) -> None:
         assert self._launch is not None

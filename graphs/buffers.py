@@ -13,17 +13,37 @@ from collections.abc import Callable, Iterator, Mapping
 import torch
 
 from barriers.allgather import AllGather
-from barriers.transport import TransportConfig
+from barriers.deepep import DeepEpLowLatency, DeepEpNormal
+from barriers.transport import BufferSpec, TransportConfig, received_shape
 from capture_cache.layout import ArenaLayout, Entry
 from graphs.flashinfer_mla import FlashinferMla
 from graphs.keys import GraphKey, Ladder
 from graphs.model_config import ModelConfig
 from graphs.step_config import MAX_STOPS, StepConfig, mailbox_layout
-from graphs.weights import weight_table
-from kernels.triton.linear import linear_workspace_elems
+from graphs.weights import ITEM_BYTES, shared_joins, stored_table, weight_table
+from kernels.triton.draw_pipeline import row_tensors, scratch_tensors
+from kernels.triton.linear import linear_plan, linear_workspace_elems
+from kernels.triton.mla_query import fuses_query
 from kernels.triton.sample import num_chunks
-from kernels.triton.state import RING_SLOTS, RingLayout
+from kernels.triton.state import (
+    INT_PARAMS,
+    MAX_STOP_LENGTH,
+    MAX_STOP_SEQUENCES,
+    MAX_TOP,
+    PARAMS,
+    REAL_PARAMS,
+    RING_SLOTS,
+    RingLayout,
+    mask_words,
+    param_pitch,
+)
 
+# Transports whose buffers lie in the arena; those of rdep are peer memory.
+IN_ARENA: dict[str, Callable[[TransportConfig], Iterator[BufferSpec]]] = {
+    "allgather": AllGather.buffers,
+    "deepep": DeepEpLowLatency.buffers,
+    "deepep-normal": DeepEpNormal.buffers,
+}
 STAMPS = 4096
 
 
@@ -32,11 +52,11 @@ def arena_layout(cfg: ModelConfig, step: StepConfig, ladder: Ladder) -> ArenaLay
     return ArenaLayout.build(
         [
             *_weights(cfg, step),
-            *_rows(step, ladder),
+            *_rows(cfg, step),
             *_kv(cfg, step),
             *_scratch(cfg, step, ladder.max_tokens, ladder.max_rows, ladder.max_tokens),
             *_exchange(cfg, step, ladder.max_tokens),
-            *_ring(step, ladder),
+            *_ring(cfg, step, ladder),
         ]
     )
 
@@ -63,25 +83,53 @@ def transport_config(cfg: ModelConfig, step: StepConfig, capacity: int) -> Trans
         world=step.ep_size,
         capacity=capacity,
         hidden=cfg.hidden_size,
-        num_experts=cfg.num_experts,
-        top_k=cfg.experts_per_token,
+        num_experts=cfg.num_experts + shared_joins(cfg, step.transport),
+        top_k=choices(cfg, step),
         act_dtype=cfg.act_dtype,
         fp8=cfg.is_fp8,
     )
 
 
+def choices(cfg: ModelConfig, step: StepConfig) -> int:
+    """Experts a token goes to: those it is routed to, and the shared one where that joins them."""
+    return cfg.experts_per_token + shared_joins(cfg, step.transport)
+
+
+def query_fuses(cfg: ModelConfig) -> bool:
+    """Whether one kernel takes the compressed query to the latent space (`latent_query`)."""
+    act_bytes = torch.empty((), dtype=getattr(torch, cfg.act_dtype)).element_size()
+    return cfg.q_lora_rank is not None and fuses_query(
+        cfg.qk_nope_head_dim,
+        cfg.qk_rope_head_dim,
+        cfg.kv_lora_rank,
+        fp8=cfg.is_fp8,
+        act_bytes=act_bytes,
+    )
+
+
 def _weights(cfg: ModelConfig, step: StepConfig) -> Iterator[Entry]:
-    for name, spec in weight_table(cfg, ep_size=step.ep_size).items():
+    table = stored_table(cfg, ep_size=step.ep_size, transport=step.transport)
+    for name, spec in table.items():
         yield Entry("weights", name, spec.shape, spec.dtype)
     yield Entry("weights", "rope_table", (step.max_seq_len, cfg.qk_rope_head_dim), "float32")
 
 
-def _rows(step: StepConfig, ladder: Ladder) -> Iterator[Entry]:
+def _rows(cfg: ModelConfig, step: StepConfig) -> Iterator[Entry]:
     rows = step.max_rows
     for name in ("phase", "seq_len", "last_token", "limit"):
         yield Entry("rows", name, (rows,), "int32")
     yield Entry("rows", "stop_ids", (rows, MAX_STOPS), "int32")
     yield Entry("rows", "page_table", (rows, step.max_pages), "int32")
+    yield Entry("rows", "row_params", (PARAMS, param_pitch(rows)), "int32")
+    yield Entry("rows", "deadline_ns", (rows,), "int64")
+    sequences = MAX_STOP_SEQUENCES * MAX_STOP_LENGTH
+    yield Entry("rows", "stop_sequences", (rows, sequences), "int32")
+    yield Entry("rows", "tail", (rows, MAX_STOP_LENGTH), "int32")
+    yield Entry("rows", "mask_step", (rows,), "int32")
+    yield Entry("rows", "token_mask", (rows, mask_words(cfg.vocab_size)), "int32")
+    for name, (shape, dtype) in row_tensors(rows, cfg.vocab_size).items():
+        if name not in (*INT_PARAMS, *REAL_PARAMS, "stop_ids"):
+            yield Entry("rows", name, shape, dtype)
     yield Entry("rows", "step", (1,), "int64")
     yield Entry("rows", "begin_ns", (1,), "int64")
     yield Entry("rows", "fault", (1,), "int32")
@@ -95,16 +143,21 @@ def _kv(cfg: ModelConfig, step: StepConfig) -> Iterator[Entry]:
         yield Entry("kv", f"kv.{layer}", (slots, cfg.latent_dim), cfg.act_dtype)
 
 
-def _ring(step: StepConfig, ladder: Ladder) -> Iterator[Entry]:
+def _ring(cfg: ModelConfig, step: StepConfig, ladder: Ladder) -> Iterator[Entry]:
+    rows, vocab = step.max_rows, cfg.vocab_size
     yield Entry("ring", "mailbox", (2, mailbox_layout(step, ladder).words), "int32")
     yield Entry("ring", "ring", (RING_SLOTS, RingLayout(step.max_rows).words), "int32")
     yield Entry("ring", "ring_step", (RING_SLOTS,), "int64")
+    yield Entry("ring", "ring_top", (RING_SLOTS, rows, 2, MAX_TOP), "int32")
+    yield Entry("ring", "ring_logits", (2, step.logits_rows, vocab), "float32")
+    yield Entry("ring", "forced_tokens", (rows, step.max_seq_len), "int32")
+    yield Entry("ring", "masks", (2, rows, mask_words(vocab)), "int32")
 
 
 def _exchange(cfg: ModelConfig, step: StepConfig, capacity: int) -> Iterator[Entry]:
     """Buffers of the expert-parallel transport that lie in this rank's arena."""
-    if cfg.first_k_dense_replace < cfg.num_layers and step.transport == "allgather":
-        for buffer in AllGather.buffers(transport_config(cfg, step, capacity)):
+    if cfg.first_k_dense_replace < cfg.num_layers and step.transport in IN_ARENA:
+        for buffer in IN_ARENA[step.transport](transport_config(cfg, step, capacity)):
             yield Entry(*buffer)
 
 
@@ -127,18 +180,29 @@ def _scratch(
             yield entry(f"{name}_q", (count, width), "float8_e4m3fn")
             yield entry(f"{name}_s", (count, -(-width // 128)), "float32")
 
+    def product(name: str, width: int, depth: int) -> Entry:
+        """A product by [width, depth] weights; its K splits are added up by whoever reads it."""
+        elem_bytes = 1 if fp8 else ITEM_BYTES[act]
+        splits = linear_plan(width, depth, elem_bytes=elem_bytes).splits
+        if splits == 1:
+            return entry(name, (tokens, width), act)
+        return entry(name, (splits, tokens, width), "float32")
+
     for name in ("tok_row", "tok_pos", "tok_id", "kv_len"):
         yield entry(name, (tokens,), "int32")
     yield entry("kv_slot", (tokens,), "int64")
-    for name in ("sample_tok", "sample_row", "out_token"):
+    for name in ("sample_tok", "sample_row", "sample_pos", "out_token"):
         yield entry(name, (rows,), "int32")
     yield entry("out_logprob", (rows,), "float32")
     yield entry("x", (tokens, hidden), act)
     yield from activation("norm", tokens, hidden)
-    yield entry("qkv", (tokens, cfg.q_part_padded + latent), act)
-    if cfg.q_lora_rank is not None:
+    if cfg.q_lora_rank is None:
+        yield entry("qkv", (tokens, cfg.q_part_padded + latent), act)
+    else:
+        yield product("qkv", cfg.q_part_padded + latent, hidden)
         yield from activation("q_norm", tokens, cfg.q_lora_rank, plain=False)
-        yield entry("q", (tokens, q_dim), act)
+        if not query_fuses(cfg):
+            yield entry("q", (tokens, q_dim), act)
     yield entry("q_latent", (tokens, heads, latent), act)
     yield entry("o_latent", (tokens, heads, cfg.kv_lora_rank), act)
     if step.attention == "flashinfer":
@@ -149,13 +213,17 @@ def _scratch(
         yield entry("part_lse", (tokens, step.splits, heads), "float32")
     # A head that is whole groups of 128 is quantised where it is made.
     yield from activation("o", tokens, o_dim, plain=cfg.v_head_dim % 128 != 0)
+    yield product("o_out", hidden, o_dim)
     yield entry("delta", (tokens, hidden), act)
-    received = tokens if step.ep_size == 1 else step.ep_size * capacity
-    yield from _mlp_scratch(cfg, step, tokens, received, activation, entry)
+    if cfg.first_k_dense_replace > 0:
+        yield product("dense_out", hidden, cfg.intermediate_size)
+    yield from _mlp_scratch(cfg, step, tokens, capacity, activation, entry)
     yield entry("final", (rows, hidden), act)
     yield entry("logits", (rows, cfg.vocab_size), "float32")
     for name, dtype in (("part_max", "float32"), ("part_arg", "int32"), ("part_sum", "float32")):
         yield entry(name, (rows, num_chunks(cfg.vocab_size)), dtype)
+    for name, (shape, dtype) in scratch_tensors(rows, cfg.vocab_size).items():
+        yield entry(name, shape, dtype)
     yield entry("workspace", (max(1, _workspace_elems(cfg, step, tokens, rows)),), "float32")
 
 
@@ -163,7 +231,7 @@ def _mlp_scratch(
     cfg: ModelConfig,
     step: StepConfig,
     tokens: int,
-    received: int,
+    capacity: int,
     activation: Callable[..., Iterator[Entry]],
     entry: Callable[[str, tuple[int, ...], str], Entry],
 ) -> Iterator[Entry]:
@@ -175,15 +243,17 @@ def _mlp_scratch(
         yield from mlp("dense", cfg.intermediate_size)
     if cfg.first_k_dense_replace >= cfg.num_layers:
         return
-    pairs = received * cfg.experts_per_token
+    sizes = transport_config(cfg, step, capacity)
+    pairs = math.prod(received_shape(step.transport, sizes, tokens))
+    joins, top_k = shared_joins(cfg, step.transport), choices(cfg, step)
     yield entry("router_logits", (tokens, cfg.num_experts), "float32")
-    yield entry("topk_ids", (tokens, cfg.experts_per_token), "int32")
-    yield entry("topk_weights", (tokens, cfg.experts_per_token), "float32")
-    yield entry("offsets", (cfg.num_experts // step.ep_size + 1,), "int32")
+    yield entry("topk_ids", (tokens, top_k), "int32")
+    yield entry("topk_weights", (tokens, top_k), "float32")
+    yield entry("offsets", (cfg.num_experts // step.ep_size + joins + 1,), "int32")
     yield entry("pairs", (pairs,), "int32")
     yield from activation("expert_h", pairs, cfg.moe_intermediate_size, plain=False)
     yield entry("expert_y", (pairs, cfg.hidden_size), cfg.act_dtype)
-    if cfg.num_shared_experts:
+    if cfg.num_shared_experts and not joins:
         yield from mlp("shared", cfg.shared_intermediate_size)
         yield entry("shared_out", (tokens, cfg.hidden_size), cfg.act_dtype)
 
@@ -242,11 +312,18 @@ class StaticBuffers:
         return _scratch(self._cfg, self._step, key.tokens, key.rows, self._capacity)
 
     def for_key(self, key: GraphKey) -> dict[str, torch.Tensor]:
-        """All buffers, scratch cut down to the prefixes that `key` uses."""
-        views = dict(self._tensors)
+        """All buffers, scratch cut down to the prefixes that `key` uses, and each row parameter."""
+        views = dict(self._tensors) | param_views(self["row_params"], self._step.max_rows)
         for e in self._scratch_of(key):
             views[e.name] = self._tensors[e.name].flatten()[: math.prod(e.shape)].view(e.shape)
         return views
+
+
+def param_views(row_params: torch.Tensor, rows: int) -> dict[str, torch.Tensor]:
+    """The parameters of all rows under the names that sampling knows them by, [rows] each."""
+    reals = row_params.view(torch.float32)
+    ints = {name: row_params[line, :rows] for name, line in INT_PARAMS.items()}
+    return ints | {name: reals[line, :rows] for name, line in REAL_PARAMS.items()}
 
 
 def _describe(tensor: torch.Tensor | None) -> str:

@@ -80,6 +80,9 @@ class GraphBackend(Protocol):
 
     def capture(self, key: GraphKey, run: Callable[[], None]) -> Captured: ...
 
+    def capture_live(self, key: GraphKey, run: Callable[[], None]) -> Captured:
+        """`capture` of a step that allocates; its memory lives as long as such graphs do."""
+
     def synchronize(self) -> None: ...
 
     def check_alive(self) -> None:
@@ -101,6 +104,9 @@ class TwinBackend:
     def capture(self, key: GraphKey, run: Callable[[], None]) -> Captured:
         return Captured(key, run)
 
+    def capture_live(self, key: GraphKey, run: Callable[[], None]) -> Captured:
+        return self.capture(key, run)
+
     def synchronize(self) -> None:
         """Everything has run already."""
 
@@ -116,6 +122,7 @@ class CudaBackend:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._pool: Any = None  # of graphs that allocate; one replays at a time, so they share it
 
     def on_stream(self) -> AbstractContextManager[Any]:
         return torch.cuda.stream(self.stream)
@@ -131,10 +138,32 @@ class CudaBackend:
         Raises:
             CaptureError: the step allocated, synchronised or compiled while being captured.
         """
+        captured, allocations = self._capture(key, run, {})
+        if allocations:
+            raise CaptureError(
+                f"key {key}: the step made {allocations} allocations while being captured; "
+                "every buffer of a step must lie in the arena"
+            )
+        return captured
+
+    def capture_live(self, key: GraphKey, run: Callable[[], None]) -> Captured:
+        """Capture and instantiate a step that may allocate; the largest key comes first.
+
+        Raises:
+            CaptureError: the step synchronised or compiled while being captured.
+        """
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()  # type: ignore[no-untyped-call]
+        return self._capture(key, run, {"pool": self._pool})[0]
+
+    def _capture(
+        self, key: GraphKey, run: Callable[[], None], options: dict[str, Any]
+    ) -> tuple[Captured, int]:
+        """The graph, and how many allocations `run` made."""
         free, start = memory_info()[0], time.perf_counter()
         graph = torch.cuda.CUDAGraph(keep_graph=True)
         with torch.cuda.stream(self.stream):
-            graph.capture_begin(capture_error_mode="thread_local")
+            graph.capture_begin(**options, capture_error_mode="thread_local")
             before = self._num_allocations()  # beginning a capture may allocate torch's own state
             try:
                 run()
@@ -146,12 +175,7 @@ class CudaBackend:
             after = self._num_allocations()
             graph.capture_end()
         graph.instantiate()
-        if after != before:
-            raise CaptureError(
-                f"key {key}: the step made {after - before} allocations while being captured; "
-                "every buffer of a step must lie in the arena"
-            )
-        return Captured(
+        captured = Captured(
             key,
             self._launcher(graph),
             graph=int(graph.raw_cuda_graph()),
@@ -159,6 +183,7 @@ class CudaBackend:
             graph_bytes=max(0, free - memory_info()[0]),
             seconds=time.perf_counter() - start,
         )
+        return captured, after - before
 
     def _num_allocations(self) -> int:
         """Allocations that torch has made on the device so far."""
@@ -199,6 +224,7 @@ class GraphSet:
         self.state = State.CREATED
         self.graphs: dict[GraphKey, Captured] = {}
         self._forbid_compile = forbid_compile
+        self.live = step.live  # why these graphs cannot be stored, or ""
         self._addresses: dict[str, int] = {}
         self._generation = -1
 
@@ -230,11 +256,19 @@ class GraphSet:
         self._expect(State.WARMED_UP, "capture")
         self._forbid_compile()
         for key in self._largest_first():
-            self.graphs[key] = self.backend.capture(key, partial(self.step.run, key))
+            self.graphs[key] = self._capture(key, partial(self.step.run, key))
             progress("capture", key)
         self._addresses = self.step.buffers.addresses()
         self._generation = self.step.buffers.generation
         self.state = State.CAPTURED
+
+    def _capture(self, key: GraphKey, run: Callable[[], None]) -> Captured:
+        """A graph that leaves the transport's host state as it found it."""
+        self.step.require_settled(f"capturing key {key}")
+        capture = self.backend.capture_live if self.step.allocates else self.backend.capture
+        captured = capture(key, run)
+        self.step.require_settled(f"the capture of key {key}")
+        return captured
 
     @contextmanager
     def stamped(self, key: GraphKey) -> Iterator[list[str]]:
@@ -245,7 +279,7 @@ class GraphSet:
         """
         self._expect(State.CAPTURED, "stamped")
         plain = self._graph(key)
-        self.graphs[key] = self.backend.capture(key, lambda: self._run_stamped(key))
+        self.graphs[key] = self._capture(key, lambda: self._run_stamped(key))
         try:
             yield self.step.part_names()
         finally:
@@ -277,6 +311,8 @@ class GraphSet:
             self._expect(State.CAPTURED, "replay")
         if self.step.buffers.generation != self._generation:
             self._refuse_moved()
+        if self.live:
+            self.step.require_settled("a replay")
         self._graph(key).launch()
 
     def _graph(self, key: GraphKey) -> Captured:

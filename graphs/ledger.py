@@ -15,6 +15,12 @@ from graphs.prove import Proof
 from graphs.step_config import StepConfig
 from kernels.triton.launch import KernelSpec
 
+# Buffers that exist because a row may ask for more than greedy tokens.
+CONTRACT_BUFFERS = (
+    *("counts", "token_mask", "bias_ids", "bias_values", "processed", "top_part"),
+    *("forced_tokens", "masks", "ring_top", "ring_logits"),
+)
+
 
 @dataclass(frozen=True)
 class KeyCost:
@@ -73,16 +79,21 @@ class Ledger:
 
     Attributes:
         section_bytes: of the arena.
+        contract_bytes: of the larger buffers behind what a row may ask for, by name; the last four
+            lie in pinned host memory.
         kv_capacity_tokens: KV tokens that the cache holds.
         kernels: empty on the CPU twin.
+        live: why these graphs serve the process that captured them alone, or "".
     """
 
     section_bytes: dict[str, int]
+    contract_bytes: dict[str, int]
     kv_bytes_per_token: int
     kv_capacity_tokens: int
     attention: str
     keys: tuple[KeyCost, ...]
     kernels: tuple[KernelUse, ...]
+    live: str = ""
 
     @property
     def general_kernels(self) -> list[str]:
@@ -100,6 +111,8 @@ def make_ledger(
     graphs: Mapping[GraphKey, Captured],
     proofs: Mapping[GraphKey, Proof],
     kernels: Mapping[KernelSpec, CompiledKernel],
+    *,
+    live: str = "",
 ) -> Ledger:
     """Sum up a capture."""
     need = {key: scratch_bytes(cfg, step, key) for key in ladder.keys}
@@ -124,11 +137,15 @@ def make_ledger(
                 replays_proved=proof.replays if proof else 0,
             )
         )
+    layout = arena_layout(cfg, step, ladder)
+    places = layout.by_name
     return Ledger(
-        section_bytes=arena_layout(cfg, step, ladder).section_bytes,
+        section_bytes=layout.section_bytes,
+        contract_bytes={name: places[name].nbytes for name in CONTRACT_BUFFERS},
         kv_bytes_per_token=per_token,
         kv_capacity_tokens=(step.num_pages - 1) * step.page_size,
         attention=step.attention,
         keys=tuple(costs),
         kernels=tuple(KernelUse.of(*used) for used in kernels.items()),
+        live=live,
     )

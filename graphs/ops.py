@@ -11,15 +11,17 @@ from functools import partial
 
 from kernels.triton import (
     activation,
+    draw_pipeline,
     grouped,
     intake,
     linear,
+    logits_counts,
     mla_absorb,
     mla_decode,
     mla_prep,
+    mla_query,
     norm,
     routing,
-    sample,
     settle,
 )
 from kernels.triton.launch import Launcher
@@ -38,6 +40,8 @@ class Ops:
 
         self.intake = bind(intake.intake, intake.intake_ref)
         self.advance = bind(intake.advance, intake.advance_ref)
+        self.copy_masks = bind(intake.copy_masks, intake.copy_masks_ref)
+        self.answer = bind(settle.answer, settle.answer_ref)
         self.settle = bind(settle.settle, settle.settle_ref)
         self.embed = bind(norm.embed, norm.embed_ref)
         self.add_rmsnorm = bind(norm.add_rmsnorm, norm.add_rmsnorm_ref)
@@ -47,6 +51,7 @@ class Ops:
         self.linear = bind(linear.linear, linear.linear_ref)
         self.linear_fp8 = bind(linear.linear_fp8, linear.linear_fp8_ref)
         self.mla_prep = bind(mla_prep.mla_prep, mla_prep.mla_prep_ref)
+        self.latent_query = bind(mla_query.latent_query, mla_query.latent_query_ref)
         self.absorb_q = bind(mla_absorb.absorb_q, mla_absorb.absorb_q_ref)
         self.absorb_v = bind(mla_absorb.absorb_v, mla_absorb.absorb_v_ref)
         self.mla_decode = bind(mla_decode.mla_decode, mla_decode.mla_decode_ref)
@@ -55,4 +60,5 @@ class Ops:
         self.combine = bind(routing.combine, routing.combine_ref)
         self.grouped_gate_up = bind(grouped.grouped_gate_up, grouped.grouped_gate_up_ref)
         self.grouped_down = bind(grouped.grouped_down, grouped.grouped_down_ref)
-        self.greedy = bind(sample.greedy, sample.greedy_ref)
+        self.count_tokens = bind(logits_counts.count_tokens, logits_counts.count_tokens_ref)
+        self.sample = bind(draw_pipeline.sample_step, draw_pipeline.sample_step_ref)

@@ -23,6 +23,9 @@ class StepConfig:
         ep_size, ep_rank: expert parallelism.
         attention: "flashinfer" or "triton".
         transport: how tokens reach the experts of other ranks; a name of `barriers.transport`.
+        pdl: how kernels overlap; a key of `kernels.triton.overlap.MODES`.
+        prefetch: ask L2 for the weights of later kernels while the memory is idle.
+        logits_rows: requests that may have their logits returned at the same time.
     """
 
     max_rows: int
@@ -34,9 +37,12 @@ class StepConfig:
     ep_rank: int = 0
     attention: str = "triton"
     transport: str = "local"
+    pdl: str = "off"
+    prefetch: bool = False
+    logits_rows: int = 8
 
     def __post_init__(self) -> None:
-        for name in ("max_rows", "max_seq_len", "page_size", "cut", "ep_size"):
+        for name in ("max_rows", "max_seq_len", "page_size", "cut", "ep_size", "logits_rows"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.page_size & (self.page_size - 1) or self.cut % self.page_size:

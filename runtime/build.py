@@ -29,6 +29,8 @@ from graphs.ledger import make_ledger
 from graphs.ops import Ops
 from graphs.prove import Prover
 from graphs.rope import rope_table
+from graphs.weights import add_part_views
+from kernels.triton.overlap import MODES
 from runtime.assemble import list_kernels, make_step
 from runtime.bundle_names import LIVE, SKIPPED
 from runtime.config import RuntimeConfig
@@ -96,7 +98,8 @@ class _Builder:
             arena = self._map(selection)
             device = torch.device("cuda" if selection.on_device else "cpu")
             views = bind_views(arena, selection.layout, device)
-        launcher = _launcher(self.store) if selection.on_device else None
+            add_part_views(views)
+        launcher = _launcher(self.store, selection) if selection.on_device else None
         with self._timed("compile"):
             self._compile(selection, launcher, ranks)
         backend: GraphBackend = CudaBackend(device) if selection.on_device else TwinBackend()
@@ -127,6 +130,7 @@ class _Builder:
             "page size": str(step.page_size),
             "attention": step.attention,
             "transport": step.transport,
+            "pdl": f"{step.pdl} prefetch {step.prefetch}",
             "verify": f"{options.verify} {options.proof_replays}",
         }
         ranks = Ranks(options.ranks, fields, deadline_s=options.deadline_s)
@@ -243,6 +247,7 @@ class _Builder:
             engine.graphs.graphs,
             engine.proofs,
             launcher.kernels if launcher else {},
+            live=engine.graphs.live,
         )
         facts = engine.fingerprint()
         stored = engine.ranks.rank == 0 and not self.replace and self._stored(facts) is not None
@@ -316,9 +321,11 @@ def _in_chunks(progress: Progress, kind: str) -> Callable[[int, int], None]:
     return tell
 
 
-def _launcher(store: Store) -> AotLauncher:
+def _launcher(store: Store, selection: Selection) -> AotLauncher:
     major, minor = torch.cuda.get_device_capability()
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())
     return AotLauncher(
-        KernelCompiler(store, f"sm_{major}{minor}"), num_sms=properties.multi_processor_count
+        KernelCompiler(store, f"sm_{major}{minor}"),
+        num_sms=properties.multi_processor_count,
+        pdl=MODES[selection.step.pdl],
     )

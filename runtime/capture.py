@@ -115,6 +115,8 @@ def _show(engine: Engine, report: dict[str, Any]) -> None:
     console.print(f"seconds    {report['seconds']:.1f} ({stages})")
     console.print(f"stored     {report['fingerprint'][:16]} in {engine.options.store_path}")
     console.print(f"bundle     {engine.bundle_note}")
+    if engine.ledger.live and engine.selection.on_device:
+        console.print(f"captured live: {engine.ledger.live}; these graphs serve this process alone")
     if not engine.selection.on_device:
         console.print(TWIN_NOTE)
 

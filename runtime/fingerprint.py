@@ -50,6 +50,9 @@ FIELDS: Mapping[str, str] = MappingProxyType(
         "ladder": "one graph for each key",
         "attention": "which attention kernel is captured",
         "transport": "how tokens reach other ranks",
+        "pdl": "how kernels overlap; auto is a function of the chip",
+        "prefetch": "extra launches that ask L2 for weights; None is a function of the chip",
+        "logits rows": "buffers for returned logits are laid out for so many",
     }
 )
 # Options that a field above stands for.
@@ -68,6 +71,9 @@ OPTIONS: Mapping[str, str] = MappingProxyType(
         "transport": "transport",
         "attention": "attention",
         "seed": "seed",
+        "pdl": "pdl",
+        "prefetch": "prefetch",
+        "logits_rows": "logits rows",
     }
 )
 # Options that change nothing of what is captured, and why.
@@ -79,6 +85,10 @@ IGNORED: Mapping[str, str] = MappingProxyType(
         "verify": "whether it was proved; the ledger says so",
         "proof_replays": "how often it was proved; the ledger says so",
         "bundle": "whether graphs are stored; the manifest says so",
+        **dict.fromkeys(
+            ("reservation", "prefix_cache", "prefill_budget", "ageing_steps"),
+            "how the host schedules requests; no graph knows",
+        ),
         "deadline_s": "read from device memory at run time",
     }
 )
@@ -134,4 +144,7 @@ def _asked(options: RuntimeConfig, model: ModelConfig, source: ModelSource) -> d
         "ladder": str(ladder),
         "attention": options.attention,
         "transport": options.transport,
+        "pdl": options.pdl,
+        "prefetch": options.prefetch,
+        "logits rows": options.logits_rows,
     }

@@ -9,8 +9,10 @@ from __future__ import annotations
 import ctypes
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,8 +25,10 @@ from capture_cache.restore_driver import Driver
 from graphs.keys import GraphKey, Ladder, NotCaptured
 from graphs.model_config import ModelConfig
 from graphs.step_config import StepConfig, mailbox_layout
-from kernels.triton.state import DECODE, HEADER
+from kernels.triton.state import HEADER
 from runtime.config import RuntimeConfig
+from runtime.player_rows import adopt_rows
+from runtime.row_params import Admission
 from runtime.state import RESET
 
 if TYPE_CHECKING:
@@ -175,6 +179,10 @@ class Player:
         self.mailbox: NDArray[np.int32] = self._host_view("mailbox")
         self.ring: NDArray[np.int32] = self._host_view("ring")
         self.ring_step: NDArray[np.int64] = self._host_view("ring_step")
+        self.ring_top: NDArray[np.int32] = self._host_view("ring_top")
+        self.ring_logits: NDArray[np.float32] = self._host_view("ring_logits")
+        self.forced_tokens: NDArray[np.int32] = self._host_view("forced_tokens")
+        self.masks: NDArray[np.int32] = self._host_view("masks")
         self.stages: dict[str, float] = {}
         self.loaded_from, self.load_reason = "bundle", ""
         self.replay: Callable[[GraphKey], None] = self._replay
@@ -208,18 +216,29 @@ class Player:
                 self._driver.fill(spec.ptr, byte, spec.nbytes, self._stream)
         self._driver.wait(self._stream, "freeing all rows")
 
-    def adopt(self, rows: list[int], length: int, limit: int, pages: list[list[int]]) -> None:
-        """Put rows into the decode phase with `length` tokens in their pages; waits."""
+    def adopt(self, length: int, rows: Mapping[int, tuple[Admission, list[int]]]) -> None:
+        """Put rows into the decode phase with `length` tokens in their pages; waits.
+
+        Args:
+            rows: what each was admitted with, its deadline not heeded, and its pages.
+        """
         self._enter()
         self._driver.wait(self._stream, "finishing steps")
-        for name, value in (("phase", DECODE), ("seq_len", length), ("limit", limit)):
-            with _Edited(self._driver, self._arena, name) as data:
-                data[rows] = value
-        with _Edited(self._driver, self._arena, "stop_ids") as data:
-            data[rows] = -1
-        with _Edited(self._driver, self._arena, "page_table") as data:
-            for row, held in zip(rows, pages, strict=True):
-                data[row, : len(held)] = held
+        for row, (admitted, _) in rows.items():
+            if admitted.known is not None:
+                self.forced_tokens[row, : len(admitted.known)] = admitted.known
+        adopt_rows(partial(_Edited, self._driver, self._arena), length, rows)
+
+    def update_weights(self, source: str | Path | Iterable[tuple[str, Any]]) -> None:
+        """Refused: new weights are converted by torch.
+
+        Raises:
+            ValueError: always; says what would do.
+        """
+        raise ValueError(
+            "weights cannot be updated in restored graphs, which run without torch; load with "
+            "bundle=False to capture, and update there"
+        )
 
     def read(self, name: str) -> NDArray[np.uint8]:
         """A copy of an arena entry's bytes, after all work; for tests."""
@@ -251,18 +270,18 @@ class Player:
         memory = (ctypes.c_uint8 * spec.nbytes).from_address(spec.ptr)
         words: NDArray[Any] = np.frombuffer(
             memoryview(memory), spec.dtype
-        )  # numpy knows int32 and int64
+        )  # numpy knows all of the host's
         return words.reshape(spec.shape)
 
 
 class _Edited:
-    """An int32 arena entry to change on the host: read, changed, written back."""
+    """An arena entry to change on the host: read, changed, written back."""
 
     def __init__(self, driver: Driver, arena: DeviceArena, name: str) -> None:
         self._driver, self._spec = driver, arena.view_spec(name)
-        self._data = np.empty(self._spec.shape, np.int32)
+        self._data: NDArray[Any] = np.empty(self._spec.shape, self._spec.dtype)
 
-    def __enter__(self) -> NDArray[np.int32]:
+    def __enter__(self) -> NDArray[Any]:
         self._driver.download(self._data, self._spec.ptr)
         return self._data
 

@@ -31,6 +31,7 @@ from capture_cache.restore_driver import Driver
 from graphs.capture import CudaBackend
 from graphs.keys import GraphKey
 from graphs.random_weights import random_weights
+from graphs.weights import add_part_views
 from runtime.bundle_names import (
     DEVICE_WHOLE,
     GRAPHS,
@@ -184,13 +185,15 @@ def _weights_graph(engine: Engine, extractor: Extractor, rank: int) -> bytes:
     """The launches that fill a rank's weights of a preset, as a graph; over zeroed weights."""
     backend = engine.graphs.backend
     assert isinstance(backend, CudaBackend)
+    views = dict(engine.graphs.step.weights)
+    add_part_views(views)
     graph = torch.cuda.CUDAGraph(keep_graph=True)
     with torch.cuda.stream(backend.stream):
         graph.capture_begin(capture_error_mode="thread_local")
         try:
             random_weights(
                 engine.model_config,
-                engine.graphs.step.weights,
+                views,
                 seed=engine.options.seed,
                 launch=engine.launcher,
                 ep_rank=rank,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Protocol
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +13,7 @@ from graphs.keys import GraphKey, Ladder
 from graphs.model_config import ModelConfig
 from graphs.step_config import StepConfig
 from kernels.triton.state import MailboxLayout
+from runtime.row_params import Admission
 
 
 class Replayer(Protocol):
@@ -19,6 +21,7 @@ class Replayer(Protocol):
 
     Attributes:
         mailbox: int32 [2, words]; ring: int32 [slots, words]; ring_step: int64 [slots].
+        forced_tokens, masks, ring_top, ring_logits: beside them, see `kernels.triton.state`.
         ring_header: words of a ring slot before its arrays.
         deadline_s: longest wait for a step.
         stages: seconds of each stage that made it.
@@ -32,6 +35,10 @@ class Replayer(Protocol):
     mailbox: NDArray[np.int32]
     ring: NDArray[np.int32]
     ring_step: NDArray[np.int64]
+    forced_tokens: NDArray[np.int32]
+    masks: NDArray[np.int32]
+    ring_top: NDArray[np.int32]
+    ring_logits: NDArray[np.float32]
     ring_header: int
     deadline_s: float
     stages: dict[str, float]
@@ -42,5 +49,6 @@ class Replayer(Protocol):
     def check_ranks(self) -> None: ...
     def check_alive(self) -> None: ...
     def reset_state(self) -> None: ...
-    def adopt(self, rows: list[int], length: int, limit: int, pages: list[list[int]]) -> None: ...
+    def adopt(self, length: int, rows: Mapping[int, tuple[Admission, list[int]]]) -> None: ...
+    def update_weights(self, source: str | Path | Iterable[tuple[str, Any]]) -> None: ...
     def close(self) -> None: ...

@@ -185,14 +185,18 @@ class _Restore:
             raise NotRestored(reason, replace=failure is not None and failure.replace)
 
     def run(self) -> Player:
-        options = self.options
+        options, world = self.options, self.options.ranks.world
         self.resources.callback(self.opening.close)
+        if options.num_ranks != world:
+            raise NotRestored(
+                f"--ep-size {options.num_ranks}, but this is one of {world} processes"
+            )
         found, failure = None, None
         try:
             found = self._look()
         except NotRestored as e:
             failure = e
-        if options.num_ranks > 1:
+        if world > 1:
             from runtime.player_ranks import PlayerRanks  # sockets and more, for ranks alone
 
             with self._stage("ranks"):

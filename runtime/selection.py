@@ -7,9 +7,11 @@ from dataclasses import dataclass
 
 import torch
 
+from barriers.deepep import check_sizes, load_buffer_class, outside_bytes
+from barriers.transport import DEEPEP
 from barriers.transport import resolve as resolve_transport
 from capture_cache.layout import ArenaLayout
-from graphs.buffers import arena_layout, kv_bytes_per_token
+from graphs.buffers import arena_layout, kv_bytes_per_token, transport_config
 from graphs.checkpoint import ModelSource, resolve_model
 from graphs.flashinfer_mla import FlashinferMla
 from graphs.keys import Ladder
@@ -19,6 +21,7 @@ from runtime.config import RuntimeConfig
 
 # Left for the driver, the graphs themselves and libraries when the KV cache takes what is free.
 RESERVED_BYTES = 3 << 30
+DEFAULT_PDL = "early"
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,7 @@ def choose(options: RuntimeConfig, *, compile_only: bool = False) -> Selection:
 
     Raises:
         ValueError: options that contradict each other or the model.
+        DeepEpMissing: the transport needs a package that is not here.
     """
     model, source = resolve_model(
         options.model, layers=options.layers, overrides=parse_overrides(options.overrides)
@@ -79,12 +83,47 @@ def choose(options: RuntimeConfig, *, compile_only: bool = False) -> Selection:
         transport=resolve_transport(
             options.transport, world=options.num_ranks, on_device=on_device
         ),
+        pdl=_pdl(options, on_device, compile_only=compile_only),
+        prefetch=_prefetch(options, on_device, compile_only=compile_only),
+        logits_rows=min(rows, options.logits_rows),
     )
+    if step.transport in DEEPEP:
+        check_sizes(step.transport, transport_config(model, step, ladder.max_tokens))
+        if not compile_only:
+            load_buffer_class()  # its absence is told before ranks meet and weights are loaded
     pages = options.num_pages
     if pages is None:
         pages = _default_pages(model, step, ladder, on_device and not compile_only)
     step = dataclasses.replace(step, num_pages=pages)
     return Selection(source, model, step, ladder, on_device, reason)
+
+
+def _pdl(options: RuntimeConfig, on_device: bool, *, compile_only: bool) -> str:
+    """How kernels overlap: where the chip can, unless asked otherwise."""
+    able = _is_sm90(on_device, compile_only=compile_only)
+    if options.pdl == "auto":
+        return DEFAULT_PDL if able else "off"
+    if options.pdl != "off" and not able:
+        raise ValueError(
+            f"--pdl {options.pdl} needs a CUDA device of compute capability 9.0 or later; leave it "
+            "at auto"
+        )
+    return options.pdl
+
+
+def _prefetch(options: RuntimeConfig, on_device: bool, *, compile_only: bool) -> bool:
+    """Whether weights are brought into L2 ahead of time."""
+    able = _is_sm90(on_device, compile_only=compile_only)
+    if options.prefetch and not able:
+        raise ValueError(
+            "--prefetch needs a CUDA device of compute capability 9.0 or later; leave it out"
+        )
+    return able if options.prefetch is None else options.prefetch
+
+
+def _is_sm90(on_device: bool, *, compile_only: bool) -> bool:
+    """Compiling ahead is for sm_90 and later only."""
+    return on_device and (compile_only or torch.cuda.get_device_capability() >= (9, 0))
 
 
 def _on_device(options: RuntimeConfig) -> bool:
@@ -124,6 +163,8 @@ def _default_pages(model: ModelConfig, step: StepConfig, ladder: Ladder, on_devi
     free, _ = torch.cuda.mem_get_info()
     page_bytes = kv_bytes_per_token(model) * step.page_size
     room = free - arena_layout(model, step, ladder).device_bytes - RESERVED_BYTES
+    if step.transport in DEEPEP:
+        room -= outside_bytes(step.transport, transport_config(model, step, ladder.max_tokens))
     pages = min(wanted, room // page_bytes)
     if pages < step.max_pages + 1:
         raise ValueError(

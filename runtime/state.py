@@ -12,7 +12,9 @@ from types import MappingProxyType
 RESET: Mapping[str, int] = MappingProxyType(
     {
         **dict.fromkeys(("phase", "seq_len", "last_token", "limit", "page_table"), 0),
+        **dict.fromkeys(("row_params", "deadline_ns", "counts"), 0),
         **dict.fromkeys(("step", "fault", "poison", "ring_step"), 0),
-        **dict.fromkeys(("stop_ids", "mailbox"), 0xFF),  # -1: no token, no step
+        # -1: no token, no step
+        **dict.fromkeys(("stop_ids", "stop_sequences", "tail", "mask_step", "mailbox"), 0xFF),
     }
 )

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from kernels.triton.launch import Launcher
+from kernels.triton.overlap import await_inputs, overlap
 
 CHUNK = 2048  # enough CTAs to fill the device with one row, little to merge with many
 
@@ -32,7 +33,9 @@ def _greedy_chunk(
     V: tl.constexpr,
     C: tl.constexpr,
     CHUNK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    await_inputs(PDL)
     s = tl.program_id(1).to(tl.int64)
     if tl.load(sample_tok + s) < 0:
         return
@@ -61,7 +64,9 @@ def _greedy_merge(
     V: tl.constexpr,
     C: tl.constexpr,
     C2: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    await_inputs(PDL)
     s = tl.program_id(0).to(tl.int64)
     if tl.load(sample_tok + s) < 0:
         tl.store(out_token + s, -1)
@@ -79,6 +84,35 @@ def _greedy_merge(
     tl.store(out_token + s, tl.where(good, token, -1))
     # top - (top + log(total)) without the rounding of the sum.
     tl.store(out_logprob + s, tl.where(good, -tl.log(total), float("nan")))
+
+
+def max_and_sum(
+    launch: Launcher,
+    logits: torch.Tensor,
+    sample_tok: torch.Tensor,
+    *,
+    part_max: torch.Tensor,
+    part_arg: torch.Tensor,
+    part_sum: torch.Tensor,
+) -> None:
+    """Of each chunk of each row: the largest logit, its lowest id, sum(exp(logit - largest)).
+
+    Args, Raises: as `greedy`; padded rows are left alone.
+    Capture-safe.
+    """
+    chunks = _check_greedy(logits, part_max, part_arg, part_sum)
+    rows, vocab = logits.shape
+    launch(
+        _greedy_chunk,
+        (chunks, rows),
+        *(logits, sample_tok, part_max, part_arg, part_sum),
+        logits.stride(0),
+        V=vocab,
+        C=chunks,
+        CHUNK=CHUNK,
+        num_warps=4,
+        **overlap(launch),
+    )
 
 
 def greedy(
@@ -108,18 +142,7 @@ def greedy(
     chunks = _check_greedy(logits, part_max, part_arg, part_sum)
     rows, vocab = logits.shape
     parts = (part_max, part_arg, part_sum)
-    launch(
-        _greedy_chunk,
-        (chunks, rows),
-        logits,
-        sample_tok,
-        *parts,
-        logits.stride(0),
-        V=vocab,
-        C=chunks,
-        CHUNK=CHUNK,
-        num_warps=4,
-    )
+    max_and_sum(launch, logits, sample_tok, part_max=part_max, part_arg=part_arg, part_sum=part_sum)
     launch(
         _greedy_merge,
         (rows,),
@@ -131,6 +154,7 @@ def greedy(
         C=chunks,
         C2=triton.next_power_of_2(chunks),
         num_warps=1,
+        **overlap(launch),
     )
 
 

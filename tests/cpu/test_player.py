@@ -9,13 +9,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import runtime.load as load_module
 from capture_cache.arena import ARENA_BASE
 from graphs.keys import GraphKey, NotCaptured
+from kernels.triton.intake import admit
+from kernels.triton.rows import RowState
 from runtime import Runtime, SamplingParams
 from runtime.config import RuntimeConfig
 from runtime.restore import NotRestored, check_golden, restore
+from runtime.row_params import admission
 from tests.cpu.played import LADDER, OPTIONS, Gpu, publish_bundle
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -56,17 +60,46 @@ def test_weights_and_table_are_filled(tmp_path: Path) -> None:
     player.close()
 
 
-def test_rows_begin_free_and_can_be_adopted(tmp_path: Path) -> None:
+def test_rows_begin_free(tmp_path: Path) -> None:
     publish_bundle(tmp_path)
     player = restore(options(tmp_path), lib=Gpu())
     assert not player.read("phase").any()
     assert set(player.read("stop_ids").tolist()) == {0xFF}
-    player.adopt([1], 5, 9, [[3]])
-    assert player.read("phase").view(np.int32).tolist() == [0, 2]
-    assert player.read("seq_len").view(np.int32).tolist() == [0, 5]
-    assert player.read("limit").view(np.int32).tolist() == [0, 9]
-    assert player.read("page_table").view(np.int32).reshape(2, -1)[1].tolist() == [3, 0]
     player.close()
+
+
+def test_adopted_rows_are_what_the_device_would_have_made_of_them(tmp_path: Path) -> None:
+    publish_bundle(tmp_path)
+    player = restore(options(tmp_path), lib=Gpu())
+    params = SamplingParams(
+        max_tokens=9,
+        temperature=0.7,
+        seed=1 << 40,
+        stop_token_ids=(3, 4),
+        stop_sequences=((5, 6), (7,)),
+        logit_bias={8: 1.5, 9: -2.0},
+    )
+    wanted = admission(params, np.arange(5, dtype=np.int32), (3, 4), 1 << 40)
+    places = player._arena.layout.by_name
+    state = {}
+    for name in RowState.names():
+        entry = places[name].entry
+        raw = torch.from_numpy(player.read(name))
+        state[name] = raw.view(getattr(torch, entry.dtype)).view(entry.shape)
+    admit(RowState.of(state), 1, torch.from_numpy(wanted.record))
+    state["phase"][1], state["seq_len"][1], state["last_token"][1] = 2, 5, 0
+    state["page_table"][1, 0] = 3
+    player.adopt(5, {1: (wanted, [3])})
+    for name in RowState.names():
+        assert player.read(name).tolist() == state[name].view(torch.uint8).flatten().tolist(), name
+    player.close()
+
+
+def test_new_weights_are_refused_with_the_remedy(tmp_path: Path) -> None:
+    publish_bundle(tmp_path)
+    player = restore(options(tmp_path), lib=Gpu())
+    with Runtime(player) as runtime, pytest.raises(ValueError, match="bundle=False"):
+        runtime.update_weights(str(tmp_path))
 
 
 def test_skipped_weights_skip_the_golden_step_and_say_so(tmp_path: Path) -> None:
