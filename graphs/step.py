@@ -14,10 +14,11 @@ import torch
 
 from barriers.transport import Received, Transport
 from graphs.attention import Attention
-from graphs.buffers import StaticBuffers, StepConfig, query_fuses
+from graphs.buffers import StaticBuffers, query_fuses
 from graphs.keys import GraphKey
 from graphs.model_config import ModelConfig
 from graphs.ops import Ops
+from graphs.step_config import StepConfig
 from graphs.weights import shared_joins
 from kernels.triton.linear import linear_plan
 from kernels.triton.overlap import Ahead
@@ -95,6 +96,11 @@ class DecodeStep:
         self.attention, self._transport = attention, transport
         self.on_device = on_device
         self.shared_joins = shared_joins(cfg, config.transport)
+
+    @property
+    def transport_or_none(self) -> Transport | None:
+        """As `transport`; None for a model without experts."""
+        return self._transport
 
     @property
     def transport(self) -> Transport:

@@ -11,17 +11,12 @@ from barriers.deepep import check_sizes, load_buffer_class, outside_bytes
 from barriers.transport import DEEPEP
 from barriers.transport import resolve as resolve_transport
 from capture_cache.layout import ArenaLayout
-from graphs.buffers import (
-    StepConfig,
-    arena_layout,
-    default_cut,
-    kv_bytes_per_token,
-    transport_config,
-)
+from graphs.buffers import arena_layout, kv_bytes_per_token, transport_config
 from graphs.checkpoint import ModelSource, resolve_model
 from graphs.flashinfer_mla import FlashinferMla
 from graphs.keys import Ladder
 from graphs.model_config import ModelConfig, parse_overrides
+from graphs.step_config import StepConfig, default_cut
 from runtime.config import RuntimeConfig
 
 # Left for the driver, the graphs themselves and libraries when the KV cache takes what is free.
