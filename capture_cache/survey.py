@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,18 +29,13 @@ class Problem:
     message: str
 
 
-def bundle_bytes(path: Path, manifest: Manifest) -> int:
-    """Bytes of a bundle's own files and manifest."""
-    return (path / MANIFEST).stat().st_size + sum(f.nbytes for f in manifest.files.values())
-
-
 def bundles(store: Store) -> list[dict[str, Any]]:
     """One row a bundle, oldest first: identity, size, age, and what is wrong with it."""
     rows = []
     for entry in store.entries():
         row: dict[str, Any] = {
             "fingerprint": entry.path.name,
-            "captured": int((entry.path / MANIFEST).lstat().st_mtime) if _there(entry.path) else 0,
+            "captured": _captured(entry.path),
             "problem": entry.problem,
             "bytes": tree_bytes(entry.path),
         }
@@ -196,16 +194,20 @@ def _checked(
         return str(path), 0, Problem(str(path), str(e))
 
 
-def _there(path: Path) -> bool:
-    return (path / MANIFEST).exists()
-
-
 def tree_bytes(path: Path) -> int:
     """Bytes of the regular files below `path`; what vanishes meanwhile counts nothing."""
     total = 0
-    for file in path.rglob("*"):
-        try:
-            total += file.lstat().st_size if file.is_file() and not file.is_symlink() else 0
-        except FileNotFoundError:
-            continue
+    for folder, _, names in os.walk(path):
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                info = os.lstat(os.path.join(folder, name))
+                total += info.st_size if stat.S_ISREG(info.st_mode) else 0
     return total
+
+
+def _captured(path: Path) -> int:
+    """When a bundle's manifest was written, in seconds; 0 where it has none."""
+    try:
+        return int((path / MANIFEST).lstat().st_mtime)
+    except OSError:
+        return 0
