@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import shutil
 import stat
 import time
 from collections.abc import Iterator
@@ -73,6 +72,8 @@ class Files:
     def remove(self, path: Path) -> None:
         """Remove a file, a link or a tree."""
         if path.is_dir() and not path.is_symlink():
+            import shutil  # brings compressors with it, which a reader does not need
+
             shutil.rmtree(path)
         else:
             path.unlink()

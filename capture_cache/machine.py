@@ -5,12 +5,14 @@ They go into fingerprints, so each is a plain value that two processes find alik
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
+import os
 import platform
 import re
+import sys
 from collections.abc import Iterable
-from importlib import metadata
 from pathlib import Path
 
 from capture_cache.driver import nvml_release
@@ -128,11 +130,29 @@ def twin_facts() -> dict[str, Value]:
 
 
 def package_version(package: str) -> str | None:
-    """The installed version; None where the package is absent. Imports nothing of it."""
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
+    """The installed version; None where the package is absent. Imports nothing of it.
+
+    As `importlib.metadata` finds it, which takes 20 ms longer to import.
+    """
+    return _installed(tuple(sys.path)).get(_normal(package))
+
+
+@functools.cache
+def _installed(folders: tuple[str, ...]) -> dict[str, str]:
+    """Versions by normal name; of a package that is there twice the first one counts."""
+    found: dict[str, str] = {}
+    for folder in folders:
+        with contextlib.suppress(OSError):
+            for entry in os.listdir(folder or "."):
+                stem, _, kind = entry.rpartition(".")
+                if kind in ("dist-info", "egg-info"):
+                    name, _, version = stem.partition("-")
+                    found.setdefault(_normal(name), version.partition("-py")[0])
+    return found
+
+
+def _normal(package: str) -> str:
+    return re.sub(r"[-_.]+", "-", package).lower()
 
 
 @functools.cache

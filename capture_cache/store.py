@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import uuid
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -344,7 +343,7 @@ class Store:
             self._ready = True
 
     def _temporary(self) -> Path:
-        return self.root / f".tmp-{uuid.uuid4().hex}"
+        return self.root / f".tmp-{os.urandom(16).hex()}"
 
     def _discard(self, path: Path) -> None:
         # What cannot be removed now is invisible under its name and swept later.

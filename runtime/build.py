@@ -244,14 +244,14 @@ class _Builder:
             engine.proofs,
             launcher.kernels if launcher else {},
         )
-        if engine.ranks.rank:
-            return  # one bundle serves all ranks
         facts = engine.fingerprint()
-        stored = self._stored(facts)
-        if stored is not None and not self.replace:
+        stored = engine.ranks.rank == 0 and not self.replace and self._stored(facts) is not None
+        if engine.ranks.group.allgather("record", stored)[0].value:
             engine.bundle_note = "the same capture is on record"
             return  # a store may well be read-only by now
         recording = self._recording(engine, arena)
+        if engine.ranks.rank:
+            return  # one bundle serves all ranks
         record = engine.ledger.to_json() | {"stages_s": self.seconds}
         kernels = tuple(launcher.used) if launcher else ()
         manifest = Manifest(
@@ -274,8 +274,6 @@ class _Builder:
             return self._without(engine, SKIPPED, "captured without a bundle, as asked")
         if not isinstance(arena, DeviceArena):
             return self._without(engine, LIVE, "the CPU twin has no graphs to restore")
-        if engine.ranks.world > 1:
-            return self._without(engine, LIVE, "this version restores runs of one rank only")
         try:
             total = len(engine.ladder.keys)
             recording = record(engine, arena, lambda key: self.progress("bundle", total, key))

@@ -26,6 +26,7 @@ from runtime.sampling import FINISH_REASONS, SamplingParams, StepOutput, as_toke
 
 if TYPE_CHECKING:
     from graphs.keys import GraphKey
+    from runtime.opening import Opening
     from runtime.replayer import Replayer
 
 MAX_IN_FLIGHT = 2  # the mailbox has two slots
@@ -110,6 +111,7 @@ class Runtime:
         num_pages: int | None = None,
         device: str = "auto",
         store: str | None = None,
+        opening: Opening | None = None,
         **config: Any,
     ) -> Runtime:
         """Load a model, capture its graphs (or take what the store holds), and be ready to step.
@@ -121,6 +123,8 @@ class Runtime:
             num_pages: KV pages of 64 tokens; default: what the rows can use, or what memory allows.
             device: "auto", "cuda" or "cpu" (the CPU twin: for correctness only).
             store: directory of compiled kernels and manifests.
+            opening: the device as it is being opened: begin with `runtime.opening.Opening()` before
+                other imports to have the first step sooner.
             **config: see `runtime.config.RuntimeConfig`.
         Raises:
             ValueError: an option, the model's config or its weights are not usable; says which.
@@ -135,7 +139,7 @@ class Runtime:
         named: dict[str, Any] = {"bs": bs, "max_seq_len": max_seq_len, "num_pages": num_pages}
         named |= {"device": device, "store": store}
         options = RuntimeConfig.of(model=model, defaults=named, **config)
-        return cls(load_engine(options), reservation=reservation)
+        return cls(load_engine(options, opening=opening), reservation=reservation)
 
     @property
     def loaded_from(self) -> str:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from runtime.bundle_names import SKIP_WEIGHTS
 from runtime.config import RuntimeConfig
+from runtime.opening import NotRestored, Opening
 from runtime.replayer import Replayer
 
 
-def load_engine(options: RuntimeConfig) -> Replayer:
+def load_engine(options: RuntimeConfig, *, opening: Opening | None = None) -> Replayer:
     """Restore, or capture and record; the result says which, and why.
+
+    Args:
+        opening: the device as it is being opened, where somebody has begun.
 
     Raises:
         ValueError: options, config or weights; or weights are to be skipped and nothing can be
@@ -19,10 +23,10 @@ def load_engine(options: RuntimeConfig) -> Replayer:
     if not options.bundle:
         reason = "bundle=False: captured as asked"
     elif options.device != "cpu":
-        from runtime.restore import NotRestored, restore
+        from runtime.restore import restore
 
         try:
-            return restore(options)
+            return restore(options, opening=opening)
         except NotRestored as e:
             reason, replace = str(e), e.replace
     if options.weights == SKIP_WEIGHTS:

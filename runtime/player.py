@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +26,9 @@ from graphs.step_config import StepConfig, mailbox_layout
 from kernels.triton.state import DECODE, HEADER
 from runtime.config import RuntimeConfig
 from runtime.state import RESET
+
+if TYPE_CHECKING:
+    from runtime.player_ranks import PlayerRanks
 
 
 class Keys:
@@ -126,6 +129,7 @@ class Player:
 
     Args:
         resources: what `close` releases, last acquired first.
+        ranks: the other ranks; None for one alone.
 
     Attributes:
         stages: seconds of each stage of the restore.
@@ -145,12 +149,13 @@ class Player:
         model: ModelConfig,
         ladder: Ladder,
         resources: ExitStack,
+        ranks: PlayerRanks | None = None,
     ) -> None:
         self.options, self.config, self.model_config, self.ladder = options, config, model, ladder
         self.deadline_s = options.deadline_s
         self.keys = keys
         self._driver, self._arena, self._stream = driver, arena, stream
-        self._resources = resources
+        self._resources, self._ranks = resources, ranks
         self._thread = threading.get_ident()
         self.mailbox_layout = mailbox_layout(config, ladder)
         self.mailbox: NDArray[np.int32] = self._host_view("mailbox")
@@ -165,10 +170,13 @@ class Player:
         return self._driver.device_name(self._driver.ordinal)
 
     def check_ranks(self) -> None:
-        """One rank waits for nobody."""
+        """One read of host memory; raises BarrierTimeout naming the ranks that are late."""
+        if self._ranks is not None:
+            self._ranks.check()
 
     def check_alive(self) -> None:
-        """Raises CudaError if the device has failed."""
+        """Raises CudaError if the device has failed, and as `check_ranks`."""
+        self.check_ranks()
         self._enter()
         self._driver.check_stream(self._stream, "replaying a step")
         self.keys.check()

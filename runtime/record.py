@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from barriers.rdep import Rdep
+from barriers.rdep import Rdep, peer_layout
 from capture_cache.arena import DeviceArena
 from capture_cache.bundle import (
     PROGRAM_FILE,
@@ -37,12 +37,13 @@ from runtime.bundle_names import (
     HOST_WHOLE,
     PEERS,
     ROPE_FILE,
-    WEIGHTS_FILE,
+    weights_file,
 )
 from runtime.engine import Engine
 from runtime.golden import take_golden
 
 RESTORABLE_TRANSPORTS = ("local", "rdep")
+TIMEOUT_S = 600.0  # how long the other ranks wait for rank 0 to read the graphs
 
 
 @dataclass(frozen=True)
@@ -65,10 +66,33 @@ def record(
 ) -> Recording:
     """Read every captured graph and take every golden step; the rows must be free.
 
+    All ranks call this alike, since they take the golden steps together; rank 0 has the files.
+
     Raises:
-        NotRestorable: names what cannot be rebuilt elsewhere.
+        NotRestorable: names what cannot be rebuilt elsewhere; on all ranks.
         CudaError, StepFailed: the device fails.
     """
+    group, reason = engine.ranks.group, None
+    files: dict[str, bytes] = {}
+    restore: dict[str, Any] = {}
+    if group.rank == 0:
+        try:
+            files, restore = _extract(engine, arena)
+        except NotRestorable as e:
+            reason = str(e)
+    # Extraction takes seconds; golden steps wait for every rank.
+    told = group.allgather("graphs", None if reason is None else reason[:600], timeout_s=TIMEOUT_S)
+    if told[0].value is not None:
+        raise NotRestorable(reason or told[0].value)
+    for key in engine.ladder.keys:
+        golden = take_golden(engine, key)
+        files[golden_file(key.tokens, key.rows)] = encode_golden(golden)
+        progress(key)
+    return Recording(files, restore)
+
+
+def _extract(engine: Engine, arena: DeviceArena) -> tuple[dict[str, bytes], dict[str, Any]]:
+    """Files but the golden steps, and `Manifest.restore`."""
     transport = engine.config.transport
     if transport not in RESTORABLE_TRANSPORTS:
         raise NotRestorable(
@@ -86,17 +110,29 @@ def record(
         for key in engine.ladder.keys:
             graph = extractor.graph(engine.graphs.graphs[key].graph, key.tokens, key.rows)
             files[graph_file(key.tokens, key.rows)] = encode_graph(graph)
-            golden = take_golden(engine, key)
-            files[golden_file(key.tokens, key.rows)] = encode_golden(golden)
-            progress(key)
-        if engine.selection.source.is_preset and engine.config.ep_size == 1:
-            files[WEIGHTS_FILE] = _weights_graph(engine, extractor)
+        if engine.selection.source.is_preset:
+            for rank in range(engine.config.ep_size):
+                files[weights_file(rank)] = _weights_graph(engine, extractor, rank)
         files[PROGRAM_FILE] = encode_program(extractor.program)
         files |= extractor.code
     step = dataclasses.asdict(engine.config)
     del step["ep_rank"]  # one bundle serves every rank
     restore = {"kind": GRAPHS, "arena_base": arena.base, "ladder": str(engine.ladder), "step": step}
-    return Recording(files, restore)
+    return files, restore | {"peers": _peers(engine)}
+
+
+def _peers(engine: Engine) -> dict[str, int] | None:
+    """What `runtime.player_ranks.PeerFacts` holds; None where ranks share nothing."""
+    transport = engine.graphs.step.transport_or_none
+    if not isinstance(transport, Rdep):
+        return None
+    layout = peer_layout(transport.config)
+    words_at = layout.by_name["ep_words"].offset
+    return {
+        "base": transport.memory[0],
+        "payload_bytes": layout.device_bytes,
+        "words_at": words_at,
+    }
 
 
 def _bytes_of(engine: Engine, name: str) -> bytes:
@@ -144,8 +180,8 @@ def _holds(driver: Driver, container: bytes, name: str) -> bool:
     return True
 
 
-def _weights_graph(engine: Engine, extractor: Extractor) -> bytes:
-    """The launches that fill a preset's weights, as a graph; over zeroed weights."""
+def _weights_graph(engine: Engine, extractor: Extractor, rank: int) -> bytes:
+    """The launches that fill a rank's weights of a preset, as a graph; over zeroed weights."""
     backend = engine.graphs.backend
     assert isinstance(backend, CudaBackend)
     graph = torch.cuda.CUDAGraph(keep_graph=True)
@@ -157,6 +193,8 @@ def _weights_graph(engine: Engine, extractor: Extractor) -> bytes:
                 engine.graphs.step.weights,
                 seed=engine.options.seed,
                 launch=engine.launcher,
+                ep_rank=rank,
+                ep_size=engine.config.ep_size,
                 zeroed=True,
             )
         finally:

@@ -10,13 +10,12 @@ the caller captures again, and says so.
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,39 +36,33 @@ from runtime.bundle_names import (
     DEVICE_WHOLE,
     GRAPHS,
     HOST_WHOLE,
+    PEERS,
     ROPE_FILE,
     SKIP_WEIGHTS,
-    WEIGHTS_FILE,
+    weights_file,
 )
 from runtime.config import RuntimeConfig
 from runtime.driver import StepFailed
 from runtime.fingerprint import absent_packages, fingerprint
 from runtime.golden import golden_step
+from runtime.opening import NotRestored, Opening, PeerFacts
 from runtime.player import Keys, Player
 from runtime.weights import find as find_weights
 from runtime.weights import load as load_packed_weights
+
+if TYPE_CHECKING:
+    from runtime.player_ranks import PlayerRanks
 
 _SKIPPED = "weights skipped, for measurement only: no golden step, and its tokens mean nothing"
 _FILLING = "filling the weights"
 
 
-class NotRestored(RuntimeError):
-    """There is nothing to restore, or it cannot be used; the message is the reason.
-
-    Attributes:
-        replace: what is stored must be replaced by the next capture.
-    """
-
-    def __init__(self, reason: str, *, replace: bool = False) -> None:
-        super().__init__(reason)
-        self.replace = replace
-
-
-def restore(options: RuntimeConfig, *, lib: Any = None) -> Player:
+def restore(options: RuntimeConfig, *, lib: Any = None, opening: Opening | None = None) -> Player:
     """Restore the bundle that is valid for `options` here.
 
     Args:
         lib: driver functions; by default those of the machine.
+        opening: the device as it is being opened, where somebody has begun; closed with the player.
 
     Raises:
         NotRestored: no valid bundle, or one that cannot be restored: capture instead.
@@ -77,7 +70,7 @@ def restore(options: RuntimeConfig, *, lib: Any = None) -> Player:
     """
     resources = ExitStack()
     try:
-        return _Restore(options, resources, lib).run()
+        return _Restore(options, resources, opening or Opening(options.local_rank, lib)).run()
     except BaseException:
         with suppress(CudaError):
             resources.close()
@@ -92,16 +85,18 @@ class Facts:
     arena_base: int
     ladder: Ladder
     step: StepConfig
+    peers: PeerFacts | None
 
     @classmethod
-    def of(cls, bundle: Bundle) -> Facts:
+    def of(cls, bundle: Bundle, rank: int) -> Facts:
         """Raises NotRestored: it holds no graphs; CorruptBundle: malformed."""
         told, layout = bundle.manifest.restore, bundle.manifest.arena
         try:
             kind = told["kind"]
             if kind != GRAPHS:
                 raise NotRestored(f"the bundle holds no graphs: {told['reason']}")
-            step = StepConfig(**told["step"])
+            step = StepConfig(**told["step"], ep_rank=rank)
+            peers = PeerFacts.of(told["peers"], str(bundle.path))
             base, ladder = told["arena_base"], Ladder.parse(told["ladder"], step.max_rows)
             whole = isinstance(base, int) and 0 < base < 1 << 57
         except (KeyError, TypeError, ValueError) as e:
@@ -111,73 +106,133 @@ class Facts:
                 f"{bundle.path}: expected an arena table and its address, got "
                 f"{'none' if layout is None else 'a table'} and {base!r}; {REMEDY}"
             )
-        return cls(layout, base, ladder, step)
+        return cls(layout, base, ladder, step, peers)
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What is going to be restored."""
+
+    model: ModelConfig
+    source: ModelSource
+    bundle: Bundle
+    facts: Facts
+    files: Files
 
 
 class _Restore:
     """One restore; each method is a stage."""
 
-    def __init__(self, options: RuntimeConfig, resources: ExitStack, lib: Any) -> None:
-        self.options, self.resources, self.lib = options, resources, lib
+    def __init__(self, options: RuntimeConfig, resources: ExitStack, opening: Opening) -> None:
+        self.options, self.resources, self.opening = options, resources, opening
+        self.ranks: PlayerRanks | None = None
         self.seconds: dict[str, float] = {}
 
     @contextmanager
     def _stage(self, name: str) -> Iterator[None]:
-        """Time a stage; what is wrong with the bundle becomes the reason to capture again."""
-        start = time.perf_counter()
+        """Time a stage; what is wrong becomes the reason to capture again, on every rank."""
+        start, failure = time.perf_counter(), None
         try:
             yield
+        except NotRestored as e:
+            failure = e
         except (CorruptBundle, StepFailed) as e:
-            raise NotRestored(str(e), replace=True) from e
+            failure = NotRestored(str(e), replace=True)
         except CudaError as e:
-            short = e.name == "CUDA_ERROR_OUT_OF_MEMORY"
-            raise NotRestored(str(e), replace=not short) from e
+            failure = NotRestored(str(e), replace=e.name != "CUDA_ERROR_OUT_OF_MEMORY")
+        if self.ranks is not None:
+            self._agree(name, "", failure)
+        if failure is not None:
+            raise failure
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+    def _agree(self, name: str, value: str, failure: NotRestored | None) -> None:
+        """Raises NotRestored on every rank if any rank has a reason to."""
+        assert self.ranks is not None
+        reason = self.ranks.agree(name, value, None if failure is None else str(failure))
+        if reason is not None:
+            raise NotRestored(reason, replace=failure is not None and failure.replace)
 
     def run(self) -> Player:
         options = self.options
+        self.resources.callback(self.opening.close)
+        found, failure = None, None
+        try:
+            found = self._look()
+        except NotRestored as e:
+            failure = e
         if options.num_ranks > 1:
-            raise NotRestored("this version restores runs of one rank only")
-        opening = _Opening(options.local_rank, self.lib)
-        self.resources.callback(opening.close)
+            from runtime.player_ranks import PlayerRanks  # sockets and more, for ranks alone
+
+            with self._stage("ranks"):
+                ranks = PlayerRanks(options)
+            self.resources.callback(ranks.close)
+            self.ranks = ranks
+            self._agree("the bundle", found.bundle.path.name if found else "", failure)
+        if failure is not None:
+            raise failure
+        assert found is not None
+        return self._load(found)
+
+    def _look(self) -> _Found:
+        """Find the bundle and check it, while the driver comes up."""
+        options = self.options
         with self._stage("model"):
             model, source = resolve_model(
                 options.model, layers=options.layers, overrides=parse_overrides(options.overrides)
             )
         with self._stage("fingerprint"):
-            current = fingerprint(options, on_device=True, driver=opening.wait_driver)
+            current = fingerprint(options, on_device=True, driver=self.opening.wait_driver)
         with self._stage("bundle"):
             bundle = self._find(current)
-            facts = Facts.of(bundle)
+            facts = Facts.of(bundle, options.ranks.rank)
             files = Files(bundle.files, str(bundle.path))
+        return _Found(model, source, bundle, facts, files)
+
+    def _load(self, found: _Found) -> Player:
+        facts, files = found.facts, found.files
         with self._stage("context"):
-            driver = opening.wait_context()
+            driver = self.opening.wait_context()
         with self._stage("arena"):
             arena = self._map(driver, facts)
             stream = driver.create_stream()
             self.resources.callback(driver.destroy_stream, stream)
-            symbols = symbol_table(files.program, partial(_address, arena))
+        if self.ranks is not None and facts.peers is not None:
+            with self._stage("peers"):
+                self.ranks.share(driver, facts.peers, arena.ptr("step"))
+        peers = self.ranks.base if self.ranks is not None else 0
+        with self._stage("symbols"):
+            symbols = symbol_table(files.program, partial(_address, arena, peers))
         code = Code(driver, files)
         self.resources.callback(code.close)
         keys = Keys(driver, code, files, symbols, stream, facts.ladder)
         self.resources.callback(keys.close)
         player = Player(
-            *(options, driver, arena, stream, keys, facts.step, model, facts.ladder, self.resources)
+            self.options,
+            driver,
+            arena,
+            stream,
+            keys,
+            facts.step,
+            found.model,
+            facts.ladder,
+            self.resources,
+            self.ranks,
         )
         with self._stage("weights"):
-            checkable = self._load_packed(driver, arena, files, model, source)
+            checkable = self._load_packed(driver, arena, files, found.model, found.source)
             if not checkable:
-                checkable = self._load_weights(driver, arena, files, source, code, symbols, stream)
+                checkable = self._load_weights(driver, arena, found, code, symbols, stream)
             player.reset_state()
         first = facts.ladder.keys[0]
         with self._stage("first key"):
             keys.exec_of(first)
-        with self._stage("golden"):
-            reason = _SKIPPED
-            if checkable:
+        reason = _SKIPPED
+        if checkable:
+            with self._stage("golden"):
                 check_golden(player, first)
-                reason = f"the golden step of key {first} agrees"
-        player.load_reason = f"bundle {bundle.path.name[:16]}: {reason}"
+            reason = f"the golden step of key {first} agrees"
+        player.load_reason = f"bundle {found.bundle.path.name[:16]}: {reason}"
         player.stages = self.seconds
         keys.build_rest()
         return player
@@ -227,25 +282,26 @@ class _Restore:
         self,
         driver: Driver,
         arena: DeviceArena,
-        files: Files,
-        source: ModelSource,
+        found: _Found,
         code: Code,
         symbols: NDArray[np.uint64],
         stream: int,
     ) -> bool:
         """Fill the weights; whether a golden step can be expected to agree."""
+        files, source, rank = found.files, found.source, self.options.ranks.rank
         rope, place = _rope(files, arena), arena.view_spec("rope_table")
         if self.options.weights == SKIP_WEIGHTS:
             driver.upload(place.ptr, rope)
             return False
-        if not source.is_preset or not files.has(WEIGHTS_FILE):
+        if not source.is_preset or not files.has(weights_file(rank)):
             raise NotRestored(
                 f"the weights of {source.name} are not in the bundle and no packed ones were found;"
                 " pack them with python -m runtime.pack"
             )
         section = next(e for e in arena.layout.extents if e.section.name == "weights")
         driver.fill(arena.base + section.offset, 0, section.nbytes, stream)
-        graph = build_graph(driver, code, files.graph(WEIGHTS_FILE), symbols, "the weights' graph")
+        fill = files.graph(weights_file(rank))
+        graph = build_graph(driver, code, fill, symbols, "the weights' graph")
         try:
             driver.launch(graph, stream, _FILLING)
             driver.wait(stream, _FILLING)
@@ -282,8 +338,10 @@ def _rope(files: Files, arena: DeviceArena) -> NDArray[np.uint8]:
     return rope
 
 
-def _address(arena: DeviceArena, name: str) -> int:
+def _address(arena: DeviceArena, peers: int, name: str) -> int:
     """Of a symbol; raises CorruptBundle."""
+    if name == PEERS and peers:
+        return peers
     if name == DEVICE_WHOLE:
         return arena.base
     if name == HOST_WHOLE:
@@ -294,53 +352,3 @@ def _address(arena: DeviceArena, name: str) -> int:
         raise CorruptBundle(
             f"the program names memory {name!r}, which is not in the arena; {REMEDY}"
         ) from e
-
-
-class _Opening:
-    """The driver and the device's context, made in a thread: together they take 200 ms."""
-
-    def __init__(self, ordinal: int, lib: Any) -> None:
-        self._ordinal, self._lib = ordinal, lib
-        self._driver: Driver | None = None
-        self._failure: Exception | None = None
-        self._initialised = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="lockstep-open", daemon=True)
-        self._thread.start()
-
-    def wait_driver(self) -> Driver:
-        """A driver that can be asked about devices; raises NotRestored."""
-        self._initialised.wait()
-        self._check()
-        assert self._driver is not None
-        return self._driver
-
-    def wait_context(self) -> Driver:
-        """The opened driver, its context current in this thread; raises NotRestored."""
-        self._thread.join()
-        driver = self.wait_driver()
-        driver.make_current()
-        return driver
-
-    def close(self) -> None:
-        """Release the context."""
-        self._thread.join()
-        if self._driver is not None:
-            self._driver.close()
-
-    def _run(self) -> None:
-        try:
-            driver = Driver(self._lib)
-            driver.init()
-            if driver.num_devices() <= self._ordinal:
-                raise CudaError("no such device", f"opening device {self._ordinal}", "use another")
-            self._driver = driver
-            self._initialised.set()
-            driver.open(self._ordinal)
-        except CudaError as e:
-            self._failure = e
-        finally:
-            self._initialised.set()
-
-    def _check(self) -> None:
-        if self._failure is not None:
-            raise NotRestored(str(self._failure)) from self._failure

@@ -94,9 +94,14 @@ def _process(options: RuntimeConfig) -> dict[str, Any]:
     """
     chosen = {k: v for k, v in dataclasses.asdict(options).items() if v is not None}
     command_line = [sys.executable, "-m", "runtime.restore_child", json.dumps(chosen)]
+    more = ["restore"] if options.bundle else []
     start_ns = time.time_ns()
     done = subprocess.run(
-        [*command_line, str(start_ns)], capture_output=True, text=True, timeout=LIMIT_S, check=False
+        [*command_line, str(start_ns), *more],
+        capture_output=True,
+        text=True,
+        timeout=LIMIT_S,
+        check=False,
     )
     for line in done.stdout.splitlines():
         if line.startswith("RESULT ") and done.returncode == 0:

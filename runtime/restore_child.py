@@ -10,14 +10,18 @@ MAIN_NS = time.time_ns()  # before anything is imported
 
 
 def main(argv: list[str]) -> int:
-    """Args: options as JSON, nanoseconds of the process's start."""
+    """Args: options as JSON, nanoseconds of the start, "restore" where one is expected."""
     import json
 
+    from runtime.opening import Opening
+
+    # The driver comes up while the rest is imported. A capture opens the device through torch.
+    opening = Opening() if "restore" in argv[2:] else None
     options, start_ns = json.loads(argv[0]), int(argv[1])
     from runtime import Runtime, SamplingParams
 
     imported_ns = time.time_ns()
-    runtime = Runtime.load(**options)
+    runtime = Runtime.load(**options, opening=opening)
     loaded_ns = time.time_ns()
     runtime.add([1], SamplingParams(max_tokens=2, ignore_eos=True))
     runtime.step()

@@ -33,7 +33,7 @@ from capture_cache.manifest import Manifest
 from capture_cache.restore_driver import Driver
 from capture_cache.store import Store
 from graphs.keys import Ladder
-from runtime.bundle_names import GRAPHS, ROPE_FILE, WEIGHTS_FILE
+from runtime.bundle_names import GRAPHS, ROPE_FILE, weights_file
 from runtime.config import RuntimeConfig
 from tests.cpu.fake_cuda import FakeCuda, FakeGraph, FakeKernel
 
@@ -120,7 +120,7 @@ def publish_bundle(
     )
     files = {PROGRAM_FILE: encode_program(program), program.modules[0].file: CODE}
     files[ROPE_FILE] = b"\x07" * places["rope_table"].nbytes
-    files[WEIGHTS_FILE] = encode_graph(one_kernel(1, (2,), 1, 1))
+    files[weights_file(0)] = encode_graph(one_kernel(1, (2,), 1, 1))
     for key in ladder.keys:
         graph = one_kernel(0, (0, 1), key.tokens, key.rows)
         files[graph_file(key.tokens, key.rows)] = encode_graph(graph)
@@ -130,7 +130,7 @@ def publish_bundle(
     step = dataclasses.asdict(selection.step)
     del step["ep_rank"]
     restore = {"kind": kind, "arena_base": base, "ladder": str(ladder), "step": step}
-    restore["reason"] = "the test says so"
+    restore |= {"reason": "the test says so", "peers": None}
     facts = fingerprint(options, on_device=True, driver=lambda: Driver(Gpu()))
     manifest = Manifest(facts, layout, {"keys": []}, restore=restore)
     return Store(root).publish(facts, manifest, files).path
