@@ -14,6 +14,7 @@ interpreted.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
@@ -21,6 +22,7 @@ import os
 import re
 import stat
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -385,16 +387,18 @@ class PackedWeights:
             self.check_small()
         for name in self.shards if shards is None else shards:
             fd = self.open_shard(name)
-            try:
-                for i in range(self.shards[name].num_pieces):
-                    data = os.pread(fd, PIECE_BYTES, i * PIECE_BYTES)
-                    self.check_piece(name, i, data)
-                    yield name, len(data)
-            finally:
-                os.close(fd)
+            with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+                try:
+                    check = functools.partial(self._check_piece, name, fd)
+                    for nbytes in pool.map(check, range(self.shards[name].num_pieces)):
+                        yield name, nbytes
+                finally:
+                    pool.shutdown(cancel_futures=True)
+                    os.close(fd)
 
-    def check_piece(self, shard: str, i: int, data: bytes | memoryview) -> None:
-        """Compare piece `i` with its sha256. Raises CorruptBundle."""
+    def _check_piece(self, shard: str, fd: int, i: int) -> int:
+        """Compare piece `i` with its sha256; returns its bytes. Raises CorruptBundle."""
+        data = os.pread(fd, PIECE_BYTES, i * PIECE_BYTES)
         expected = self.index.pieces[shard][64 * i : 64 * i + 64]
         got = hashlib.sha256(data).hexdigest()
         if got != expected:
@@ -409,6 +413,7 @@ class PackedWeights:
                 f"{begin + len(data)}, got {got} (near {', '.join(held[:3]) or 'one tensor'}); "
                 f"{REMEDY}"
             )
+        return len(data)
 
 
 def _without(fingerprint: Fingerprint, names: frozenset[str]) -> Fingerprint:
