@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import stat
 from collections.abc import Iterator, Mapping
@@ -10,12 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from capture_cache.bundle import PROGRAM_FILE, decode_golden
 from capture_cache.errors import CorruptBundle
 from capture_cache.fingerprint import Fingerprint, Value
 from capture_cache.fingerprint import differing as differing_fields
 from capture_cache.machine import here
 from capture_cache.manifest import Manifest
 from capture_cache.packed import PackedWeights
+from capture_cache.restore import Files
 from capture_cache.store import MANIFEST, Store
 
 SHORT = 12  # hex digits that name an entry in a table
@@ -188,8 +191,10 @@ def _checked(
         return str(path), 0, Problem(str(path), str(problem))
     try:
         bundle = store.load(manifest.fingerprint)
-        nbytes = sum(map(len, bundle.files.values())) if bundle is not None else 0
-        return str(path), nbytes, None
+        if bundle is None:
+            return str(path), 0, None  # removed meanwhile
+        read_structs(bundle.files, path)
+        return str(path), sum(map(len, bundle.files.values())), None
     except CorruptBundle as e:
         return str(path), 0, Problem(str(path), str(e))
 
@@ -203,6 +208,26 @@ def tree_bytes(path: Path) -> int:
                 info = os.lstat(os.path.join(folder, name))
                 total += info.st_size if stat.S_ISREG(info.st_mode) else 0
     return total
+
+
+def read_structs(contents: Mapping[str, bytes], path: Path) -> dict[str, int]:
+    """Nodes of each graph of a bundle, every struct in it read; empty where it holds no graphs.
+
+    Raises:
+        CorruptBundle: a struct makes no sense, or device code is not what its name says.
+    """
+    if PROGRAM_FILE not in contents:
+        return {}
+    files, nodes = Files(contents, str(path)), {}
+    for i, module in enumerate(files.program.modules):
+        if hashlib.sha256(files.code(i)).hexdigest() != module.sha256:
+            raise CorruptBundle(f"{path / module.file}: expected the code it is named after")
+    for name in sorted(contents):
+        if name.startswith("graph/"):
+            nodes[name] = len(files.graph(name).nodes)
+        elif name.startswith("golden/"):
+            decode_golden(contents[name], str(path / name))
+    return nodes
 
 
 def _captured(path: Path) -> int:
