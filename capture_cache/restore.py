@@ -6,6 +6,7 @@ pointers to them, the driver's own structs. What is left for each node is one dr
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 
 import numpy as np
@@ -135,7 +136,7 @@ class Code:
         Raises:
             CudaError: code that the driver refuses.
         """
-        for index in np.unique(functions).tolist():
+        for index in set(functions.tolist()):
             if not self._kernels[index]:
                 self._kernels[index] = self._load(self._files.program.functions[index])
         handles: Table = self._kernels[functions]
@@ -172,24 +173,57 @@ def symbol_table(program: Program, find: Callable[[str], int]) -> Table:
     return np.array([find(s.name) for s in program.symbols] or [0], np.uint64)
 
 
-def build_graph(driver: Driver, code: Code, graph: Graph, symbols: Table, shown: str) -> int:
+class Parts:
+    """Seconds of the parts of building graphs, summed up."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def start(self) -> None:
+        self._last = time.perf_counter()
+
+    def end(self, name: str) -> None:
+        """What was done since the last call was `name`."""
+        now = time.perf_counter()
+        self.seconds[name] = self.seconds.get(name, 0.0) + now - self._last
+        self._last = now
+
+
+def build_graph(
+    driver: Driver,
+    code: Code,
+    graph: Graph,
+    symbols: Table,
+    shown: str,
+    parts: Parts | None = None,
+) -> int:
     """Rebuild and instantiate a graph; returns its CUgraphExec.
 
     Args:
         symbols: from `symbol_table`.
         shown: what it is, for messages.
+        parts: told how long what took.
     Raises:
         CudaError: the driver refuses a kernel, a node, or the whole.
     """
+    parts = parts or Parts()
+    parts.start()
+    code.kernels(graph.nodes["function"][graph.nodes["kind"] == KERNEL])
+    parts.end("code")
     payload = relocated(graph, symbols)
     handle = driver.new_graph()
     try:
         nodes = _add_nodes(driver, code, graph, payload, handle, shown)
+        parts.end("nodes")
         _set_attributes(driver, graph, nodes, shown)
         _add_edges(driver, graph, nodes, handle, shown)
+        parts.end("edges")
         return driver.instantiate(handle, f"instantiating {shown}")
     finally:
+        parts.end("instantiate")
         driver.drop_graph(handle)
+        parts.end("drop")
 
 
 def relocated(graph: Graph, symbols: Table) -> Table:
@@ -212,12 +246,14 @@ def _add_nodes(
     out = handles.ctypes.data
     kernel = np.flatnonzero(nodes["kind"] == KERNEL)
     params, _pointers = _kernel_params(driver, code, nodes[kernel], payload)
-    at, stride, add = params.ctypes.data, KERNEL_PARAMS.itemsize, lib.cuGraphAddKernelNode_v2
-    for index in kernel.tolist():
-        status = add(out + 8 * index, handle, 0, 0, at)
-        if status:
-            _refuse(driver, status, code, graph, index, shown)
-        at += stride
+    add = lib.cuGraphAddKernelNode_v2
+    first, size = params.ctypes.data, KERNEL_PARAMS.itemsize
+    # A loop that does nothing but the calls: it holds Python's lock for as long as it runs.
+    for into, at in zip(
+        (out + 8 * kernel).tolist(), range(first, first + size * len(params), size), strict=True
+    ):
+        if status := add(into, handle, 0, 0, at):
+            _refuse(driver, status, code, graph, (into - out) // 8, shown)
     base, context = payload.ctypes.data, driver.context
     for index in np.flatnonzero(nodes["kind"] != KERNEL).tolist():
         kind, start = int(nodes["kind"][index]), base + int(nodes["payload"][index])

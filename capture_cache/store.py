@@ -14,7 +14,8 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from collections.abc import Collection, Mapping
+import threading
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,8 @@ from capture_cache.manifest import (
 _HEX = re.compile(r"[0-9a-f]{64}")
 _ARCH = re.compile(r"sm_[0-9]{2,3}[a-z]?")
 _ATTEMPTS = 4
+_THREADS = 4  # that hash an entry of more than
+_SERIAL_BYTES = 4 << 20
 MANIFEST = "manifest.json"
 META = "meta.json"
 
@@ -117,8 +120,17 @@ class Store:
             CorruptBundle: there is one, and it is not what its manifest says.
             StoreError: the store cannot be read safely.
         """
-        loaded = self._load((fingerprint.digest,), MANIFEST)
+        loaded = self.read(fingerprint)
         return None if loaded is None else _bundle(loaded)
+
+    def read(self, fingerprint: Fingerprint) -> Loaded | None:
+        """As `load`, its manifest still as JSON: `parse` reads that."""
+        return self._load((fingerprint.digest,), MANIFEST)
+
+    @staticmethod
+    def parse(loaded: Loaded) -> Bundle:
+        """The bundle that `read` found; raises CorruptBundle."""
+        return _bundle(loaded)
 
     def find(
         self, fingerprint: Fingerprint, *, unset: Collection[str] = frozenset()
@@ -256,11 +268,8 @@ class Store:
                     f"{path}: expected the record of {'/'.join(parts)}, got "
                     f"{record.get('entry')!r:.100}; {REMEDY}"
                 )
-            contents = {}
-            for name, expected in files_from_json(record.get("files"), path / record_name).items():
-                contents[name] = read_file(fd, name, path, max(expected.nbytes, 0))
-                expected.check(contents[name], path / name)
-            return Loaded(path, record, contents)
+            records = files_from_json(record.get("files"), path / record_name)
+            return Loaded(path, record, _read_all(fd, records, path))
 
     def _publish(
         self,
@@ -356,6 +365,34 @@ class Store:
 
 def _names(folder: Path, pattern: re.Pattern[str]) -> list[str]:
     return [n for n in os.listdir(folder) if pattern.fullmatch(n)] if folder.is_dir() else []
+
+
+def _read_all(fd: int, records: Mapping[str, FileRecord], path: Path) -> dict[str, bytes]:
+    """Contents of all files, every byte checked; large entries by several threads, for hashing
+    is what takes the time, and gives up Python's lock."""
+    contents: dict[str, bytes] = dict.fromkeys(records, b"")  # in the record's order
+    failures: list[CorruptBundle] = []
+
+    def read(names: Sequence[str]) -> None:
+        try:
+            for name in names:
+                data = read_file(fd, name, path, max(records[name].nbytes, 0))
+                records[name].check(data, path / name)
+                contents[name] = data
+        except CorruptBundle as e:
+            failures.append(e)
+
+    names = sorted(records, key=lambda n: records[n].nbytes)
+    count = _THREADS if sum(r.nbytes for r in records.values()) > _SERIAL_BYTES else 1
+    threads = [threading.Thread(target=read, args=(names[i::count],)) for i in range(1, count)]
+    for thread in threads:
+        thread.start()
+    read(names[::count])
+    for thread in threads:
+        thread.join()
+    if failures:
+        raise failures[0]
+    return contents
 
 
 def _bundle(loaded: Loaded) -> Bundle:

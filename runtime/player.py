@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
@@ -17,8 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from capture_cache.arena import DeviceArena
-from capture_cache.bundle import Golden
-from capture_cache.restore import Code, Files, build_graph
+from capture_cache.bundle import Golden, Graph
+from capture_cache.restore import Code, Files, Parts, build_graph
 from capture_cache.restore_driver import Driver
 from graphs.keys import GraphKey, Ladder, NotCaptured
 from graphs.model_config import ModelConfig
@@ -30,12 +30,18 @@ from runtime.state import RESET
 if TYPE_CHECKING:
     from runtime.player_ranks import PlayerRanks
 
+# Before the thread builds further keys: a step that follows the load at once is not disturbed.
+PAUSE_S = 0.03
+
 
 class Keys:
     """The graphs of a ladder, each rebuilt when it is wanted or when the thread comes to it.
 
+    Args:
+        prepared: graphs that have been read already.
+
     Attributes:
-        seconds: spent on building each key.
+        seconds: spent on building each key; parts: on what, all keys together.
     """
 
     def __init__(
@@ -46,15 +52,18 @@ class Keys:
         symbols: NDArray[np.uint64],
         stream: int,
         ladder: Ladder,
+        prepared: Mapping[GraphKey, Graph],
     ) -> None:
         self._driver, self._code, self._files = driver, code, files
         self._symbols, self._stream, self._ladder = symbols, stream, ladder
         self._graphs: dict[GraphKey, int] = {}
+        self._prepared = dict(prepared)
         self._lock = threading.Lock()
-        self._stop = False
+        self._stop = threading.Event()
         self._thread: threading.Thread | None = None
         self._failure: Exception | None = None
         self.seconds: dict[GraphKey, float] = {}
+        self.parts = Parts()
 
     def exec_of(self, key: GraphKey) -> int:
         """The key's CUgraphExec; waits for it where it is not built yet.
@@ -88,7 +97,7 @@ class Keys:
 
     def close(self) -> None:
         """Stop building and drop all graphs. Idempotent."""
-        self._stop = True
+        self._stop.set()
         if self._thread is not None:
             self._thread.join()
         while self._graphs:
@@ -96,9 +105,10 @@ class Keys:
 
     def _run(self) -> None:
         try:
+            self._stop.wait(PAUSE_S)
             self._driver.make_current()
             for key in self._ladder.keys:
-                if self._stop:
+                if self._stop.is_set():
                     return
                 self.exec_of(key)
         except Exception as e:  # told by `check`, and again by the step that wants the key
@@ -114,11 +124,15 @@ class Keys:
             if graph is not None:  # the other thread was quicker
                 return graph
             start = time.perf_counter()
-            stored = self._files.graph_of(key.tokens, key.rows)
-            graph = build_graph(
-                self._driver, self._code, stored, self._symbols, f"the graph of key {key}"
-            )
+            stored = self._prepared.pop(key, None)
+            if stored is None:
+                self.parts.start()
+                stored = self._files.graph_of(key.tokens, key.rows)
+                self.parts.end("decode")
+            shown = f"the graph of key {key}"
+            graph = build_graph(self._driver, self._code, stored, self._symbols, shown, self.parts)
             self._driver.upload_graph(graph, self._stream)
+            self.parts.end("upload")
             self.seconds[key] = time.perf_counter() - start
             self._graphs[key] = graph
             return graph

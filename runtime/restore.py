@@ -10,24 +10,27 @@ the caller captures again, and says so.
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from capture_cache.arena import DeviceArena
-from capture_cache.errors import ArenaError, CorruptBundle, CudaError, FingerprintMismatch
+from capture_cache.bundle import KERNEL, PROGRAM_FILE, Graph
+from capture_cache.errors import ArenaError, CorruptBundle, CudaError
 from capture_cache.files import REMEDY
 from capture_cache.fingerprint import Fingerprint
 from capture_cache.layout import ArenaLayout
 from capture_cache.restore import Code, Files, build_graph, symbol_table
 from capture_cache.restore_driver import Driver
-from capture_cache.store import Bundle, Store
+from capture_cache.store import Bundle, Loaded, Store
 from graphs.keys import GraphKey, Ladder
 from graphs.model_config import ModelConfig, parse_overrides
 from graphs.model_source import ModelSource, resolve_model
@@ -47,8 +50,6 @@ from runtime.fingerprint import absent_packages, fingerprint
 from runtime.golden import golden_step
 from runtime.opening import NotRestored, Opening, PeerFacts
 from runtime.player import Keys, Player
-from runtime.weights import find as find_weights
-from runtime.weights import load as load_packed_weights
 
 if TYPE_CHECKING:
     from runtime.player_ranks import PlayerRanks
@@ -115,9 +116,10 @@ class _Found:
 
     model: ModelConfig
     source: ModelSource
-    bundle: Bundle
+    path: Path
     facts: Facts
     files: Files
+    preload: _Preload
 
 
 class _Restore:
@@ -168,7 +170,7 @@ class _Restore:
                 ranks = PlayerRanks(options)
             self.resources.callback(ranks.close)
             self.ranks = ranks
-            self._agree("the bundle", found.bundle.path.name if found else "", failure)
+            self._agree("the bundle", found.path.name if found else "", failure)
         if failure is not None:
             raise failure
         assert found is not None
@@ -184,10 +186,16 @@ class _Restore:
         with self._stage("fingerprint"):
             current = fingerprint(options, on_device=True, driver=self.opening.wait_driver)
         with self._stage("bundle"):
-            bundle = self._find(current)
-            facts = Facts.of(bundle, options.ranks.rank)
-            files = Files(bundle.files, str(bundle.path))
-        return _Found(model, source, bundle, facts, files)
+            loaded = self._find(current)
+        rank = options.ranks.rank
+        with self._stage("manifest"):
+            if PROGRAM_FILE not in loaded.files:
+                Facts.of(Store.parse(loaded), rank)  # a bundle that may lack one says why
+            files = Files(loaded.files, str(loaded.path))
+            preload = _Preload(self.opening, files, loaded.record)
+            self.resources.callback(preload.close)
+            facts = Facts.of(Store.parse(loaded), rank)
+        return _Found(model, source, loaded.path, facts, files, preload)
 
     def _load(self, found: _Found) -> Player:
         facts, files = found.facts, found.files
@@ -203,9 +211,9 @@ class _Restore:
         peers = self.ranks.base if self.ranks is not None else 0
         with self._stage("symbols"):
             symbols = symbol_table(files.program, partial(_address, arena, peers))
-        code = Code(driver, files)
-        self.resources.callback(code.close)
-        keys = Keys(driver, code, files, symbols, stream, facts.ladder)
+        with self._stage("code"):
+            code, prepared = found.preload.wait()
+        keys = Keys(driver, code, files, symbols, stream, facts.ladder, prepared)
         self.resources.callback(keys.close)
         player = Player(
             self.options,
@@ -232,23 +240,20 @@ class _Restore:
             with self._stage("golden"):
                 check_golden(player, first)
             reason = f"the golden step of key {first} agrees"
-        player.load_reason = f"bundle {found.bundle.path.name[:16]}: {reason}"
+        player.load_reason = f"bundle {found.path.name[:16]}: {reason}"
         player.stages = self.seconds
         keys.build_rest()
         return player
 
-    def _find(self, current: Fingerprint) -> Bundle:
+    def _find(self, current: Fingerprint) -> Loaded:
         """The bundle of these options, every hash checked."""
         store = Store(self.options.store_path)
         # An installation that lacks what captured may still play.
         found = store.find(current, unset=absent_packages())
-        bundle = None if found is None else store.load(found)
-        if bundle is not None:
-            return bundle
-        try:
-            return store.require(current)  # tells what differs
-        except FingerprintMismatch as e:
-            raise NotRestored(str(e)) from e
+        loaded = None if found is None else store.read(found)
+        if loaded is None:
+            raise NotRestored(store.explain_miss(current))
+        return loaded
 
     def _map(self, driver: Driver, facts: Facts) -> DeviceArena:
         try:
@@ -269,12 +274,14 @@ class _Restore:
         """Fill the weights from packed ones; whether there are any."""
         if self.options.weights == SKIP_WEIGHTS:
             return False
-        packed = find_weights(self.options, model, source).packed
+        from runtime.weights import find, load  # a measurement without weights needs neither
+
+        packed = find(self.options, model, source).packed
         if packed is None:
             return False
         store = Store(self.options.store_path)
         rank = self.options.ranks.rank
-        load_packed_weights(packed, arena, self.options, rank=rank, driver=driver, store=store)
+        load(packed, arena, self.options, rank=rank, driver=driver, store=store)
         driver.upload(arena.view_spec("rope_table").ptr, _rope(files, arena))
         return True
 
@@ -309,6 +316,45 @@ class _Restore:
             driver.drop_exec(graph)
         driver.upload(place.ptr, rope)
         return True
+
+
+class _Preload:
+    """The first key's graph and code, read and loaded in a thread while the arena is mapped."""
+
+    def __init__(self, opening: Opening, files: Files, record: Mapping[str, Any]) -> None:
+        self._opening, self._files, self._record = opening, files, record
+        self._code: Code | None = None
+        self._prepared: dict[GraphKey, Graph] = {}
+        self._failure: Exception | None = None
+        self._thread = threading.Thread(target=self._run, name="lockstep-code", daemon=True)
+        self._thread.start()
+
+    def wait(self) -> tuple[Code, dict[GraphKey, Graph]]:
+        """The code, and the graphs that have been read; raises CorruptBundle, CudaError."""
+        self._thread.join()
+        if self._failure is not None:
+            raise self._failure
+        assert self._code is not None
+        return self._code, self._prepared
+
+    def close(self) -> None:
+        """Unload the code."""
+        self._thread.join()
+        if self._code is not None:
+            self._code.close()
+
+    def _run(self) -> None:
+        try:
+            driver = self._opening.wait_context()
+            self._code = Code(driver, self._files)
+            key = Ladder(map(GraphKey.parse, self._record["restore"]["ladder"].split(","))).keys[0]
+            graph = self._files.graph_of(key.tokens, key.rows)
+            self._code.kernels(graph.nodes["function"][graph.nodes["kind"] == KERNEL])
+            self._prepared[key] = graph
+        except (CorruptBundle, CudaError, NotRestored) as e:
+            self._failure = e
+        except (KeyError, TypeError, ValueError, AttributeError) as e:
+            self._failure = CorruptBundle(f"what to restore is malformed: {e!r}; {REMEDY}")
 
 
 def check_golden(player: Player, key: GraphKey) -> None:

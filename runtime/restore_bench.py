@@ -128,6 +128,8 @@ def _show(report: dict[str, Any]) -> None:
     console.print(table)
     keys = report["runs"]["restored, no weights"][0]["key_ms"]
     console.print("keys, ms   " + ", ".join(f"{k} {v:.1f}" for k, v in keys.items()))
+    parts = report["runs"]["restored, no weights"][-1]["key_parts_ms"]
+    console.print("all keys   " + ", ".join(f"{k} {v:.0f}" for k, v in parts.items()) + " ms")
     nodes = report["nodes"]
     console.print(f"nodes      {min(nodes)} to {max(nodes)} a key, {len(nodes)} keys")
     console.print(f"bundle     {report['bundle_bytes'] / 2**20:.1f} MiB; page cache warm")

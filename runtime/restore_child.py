@@ -27,10 +27,11 @@ def main(argv: list[str]) -> int:
     runtime.step()
     stepped_ns = time.time_ns()
     engine = runtime.engine
-    keys = {}
+    keys, parts = {}, {}
     if runtime.loaded_from == "bundle":
         engine.keys.wait()
         keys = {str(key): 1e3 * seconds for key, seconds in engine.keys.seconds.items()}
+        parts = {name: 1e3 * seconds for name, seconds in engine.keys.parts.seconds.items()}
     all_ns = time.time_ns()
     spans = {
         "interpreter": MAIN_NS - start_ns,
@@ -46,6 +47,7 @@ def main(argv: list[str]) -> int:
         "first_step_ms": (stepped_ns - start_ns) / 1e6,
         "all_keys_ms": (all_ns - start_ns) / 1e6,
         "key_ms": keys,
+        "key_parts_ms": parts,
         "torch": "torch" in sys.modules or "triton" in sys.modules,
     }
     runtime.close()

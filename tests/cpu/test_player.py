@@ -147,7 +147,7 @@ def test_code_that_the_driver_refuses(tmp_path: Path) -> None:
     publish_bundle(tmp_path)
     gpu = Gpu()
     gpu.code = {}
-    refused(tmp_path, "loading the code of kernel fill", replace=True, gpu=gpu)
+    refused(tmp_path, "loading the code of kernel publish", replace=True, gpu=gpu)
 
 
 def test_no_such_device(tmp_path: Path) -> None:
