@@ -275,13 +275,7 @@ class PackedWeights:
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path).absolute()
-        with open_dir(self.path, ()) as fd:
-            if fd is None:
-                raise CorruptBundle(
-                    f"{self.path}: expected a directory of packed weights, got nothing; "
-                    "make one with python -m runtime.pack"
-                )
-            data = read_file(fd, INDEX, self.path, MAX_RECORD_BYTES)
+        data = self._read(INDEX, MAX_RECORD_BYTES)
         self.index = Index.from_bytes(data, self.path / INDEX)
         self.shards = self.index.shards()
 
@@ -369,10 +363,17 @@ class PackedWeights:
 
     def check_small(self) -> None:
         """Compare the copied small files with their hashes. Raises CorruptBundle."""
+        for name, record in self.index.small.items():
+            record.check(self._read(name, record.nbytes), self.path / name)
+
+    def _read(self, name: str, max_bytes: int) -> bytes:
         with open_dir(self.path, ()) as fd:
-            assert fd is not None
-            for name, record in self.index.small.items():
-                record.check(read_file(fd, name, self.path, record.nbytes), self.path / name)
+            if fd is None:
+                raise CorruptBundle(
+                    f"{self.path}: expected a directory of packed weights, got nothing; "
+                    "make one with python -m runtime.pack"
+                )
+            return read_file(fd, name, self.path, max_bytes)
 
     def verify(self, shards: Sequence[str] | None = None) -> Iterator[tuple[str, int]]:
         """Compare every sha256, of some shards or of all and of the small files.

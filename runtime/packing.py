@@ -33,6 +33,7 @@ from capture_cache.packed import (
     PackedTensor,
     PackedWeights,
     Shard,
+    is_packed,
     plan_shards,
     shard_names,
 )
@@ -78,7 +79,7 @@ def pack(
         seed: of a preset's weights.
         device: where they are converted: "cpu" or "cuda".
         launch: how to run kernels there; for a preset on "cuda".
-        force: replace whatever `out` holds.
+        force: replace the packed weights that `out` holds, damaged or not.
         files: how to write; tests pass one that fails.
 
     Raises:
@@ -88,6 +89,11 @@ def pack(
     """
     name = identity(model, source, ep_size=ep_size, seed=seed)
     out = out.absolute()
+    if force and out.exists() and not _is_replaceable(out):
+        raise StoreError(
+            f"{out}: expected nothing, or packed weights, got other files; --force does not remove "
+            "them: give another --out"
+        )
     if not force:
         standing = _standing(out, name)
         if standing is not None:
@@ -144,20 +150,25 @@ def _standing(out: Path, name: Fingerprint) -> PackedWeights | None:
     """
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return None
+    got = "other files"
     try:
-        packed = PackedWeights(out)
-        same = packed.index.identity == name
-        got = "packed weights of another model, conversion or number of ranks"
-        if same:
-            for shard in packed.shards:
-                os.close(packed.open_shard(shard))
-            return packed
+        if is_packed(out):
+            packed = PackedWeights(out)
+            got = "packed weights of another model, conversion or number of ranks"
+            if packed.index.identity == name:
+                for shard in packed.shards:
+                    os.close(packed.open_shard(shard))
+                return packed
     except CorruptBundle as e:
         got = str(e)
     raise StoreError(
         f"{out}: expected nothing, or these weights, got {got}; give another --out, or --force to "
         "replace it"
     )
+
+
+def _is_replaceable(out: Path) -> bool:
+    return is_packed(out) or (out.is_dir() and not any(out.iterdir()))
 
 
 class _Packer:
