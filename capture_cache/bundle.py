@@ -411,11 +411,10 @@ def _check_gaps(graph: Graph, shown: str) -> None:
     """Between payloads there is nothing."""
     nodes = graph.nodes
     starts, sizes = nodes["payload"].astype(np.int64), nodes["payload_bytes"].astype(np.int64)
-    depth = np.zeros(len(graph.payload) + 1, np.int8)
-    some = sizes > 0
-    depth[starts[some]] += 1
-    depth[(starts + sizes)[some]] -= 1
-    outside = np.cumsum(depth[:-1], dtype=np.int8) == 0
+    ends, after = starts + sizes, np.append(starts[1:], len(graph.payload))
+    lengths = after - ends  # of the gap behind each payload
+    before = np.cumsum(lengths) - lengths
+    outside = np.repeat(ends - before, lengths) + np.arange(int(lengths.sum()))
     if graph.payload[outside].any():
         raise _corrupt(shown, "expected zeros between payloads, got others")
 
@@ -445,9 +444,11 @@ def _check_relocations(graph: Graph, program: Program, shown: str) -> None:
     at, symbol = table["at"].astype(np.int64), table["symbol"].astype(np.int64)
     _all(shown, "relocation", at % 8 == 0, "an aligned word")
     _ascending(shown, "relocations", at)
-    owner = np.searchsorted(nodes["payload"], at, side="right") - 1
-    # Empty payloads share a start with their successor; the last of them is found, which has bytes.
-    end = nodes["payload"].astype(np.int64)[owner] + nodes["payload_bytes"][owner]
+    starts = nodes["payload"].astype(np.int64)
+    # How many relocations lie in each node: both are sorted. Of empty payloads, which share a start
+    # with their successor, none has any.
+    bounds = np.append(np.searchsorted(at, starts), len(at))
+    end = np.repeat(starts + nodes["payload_bytes"], np.diff(bounds))
     _all(shown, "relocation", at + 8 <= end, "a word of some node's parameters")
     _all(shown, "relocation", symbol < len(program.symbols), "a symbol of the program")
     sizes = np.array([s.nbytes for s in program.symbols] or [0], np.uint64)

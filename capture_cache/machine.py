@@ -9,7 +9,6 @@ import contextlib
 import functools
 import hashlib
 import os
-import platform
 import re
 import sys
 from collections.abc import Iterable
@@ -121,6 +120,8 @@ def driver_release() -> str:
 
 def twin_facts() -> dict[str, Value]:
     """What stands in for a GPU where the CPU twin runs."""
+    import platform
+
     return {
         "device": "cpu twin",
         "compute capability": platform.machine(),

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from capture_cache.packed import PackedWeights, is_packed
 from graphs.hf_config import token_ids
 from graphs.model_config import ModelConfig
 from graphs.presets import PRESETS
@@ -92,6 +91,8 @@ def model_digest(path: str | Path) -> str:
         CheckpointError: the directory is not a whole checkpoint.
         CorruptBundle: it holds packed weights, and they are damaged.
     """
+    from capture_cache.packed import PackedWeights, is_packed  # a preset needs neither
+
     if not is_packed(Path(path)):
         return checkpoint_digest(Path(path))
     packed = PackedWeights(path)
@@ -101,6 +102,8 @@ def model_digest(path: str | Path) -> str:
 
 def _stored_dtype(path: Path) -> str:
     """The embedding's type: what a config that names none was saved in."""
+    from capture_cache.packed import PackedWeights, is_packed
+
     if is_packed(path):
         stored = PackedWeights(path).index.stored_dtype
         if stored is not None:

@@ -22,7 +22,9 @@ def load_engine(options: RuntimeConfig, *, opening: Opening | None = None) -> Re
     reason, replace = "the CPU twin has no graphs to restore", False
     if not options.bundle:
         reason = "bundle=False: captured as asked"
-    elif options.device != "cpu":
+    if opening is not None and (not options.bundle or options.device == "cpu"):
+        opening.close()  # nothing to restore
+    elif options.bundle and options.device != "cpu":
         from runtime.restore import restore
 
         try:

@@ -7,10 +7,9 @@ hands it to `Runtime.load`.
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass
 from typing import Any
 
-from capture_cache.errors import CorruptBundle, CudaError
+from capture_cache.errors import CudaError
 from capture_cache.restore_driver import Driver
 
 
@@ -24,35 +23,6 @@ class NotRestored(RuntimeError):
     def __init__(self, reason: str, *, replace: bool = False) -> None:
         super().__init__(reason)
         self.replace = replace
-
-
-@dataclass(frozen=True)
-class PeerFacts:
-    """The ranks' shared memory, as it was at capture.
-
-    Attributes:
-        base: address of this rank's part.
-        payload_bytes: of each rank.
-        words_at: offset into the payload of the transport's own words: the rank, then zeros.
-    """
-
-    base: int
-    payload_bytes: int
-    words_at: int
-
-    @classmethod
-    def of(cls, told: Any, shown: str) -> PeerFacts | None:
-        """From `Manifest.restore`; None where ranks share nothing. Raises CorruptBundle."""
-        if told is None:
-            return None
-        try:
-            facts = cls(**told)
-            sound = 0 < facts.base < 1 << 57 and 0 <= facts.words_at < facts.payload_bytes
-        except TypeError as e:
-            raise CorruptBundle(f"{shown}: memory of the ranks is malformed: {e}") from e
-        if not sound:
-            raise CorruptBundle(f"{shown}: memory of the ranks makes no sense: {facts}")
-        return facts
 
 
 class Opening:

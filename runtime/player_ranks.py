@@ -7,6 +7,7 @@ them.
 from __future__ import annotations
 
 from contextlib import ExitStack
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -16,7 +17,9 @@ from barriers.symmetric_device import DeviceMemory
 from capture_cache.driver import Device
 from capture_cache.restore_driver import Driver
 from runtime.config import RuntimeConfig
-from runtime.opening import PeerFacts
+
+if TYPE_CHECKING:
+    from runtime.restore import PeerFacts
 
 _MAX_REASON = 600  # characters that are passed on
 

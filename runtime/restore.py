@@ -48,7 +48,7 @@ from runtime.config import RuntimeConfig
 from runtime.driver import StepFailed
 from runtime.fingerprint import absent_packages, fingerprint
 from runtime.golden import golden_step
-from runtime.opening import NotRestored, Opening, PeerFacts
+from runtime.opening import NotRestored, Opening
 from runtime.player import Keys, Player
 
 if TYPE_CHECKING:
@@ -76,6 +76,35 @@ def restore(options: RuntimeConfig, *, lib: Any = None, opening: Opening | None 
         with suppress(CudaError):
             resources.close()
         raise
+
+
+@dataclass(frozen=True)
+class PeerFacts:
+    """The ranks' shared memory, as it was at capture.
+
+    Attributes:
+        base: address of this rank's part.
+        payload_bytes: of each rank.
+        words_at: offset into the payload of the transport's own words: the rank, then zeros.
+    """
+
+    base: int
+    payload_bytes: int
+    words_at: int
+
+    @classmethod
+    def of(cls, told: Any, shown: str) -> PeerFacts | None:
+        """From `Manifest.restore`; None where ranks share nothing. Raises CorruptBundle."""
+        if told is None:
+            return None
+        try:
+            facts = cls(**told)
+            sound = 0 < facts.base < 1 << 57 and 0 <= facts.words_at < facts.payload_bytes
+        except TypeError as e:
+            raise CorruptBundle(f"{shown}: memory of the ranks is malformed: {e}") from e
+        if not sound:
+            raise CorruptBundle(f"{shown}: memory of the ranks makes no sense: {facts}")
+        return facts
 
 
 @dataclass(frozen=True)
@@ -206,8 +235,13 @@ class _Restore:
             stream = driver.create_stream()
             self.resources.callback(driver.destroy_stream, stream)
         if self.ranks is not None and facts.peers is not None:
+            from barriers.errors import RankError
+
             with self._stage("peers"):
-                self.ranks.share(driver, facts.peers, arena.ptr("step"))
+                try:
+                    self.ranks.share(driver, facts.peers, arena.ptr("step"))
+                except RankError as e:  # raised on every rank
+                    raise NotRestored(str(e)) from e
         peers = self.ranks.base if self.ranks is not None else 0
         with self._stage("symbols"):
             symbols = symbol_table(files.program, partial(_address, arena, peers))

@@ -106,6 +106,7 @@ def _set(field: str, table: str, index: int, value: int) -> Callable[[Graph], Gr
         (_set("symbol", "relocations", 0, 3), "relocation 0: expected a symbol"),
         (_set("addend", "relocations", 0, 4097), "relocation 0: expected an address within"),
         (_set("at", "relocations", 1, 16), "a word of some node's parameters"),
+        (_set("at", "relocations", 1, 0), "relocations sorted and unique"),
     ],
 )
 def test_a_graph_that_points_elsewhere_is_refused(
@@ -119,3 +120,11 @@ def test_a_kernel_without_a_program_is_refused() -> None:
     assert KERNEL in bundles.graph().nodes["kind"]
     with pytest.raises(CorruptBundle, match="function of the program"):
         decode_graph(encode_graph(bundles.graph()), Program((), (), ()))
+
+
+def test_bytes_between_payloads_are_refused() -> None:
+    graph = bundles.graph()
+    payload = graph.payload.copy()
+    payload[20] = 1  # the first node's parameters end here
+    with pytest.raises(CorruptBundle, match="zeros between payloads"):
+        decode_graph(encode_graph(dataclasses.replace(graph, payload=payload)), bundles.program())

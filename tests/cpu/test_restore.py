@@ -28,7 +28,7 @@ KINDS = ("ptr", "ptr", "i32", "i64", "tensormap")
 OFFSETS = ((0, 8), (8, 8), (16, 4), (24, 8), (64, 128))
 CODE = {
     OURS: (FakeKernel("ours", OFFSETS), FakeKernel("bare", ())),
-    THEIRS: (FakeKernel("theirs", ((0, 40), (40, 4)), {8: 100_000, 14: 1}),),
+    THEIRS: (FakeKernel("theirs", ((0, 40), (40, 4))),),
 }
 ENTRIES = [
     Range("weights", ARENA, 4096),
@@ -49,6 +49,8 @@ class Captured:
         for code, names in ((OURS, ("ours", "bare")), (THEIRS, ("theirs",))):
             library = self.driver.load_library(code, "")
             self.handles |= {name: self.driver.kernel(library, name) for name in names}
+        # As the runtime library of that kernel's owner set it.
+        self.lib.kernels[self.handles["theirs"]].attributes |= {8: 100_000, 14: 1}
         self.nodes: list[int] = []
 
     def kernel(self, name: str, *params: bytes, shared: int = 0) -> int:

@@ -13,45 +13,11 @@ import pytest
 from tests.gpu.models import LADDERS, MODELS, options_of
 
 ROOT = Path(__file__).resolve().parents[2]
-# One process: load, run requests, print what came of each step as a digest.
-PROGRAM = """
-import hashlib, json, sys
-import numpy as np
-from runtime import Runtime, SamplingParams
-
-options, steps = json.loads(sys.argv[1]), int(sys.argv[2])
-rt = Runtime.load(**options)
-rng = np.random.default_rng(7)
-digests, whole, seen = [], hashlib.sha256(), set()
-for step in range(steps):
-    while rt.num_running < rt.config.max_rows and rng.random() < 0.6:
-        n = int(rng.integers(1, rt.config.max_seq_len // 3))
-        new = int(rng.integers(1, rt.config.max_seq_len // 3))
-        prompt = rng.integers(0, rt.model_config.vocab_size, n)
-        try:
-            rt.add(prompt, SamplingParams(max_tokens=new, ignore_eos=True))
-        except RuntimeError:  # no pages: steps go on without
-            break
-    if not rt.num_running:
-        rt.add([1, 2, 3], SamplingParams(max_tokens=4, ignore_eos=True))
-    out = rt.step()
-    seen.add(str(rt.last_key))
-    order = np.argsort(out.rows)
-    for values in (out.rows, out.tokens, out.logprobs):
-        whole.update(np.ascontiguousarray(values[order]).tobytes())
-    digests.append(whole.hexdigest())
-print("RESULT " + json.dumps({
-    "digests": digests, "keys": sorted(seen), "from": rt.loaded_from, "reason": rt.load_reason,
-    "torch": "torch" in sys.modules, "triton": "triton" in sys.modules,
-    "stages": rt.engine.stages,
-}))
-rt.close()
-"""
 
 
 def run(options: dict[str, Any], steps: int) -> dict[str, Any]:
-    """One process of `PROGRAM`."""
-    command = [sys.executable, "-c", PROGRAM, json.dumps(options), str(steps)]
+    """One process of `tests.restore_program`."""
+    command = [sys.executable, "-m", "tests.restore_program", json.dumps(options), str(steps)]
     done = subprocess.run(
         command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
     )
