@@ -156,6 +156,10 @@ def run_show(args: argparse.Namespace) -> Outcome:
     files = {n: r.nbytes for n, r in manifest.files.items()}
     if files:
         _say(args, "\n" + table(("file", "bytes"), sorted(files.items())))
+    restore = manifest.restore if isinstance(manifest.restore, dict) else {}
+    _say(
+        args, f"\nrestore {restore.get('kind', 'none')}: {restore.get('reason') or 'by the player'}"
+    )
     arena = None if manifest.arena is None else manifest.arena.section_bytes
     for name, nbytes in (arena or {}).items():
         _say(args, f"arena {name:<10} {size(nbytes):>12}")
@@ -165,6 +169,7 @@ def run_show(args: argparse.Namespace) -> Outcome:
         "ledger": manifest.ledger,
         "kernels": rows,
         "files": files,
+        "restore": manifest.restore,
         "arena": arena,
         "arena_digest": None if manifest.arena is None else manifest.arena.digest,
     }

@@ -14,6 +14,7 @@ interpreted.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
@@ -21,6 +22,7 @@ import os
 import re
 import stat
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -273,13 +275,7 @@ class PackedWeights:
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path).absolute()
-        with open_dir(self.path, ()) as fd:
-            if fd is None:
-                raise CorruptBundle(
-                    f"{self.path}: expected a directory of packed weights, got nothing; "
-                    "make one with python -m runtime.pack"
-                )
-            data = read_file(fd, INDEX, self.path, MAX_RECORD_BYTES)
+        data = self._read(INDEX, MAX_RECORD_BYTES)
         self.index = Index.from_bytes(data, self.path / INDEX)
         self.shards = self.index.shards()
 
@@ -367,10 +363,17 @@ class PackedWeights:
 
     def check_small(self) -> None:
         """Compare the copied small files with their hashes. Raises CorruptBundle."""
+        for name, record in self.index.small.items():
+            record.check(self._read(name, record.nbytes), self.path / name)
+
+    def _read(self, name: str, max_bytes: int) -> bytes:
         with open_dir(self.path, ()) as fd:
-            assert fd is not None
-            for name, record in self.index.small.items():
-                record.check(read_file(fd, name, self.path, record.nbytes), self.path / name)
+            if fd is None:
+                raise CorruptBundle(
+                    f"{self.path}: expected a directory of packed weights, got nothing; "
+                    "make one with python -m runtime.pack"
+                )
+            return read_file(fd, name, self.path, max_bytes)
 
     def verify(self, shards: Sequence[str] | None = None) -> Iterator[tuple[str, int]]:
         """Compare every sha256, of some shards or of all and of the small files.
@@ -385,16 +388,18 @@ class PackedWeights:
             self.check_small()
         for name in self.shards if shards is None else shards:
             fd = self.open_shard(name)
-            try:
-                for i in range(self.shards[name].num_pieces):
-                    data = os.pread(fd, PIECE_BYTES, i * PIECE_BYTES)
-                    self.check_piece(name, i, data)
-                    yield name, len(data)
-            finally:
-                os.close(fd)
+            with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+                try:
+                    check = functools.partial(self._check_piece, name, fd)
+                    for nbytes in pool.map(check, range(self.shards[name].num_pieces)):
+                        yield name, nbytes
+                finally:
+                    pool.shutdown(cancel_futures=True)
+                    os.close(fd)
 
-    def check_piece(self, shard: str, i: int, data: bytes | memoryview) -> None:
-        """Compare piece `i` with its sha256. Raises CorruptBundle."""
+    def _check_piece(self, shard: str, fd: int, i: int) -> int:
+        """Compare piece `i` with its sha256; returns its bytes. Raises CorruptBundle."""
+        data = os.pread(fd, PIECE_BYTES, i * PIECE_BYTES)
         expected = self.index.pieces[shard][64 * i : 64 * i + 64]
         got = hashlib.sha256(data).hexdigest()
         if got != expected:
@@ -409,6 +414,7 @@ class PackedWeights:
                 f"{begin + len(data)}, got {got} (near {', '.join(held[:3]) or 'one tensor'}); "
                 f"{REMEDY}"
             )
+        return len(data)
 
 
 def _without(fingerprint: Fingerprint, names: frozenset[str]) -> Fingerprint:

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import os
+import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from capture_cache.bundle import PROGRAM_FILE, decode_golden
 from capture_cache.errors import CorruptBundle
 from capture_cache.fingerprint import Fingerprint, Value
 from capture_cache.fingerprint import differing as differing_fields
 from capture_cache.machine import here
 from capture_cache.manifest import Manifest
 from capture_cache.packed import PackedWeights
+from capture_cache.restore import Files
 from capture_cache.store import MANIFEST, Store
 
 SHORT = 12  # hex digits that name an entry in a table
@@ -26,18 +32,13 @@ class Problem:
     message: str
 
 
-def bundle_bytes(path: Path, manifest: Manifest) -> int:
-    """Bytes of a bundle's own files and manifest."""
-    return (path / MANIFEST).stat().st_size + sum(f.nbytes for f in manifest.files.values())
-
-
 def bundles(store: Store) -> list[dict[str, Any]]:
     """One row a bundle, oldest first: identity, size, age, and what is wrong with it."""
     rows = []
     for entry in store.entries():
         row: dict[str, Any] = {
             "fingerprint": entry.path.name,
-            "captured": int((entry.path / MANIFEST).lstat().st_mtime) if _there(entry.path) else 0,
+            "captured": _captured(entry.path),
             "problem": entry.problem,
             "bytes": tree_bytes(entry.path),
         }
@@ -190,22 +191,48 @@ def _checked(
         return str(path), 0, Problem(str(path), str(problem))
     try:
         bundle = store.load(manifest.fingerprint)
-        nbytes = sum(map(len, bundle.files.values())) if bundle is not None else 0
-        return str(path), nbytes, None
+        if bundle is None:
+            return str(path), 0, None  # removed meanwhile
+        read_structs(bundle.files, path)
+        return str(path), sum(map(len, bundle.files.values())), None
     except CorruptBundle as e:
         return str(path), 0, Problem(str(path), str(e))
-
-
-def _there(path: Path) -> bool:
-    return (path / MANIFEST).exists()
 
 
 def tree_bytes(path: Path) -> int:
     """Bytes of the regular files below `path`; what vanishes meanwhile counts nothing."""
     total = 0
-    for file in path.rglob("*"):
-        try:
-            total += file.lstat().st_size if file.is_file() and not file.is_symlink() else 0
-        except FileNotFoundError:
-            continue
+    for folder, _, names in os.walk(path):
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                info = os.lstat(os.path.join(folder, name))
+                total += info.st_size if stat.S_ISREG(info.st_mode) else 0
     return total
+
+
+def read_structs(contents: Mapping[str, bytes], path: Path) -> dict[str, int]:
+    """Nodes of each graph of a bundle, every struct in it read; empty where it holds no graphs.
+
+    Raises:
+        CorruptBundle: a struct makes no sense, or device code is not what its name says.
+    """
+    if PROGRAM_FILE not in contents:
+        return {}
+    files, nodes = Files(contents, str(path)), {}
+    for i, module in enumerate(files.program.modules):
+        if hashlib.sha256(files.code(i)).hexdigest() != module.sha256:
+            raise CorruptBundle(f"{path / module.file}: expected the code it is named after")
+    for name in sorted(contents):
+        if name.startswith("graph/"):
+            nodes[name] = len(files.graph(name).nodes)
+        elif name.startswith("golden/"):
+            decode_golden(contents[name], str(path / name))
+    return nodes
+
+
+def _captured(path: Path) -> int:
+    """When a bundle's manifest was written, in seconds; 0 where it has none."""
+    try:
+        return int((path / MANIFEST).lstat().st_mtime)
+    except OSError:
+        return 0

@@ -22,7 +22,7 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from capture_cache.packed import PackedWeights
+from capture_cache.packed import PackedWeights, is_packed
 from capture_cache.store import Store
 from graphs.aot import AotLauncher
 from graphs.compile import KernelCompiler
@@ -76,7 +76,7 @@ def parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=0, help="of a preset's random weights")
     add("--device", choices=DEVICES, default="cpu", help="where weights are converted")
     add("--store", help="directory of compiled kernels and packed weights")
-    add("--force", action="store_true", help="replace what --out holds")
+    add("--force", action="store_true", help="replace the packed weights in --out")
     add("--json", action="store_true", help="print one JSON object as the last line")
     return p
 
@@ -98,7 +98,7 @@ def main(argv: list[str] | None = None) -> int:
     model, source = resolve_model(
         args.model, layers=args.layers, overrides=parse_overrides(options.overrides)
     )
-    if source.path is not None and (source.path / "weights.json").exists():
+    if source.path is not None and is_packed(source.path):
         raise ValueError(f"{source.path} is packed already; give the checkpoint it was made from")
     name = identity(model, source, ep_size=args.ep_size, seed=args.seed)
     out = Path(args.out) if args.out else store_folder(options.store_path, name)

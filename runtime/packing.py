@@ -13,7 +13,7 @@ import hashlib
 import mmap
 import os
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from capture_cache.checksum import sum64
+from capture_cache.checksum import WORD_BYTES, sum64
 from capture_cache.errors import CorruptBundle, StoreError
 from capture_cache.files import TAKEN, Files, sweep, write_failure
 from capture_cache.fingerprint import Fingerprint
@@ -33,6 +33,7 @@ from capture_cache.packed import (
     PackedTensor,
     PackedWeights,
     Shard,
+    is_packed,
     plan_shards,
     shard_names,
 )
@@ -78,7 +79,7 @@ def pack(
         seed: of a preset's weights.
         device: where they are converted: "cpu" or "cuda".
         launch: how to run kernels there; for a preset on "cuda".
-        force: replace whatever `out` holds.
+        force: replace the packed weights that `out` holds, damaged or not.
         files: how to write; tests pass one that fails.
 
     Raises:
@@ -88,6 +89,11 @@ def pack(
     """
     name = identity(model, source, ep_size=ep_size, seed=seed)
     out = out.absolute()
+    if force and out.exists() and not _is_replaceable(out):
+        raise StoreError(
+            f"{out}: expected nothing, or packed weights, got other files; --force does not remove "
+            "them: give another --out"
+        )
     if not force:
         standing = _standing(out, name)
         if standing is not None:
@@ -144,20 +150,25 @@ def _standing(out: Path, name: Fingerprint) -> PackedWeights | None:
     """
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return None
+    got = "other files"
     try:
-        packed = PackedWeights(out)
-        same = packed.index.identity == name
-        got = "packed weights of another model, conversion or number of ranks"
-        if same:
-            for shard in packed.shards:
-                os.close(packed.open_shard(shard))
-            return packed
+        if is_packed(out):
+            packed = PackedWeights(out)
+            got = "packed weights of another model, conversion or number of ranks"
+            if packed.index.identity == name:
+                for shard in packed.shards:
+                    os.close(packed.open_shard(shard))
+                return packed
     except CorruptBundle as e:
         got = str(e)
     raise StoreError(
         f"{out}: expected nothing, or these weights, got {got}; give another --out, or --force to "
         "replace it"
     )
+
+
+def _is_replaceable(out: Path) -> bool:
+    return is_packed(out) or (out.is_dir() and not any(out.iterdir()))
 
 
 class _Packer:
@@ -215,27 +226,49 @@ class _Packer:
         for rank in range(self.ep_size):
             views = {t.name: self._view(maps, t, rank) for t in self.tensors}
             self.fill(staged if staged is not None else views, rank)
-            for name, view in (staged or {}).items():
-                views[name].view(torch.uint8).copy_(view.view(torch.uint8))
+            for tensor in self.tensors:
+                if staged is not None and (tensor.expert or rank == 0):
+                    source = staged[tensor.name].view(torch.uint8)
+                    views[tensor.name].view(torch.uint8).copy_(source)
             del views
         with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-            sums = [[*pool.map(lambda d: sum64(d), self._parts(maps, t))] for t in self.tensors]
-            pieces = {n: "".join(self._hashes(n, data, pool)) for n, data in maps.items()}
+            digests = {n: self._digest(n, data, pool) for n, data in maps.items()}
         maps.clear()
         for name in self.shards:
             self.files.sync_file(folder / name)
-        tensors = (
-            dataclasses.replace(t, sums=tuple(s)) for t, s in zip(self.tensors, sums, strict=True)
-        )
+        names = shard_names(self.ep_size)
+        tensors = []
+        for t in self.tensors:
+            held = names[1:] if t.expert else names[:1]
+            tensors.append(dataclasses.replace(t, sums=tuple(digests[n][1][t.name] for n in held)))
+        pieces = {n: hashes for n, (hashes, _) in digests.items()}
         return Index(self.name, self.ep_size, tuple(tensors), (), pieces, {})
 
-    def _hashes(
+    def _digest(
         self, name: str, data: NDArray[np.uint8], pool: ThreadPoolExecutor
-    ) -> Iterator[str]:
-        parts = [data[at : at + PIECE_BYTES] for at in range(0, len(data), PIECE_BYTES)]
-        for i, digest in enumerate(pool.map(lambda p: hashlib.sha256(p.data).hexdigest(), parts)):
-            self.progress(f"hash {name}", min(len(data), (i + 1) * PIECE_BYTES), len(data))
-            yield digest
+    ) -> tuple[str, dict[str, int]]:
+        """The sha256 of a shard's pieces, joined, and the sum of each tensor, in one reading."""
+        shard = self.shards[name]
+        padded = {t.name: t.padded for t in self.tensors}
+        spans = [(n, at, at + padded[n]) for n, at in shard.offsets.items()]
+        sums = dict.fromkeys(shard.offsets, 0)
+
+        def piece(begin: int) -> tuple[str, dict[str, int]]:
+            end = min(begin + PIECE_BYTES, len(data))
+            found = {
+                n: sum64(data[max(a, begin) : min(b, end)], (max(a, begin) - a) // WORD_BYTES)
+                for n, a, b in spans
+                if a < end and b > begin
+            }
+            return hashlib.sha256(data[begin:end].data).hexdigest(), found
+
+        hashes = []
+        for digest, found in pool.map(piece, range(0, len(data), PIECE_BYTES)):
+            hashes.append(digest)
+            for n, value in found.items():
+                sums[n] = (sums[n] + value) % (1 << 64)
+            self.progress(f"hash {name}", min(len(data), len(hashes) * PIECE_BYTES), len(data))
+        return "".join(hashes), sums
 
     def _staging(self) -> Views:
         """One rank's tensors on the device, used again for every rank."""
@@ -254,15 +287,6 @@ class _Packer:
         raw = torch.from_numpy(maps[name][at : at + tensor.nbytes])
         dtype: torch.dtype = getattr(torch, tensor.dtype)
         return raw.view(dtype).view(tensor.shape)
-
-    def _parts(
-        self, maps: Mapping[str, NDArray[np.uint8]], tensor: PackedTensor
-    ) -> Iterator[NDArray[np.uint8]]:
-        """The padded bytes of a tensor: one part, or one a rank."""
-        names = shard_names(self.ep_size)
-        for name in names[1:] if tensor.expert else names[:1]:
-            at = self.shards[name].offsets[tensor.name]
-            yield maps[name][at : at + tensor.padded]
 
     def _write_small(
         self, folder: Path, index: Index, before: tuple[tuple[str, int, int], ...]

@@ -29,6 +29,7 @@ from capture_cache.store import Store
 from graphs.model_source import resolve_model
 from runtime.packing import pack
 from runtime.weights import identity, store_folder
+from tests.cpu.played import publish_bundle
 from tests.cpu.twins import load_micro, micro_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -174,6 +175,30 @@ def test_verify_names_the_damaged_file(store: Path, run: Run) -> None:
     (store / name / "graph" / "t1r1").write_bytes(b"")
     assert run("verify", name)[0] == 1
     assert run("verify", _name(store, "model-0"))[0] == 0
+
+
+def test_verify_reads_the_structs_behind_right_hashes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = publish_bundle(tmp_path / "store")
+    where = ["--store", str(tmp_path / "store")]
+    assert main(["verify", *where]) == 0
+    assert main(["show", path.name, *where]) == 0
+    assert "restore graphs" in capsys.readouterr().out
+    store = Store(tmp_path / "store")
+    bundle = store.entries()[0].manifest
+    assert bundle is not None
+    files = dict(store.require(bundle.fingerprint).files)
+    changed = bytearray(files["graph/t1r1"])
+    changed[64 + 4] = 77  # the first node's function
+    store.publish(
+        bundle.fingerprint,
+        bundle,
+        files | {"graph/t1r1": bytes(changed)},
+        replace_existing=True,
+    )
+    assert main(["verify", *where]) == 1
+    assert "graph/t1r1: node 0: expected a function" in capsys.readouterr().out
 
 
 def _left(store: Path) -> tuple[set[str], set[int]]:

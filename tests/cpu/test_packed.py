@@ -371,6 +371,16 @@ def test_any_flipped_bit_of_a_shard_is_found_at_load(damaged: tuple[ModelConfig,
     _load(model, path, verify=True)
 
 
+def test_a_directory_that_everyone_may_write_is_refused(
+    damaged: tuple[ModelConfig, Path],
+) -> None:
+    damaged[1].chmod(0o777)
+    with pytest.raises(StoreError, match="chmod o-w"):
+        _load(*damaged)
+    with pytest.raises(CorruptBundle, match="got nothing"):
+        PackedWeights(damaged[1] / "absent")
+
+
 def test_shards_that_changed_places_are_refused(damaged: tuple[ModelConfig, Path]) -> None:
     model, path = damaged
     other = path / "experts-001-of-002.safetensors"
@@ -791,8 +801,10 @@ def test_what_is_there_is_kept_or_refused_or_replaced(tmp_path: Path) -> None:
     other = tmp_path / "mine"
     other.mkdir()
     (other / "diary.txt").write_text("dear")
-    with pytest.raises(StoreError, match="expected nothing"):
-        pack(model, source, other)
+    for force in (False, True):
+        with pytest.raises(StoreError, match="got other files"):
+            pack(model, source, other, force=force)
+    assert (other / "diary.txt").read_text() == "dear"
     assert not list(tmp_path.glob(".tmp-*"))
 
 
