@@ -44,7 +44,6 @@ class StepConfig:
         attention: "flashinfer" or "triton".
         transport: how tokens reach the experts of other ranks; a name of `barriers.transport`.
         pdl: how kernels overlap; a key of `kernels.triton.overlap.MODES`.
-        prefetch: ask L2 for the weights of later kernels while the memory is idle.
     """
 
     max_rows: int
@@ -57,7 +56,6 @@ class StepConfig:
     attention: str = "triton"
     transport: str = "local"
     pdl: str = "off"
-    prefetch: bool = False
 
     def __post_init__(self) -> None:
         for name in ("max_rows", "max_seq_len", "page_size", "cut", "ep_size"):
@@ -277,10 +275,7 @@ def _mlp_scratch(
         return
     joins, top_k = shared_joins(cfg, step.transport), choices(cfg, step)
     pairs = received * top_k
-    # Left in the router's K splits for the choice to add up.
-    parts = linear_plan(cfg.num_experts, cfg.hidden_size, elem_bytes=4).splits
-    shape = (tokens, cfg.num_experts)
-    yield entry("router_logits", shape if parts == 1 else (parts, *shape), "float32")
+    yield entry("router_logits", (tokens, cfg.num_experts), "float32")
     yield entry("topk_ids", (tokens, top_k), "int32")
     yield entry("topk_weights", (tokens, top_k), "float32")
     yield entry("offsets", (cfg.num_experts // step.ep_size + joins + 1,), "int32")

@@ -50,7 +50,6 @@ def fingerprint(
         "attention cut": step.cut,
         "ep size": step.ep_size,
         "pdl": step.pdl,
-        "prefetch": step.prefetch,
         "arena": layout.digest,
     }
     return Fingerprint.of(facts)

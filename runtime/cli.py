@@ -87,12 +87,6 @@ def add_selection(parser: argparse.ArgumentParser) -> None:
     add("--ep-size", type=int, help="ranks that share the experts; default: torchrun's")
     add("--transport", choices=TRANSPORTS, default="auto", help="how tokens reach other ranks")
     add("--attention", choices=ATTENTION, default="auto")
-    add(
-        "--prefetch",
-        action=argparse.BooleanOptionalAction,
-        default=None,
-        help="weights into L2 ahead of time; default: where the chip can",
-    )
     add("--pdl", choices=PDL, default="auto", help="overlap of kernels (dependent launch)")
     add("--seed", type=int, default=0, help="of a preset's random weights")
     add("--json", action="store_true", help="print one JSON object as the last line")
@@ -119,7 +113,6 @@ def selection(args: argparse.Namespace, **more: Any) -> RuntimeConfig:
         transport=args.transport,
         attention=args.attention,
         pdl=args.pdl,
-        prefetch=args.prefetch,
         seed=args.seed,
         **more,
     )
