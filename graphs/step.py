@@ -20,8 +20,6 @@ from graphs.model_config import ModelConfig
 from graphs.ops import Ops
 from graphs.step_config import StepConfig
 from graphs.weights import shared_joins
-from kernels.triton.linear import linear_plan
-from kernels.triton.overlap import Ahead
 from kernels.triton.rows import RowState
 
 Buffers = Mapping[str, torch.Tensor]
@@ -29,8 +27,6 @@ Stamp = Callable[[str], None]
 
 
 LAYER_PARTS = ("attention", "mlp")
-AHEAD_BYTES = 30 << 20  # of weights that are asked for at once: L2 holds them till they are read
-AHEAD_GRAIN = 64  # elements
 
 
 def _no_stamp(_: str) -> None:
@@ -188,15 +184,6 @@ class DecodeStep:
         else:
             self.ops.linear_fp8(x.q, x.scale, weight, scale, out=out, workspace=b["workspace"])
 
-    def _ahead(self, weight: torch.Tensor, *, bands: int = 0) -> Ahead | None:
-        """The begin of `weight`, or of every row and band of it: AHEAD_BYTES at most."""
-        most = AHEAD_BYTES // weight.element_size()
-        span = min(weight.numel(), most)
-        if bands:
-            span = min(weight.shape[1] // bands, most // (weight.shape[0] * bands))
-        span -= span % AHEAD_GRAIN
-        return Ahead(weight, span, bands) if self.config.prefetch and span else None
-
     def _norm(
         self,
         b: Buffers,
@@ -204,7 +191,6 @@ class DecodeStep:
         delta: Delta | None,
         *,
         plain: bool,
-        ahead: Ahead | None = None,
     ) -> Activation:
         """x += delta, then RMSNorm, as the consumers want it."""
         norm = Activation.of(b, "norm")
@@ -217,15 +203,13 @@ class DecodeStep:
             self.weights[name],
             eps=self.cfg.rms_eps,
             choices=None if delta is None else delta.choices,
-            ahead=ahead,
             **outs,
         )
         return norm
 
     def _attention(self, b: Buffers, layer: int, delta: Delta | None) -> None:
         cfg, w, name = self.cfg, self.weights, f"layers.{layer}."
-        ahead = self._ahead(w[name + "qkv_a"])
-        x = self._norm(b, name + "attn_norm", delta, plain=False, ahead=ahead)
+        x = self._norm(b, name + "attn_norm", delta, plain=False)
         self._linear(b, name + "qkv_a", x, b["qkv"])
         compressed = cfg.q_lora_rank is not None
         q_norm = Activation.of(b, "q_norm")
@@ -240,7 +224,6 @@ class DecodeStep:
             eps=cfg.latent_rms_eps,
             kv_start=cfg.q_part_padded,
             interleave=cfg.rope_interleave,
-            ahead=self._ahead(w[name + "q_b"]) if compressed else None,
             kv_cache=b[f"kv.{layer}"],
             **(q_norm.quantised_only if compressed else {}),
         )
@@ -248,10 +231,7 @@ class DecodeStep:
         self.attention.run(b, b[f"kv.{layer}"])
         o = Activation.of(b, "o")
         if o.plain is None:
-            weight = w[name + "o"]
-            splits = linear_plan(*weight.shape, elem_bytes=weight.element_size()).splits
-            ahead = self._ahead(weight, bands=splits)
-            self.ops.absorb_v(b["o_latent"], w[name + "w_uv"], ahead=ahead, **o.quantised_only)
+            self.ops.absorb_v(b["o_latent"], w[name + "w_uv"], **o.quantised_only)
         else:
             self.ops.absorb_v(b["o_latent"], w[name + "w_uv"], out=o.plain)
             if o.q is not None:
@@ -266,9 +246,7 @@ class DecodeStep:
         if query_fuses(cfg):
             weight, scale = w[name + "q_b"], w[name + "q_b_scale"]
             x = (q_norm.q, q_norm.scale)
-            # Attention leaves the memory half idle: what follows it can come meanwhile.
-            ahead = self._ahead(w[name + "w_uv"].flatten(0, 1))
-            self.ops.latent_query(*x, weight, scale, w[name + "w_uk"], *places, ahead=ahead, **rest)
+            self.ops.latent_query(*x, weight, scale, w[name + "w_uk"], *places, **rest)
             return
         q = b["qkv"][:, : cfg.q_part_width]
         if cfg.q_lora_rank is not None:
@@ -288,17 +266,14 @@ class DecodeStep:
 
     def _dense(self, b: Buffers, layer: int) -> Delta:
         name = f"layers.{layer}."
-        ahead = self._ahead(self.weights[name + "gate_up"])
-        x = self._norm(b, name + "mlp_norm", Delta(b["o_out"]), plain=False, ahead=ahead)
+        x = self._norm(b, name + "mlp_norm", Delta(b["o_out"]), plain=False)
         out = b["delta" if self._is_last(layer) else "dense_out"]
         self._mlp(b, name, "dense", x, out)
         return Delta(out)
 
     def _moe(self, b: Buffers, layer: int) -> Delta:
         cfg, w, name = self.cfg, self.weights, f"layers.{layer}."
-        # Whatever is routed where, the shared expert is needed, and until then the memory is idle.
-        ahead = self._ahead(w[name + "all_gate_up"][-1]) if self.shared_joins else None
-        x = self._norm(b, name + "mlp_norm", Delta(b["o_out"]), plain=True, ahead=ahead)
+        x = self._norm(b, name + "mlp_norm", Delta(b["o_out"]), plain=True)
         self.ops.linear(
             x.plain, w[name + "router"], out=b["router_logits"], workspace=b["workspace"]
         )

@@ -24,7 +24,6 @@ class StepConfig:
         attention: "flashinfer" or "triton".
         transport: how tokens reach the experts of other ranks; a name of `barriers.transport`.
         pdl: how kernels overlap; a key of `kernels.triton.overlap.MODES`.
-        prefetch: ask L2 for the weights of later kernels while the memory is idle.
         logits_rows: requests that may have their logits returned at the same time.
     """
 
@@ -38,7 +37,6 @@ class StepConfig:
     attention: str = "triton"
     transport: str = "local"
     pdl: str = "off"
-    prefetch: bool = False
     logits_rows: int = 8
 
     def __post_init__(self) -> None:

@@ -130,7 +130,7 @@ class _Builder:
             "page size": str(step.page_size),
             "attention": step.attention,
             "transport": step.transport,
-            "pdl": f"{step.pdl} prefetch {step.prefetch}",
+            "pdl": step.pdl,
             "verify": f"{options.verify} {options.proof_replays}",
         }
         ranks = Ranks(options.ranks, fields, deadline_s=options.deadline_s)

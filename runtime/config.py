@@ -50,8 +50,6 @@ class RuntimeConfig:
         verify_weights: compare the sha256 of all packed weights before use.
         pdl: whether a kernel starts while the one before it ends (programmatic dependent launch):
             off, late (once that one has loaded its weights), early (at once); auto decides by chip.
-        prefetch: ask L2 for the weights of later kernels while the memory is idle; None: where the
-            chip can.
         seed: of a preset's random weights.
         verify: prove every key after capture.
         proof_replays: replays per key of that proof; None: 100 on a device, 2 on the CPU twin.
@@ -78,7 +76,6 @@ class RuntimeConfig:
     transport: str = "auto"
     attention: str = "auto"
     pdl: str = "auto"
-    prefetch: bool | None = None
     seed: int = 0
     verify: bool = True
     proof_replays: int | None = None

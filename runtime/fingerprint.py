@@ -51,7 +51,6 @@ FIELDS: Mapping[str, str] = MappingProxyType(
         "attention": "which attention kernel is captured",
         "transport": "how tokens reach other ranks",
         "pdl": "how kernels overlap; auto is a function of the chip",
-        "prefetch": "extra launches that ask L2 for weights; None is a function of the chip",
         "logits rows": "buffers for returned logits are laid out for so many",
     }
 )
@@ -72,7 +71,6 @@ OPTIONS: Mapping[str, str] = MappingProxyType(
         "attention": "attention",
         "seed": "seed",
         "pdl": "pdl",
-        "prefetch": "prefetch",
         "logits_rows": "logits rows",
     }
 )
@@ -145,6 +143,5 @@ def _asked(options: RuntimeConfig, model: ModelConfig, source: ModelSource) -> d
         "attention": options.attention,
         "transport": options.transport,
         "pdl": options.pdl,
-        "prefetch": options.prefetch,
         "logits rows": options.logits_rows,
     }

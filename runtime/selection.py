@@ -84,7 +84,6 @@ def choose(options: RuntimeConfig, *, compile_only: bool = False) -> Selection:
             options.transport, world=options.num_ranks, on_device=on_device
         ),
         pdl=_pdl(options, on_device, compile_only=compile_only),
-        prefetch=_prefetch(options, on_device, compile_only=compile_only),
         logits_rows=min(rows, options.logits_rows),
     )
     if step.transport in DEEPEP:
@@ -109,16 +108,6 @@ def _pdl(options: RuntimeConfig, on_device: bool, *, compile_only: bool) -> str:
             "at auto"
         )
     return options.pdl
-
-
-def _prefetch(options: RuntimeConfig, on_device: bool, *, compile_only: bool) -> bool:
-    """Whether weights are brought into L2 ahead of time."""
-    able = _is_sm90(on_device, compile_only=compile_only)
-    if options.prefetch and not able:
-        raise ValueError(
-            "--prefetch needs a CUDA device of compute capability 9.0 or later; leave it out"
-        )
-    return able if options.prefetch is None else options.prefetch
 
 
 def _is_sm90(on_device: bool, *, compile_only: bool) -> bool:
