@@ -19,6 +19,7 @@ import torch.distributed as dist
 import torch.multiprocessing
 
 from barriers import rdep_ref
+from barriers.config import GroupConfig
 from barriers.deepep import (
     DeepEpLowLatency,
     DeepEpMissing,
@@ -28,6 +29,7 @@ from barriers.deepep import (
     load_buffer_class,
     outside_bytes,
 )
+from barriers.errors import RanksMissing
 from barriers.transport import Local, TransportConfig, received_shape
 from bench.transport_cases import (
     Tokens,
@@ -52,6 +54,7 @@ from graphs.prove import Prover
 from graphs.rope import rope_table
 from runtime.assemble import make_step
 from runtime.config import RuntimeConfig
+from runtime.ranks import Ranks
 from runtime.selection import Selection, choose
 from tests.cpu.fake_deepep import FakeBuffer, FrozenBackend
 
@@ -433,6 +436,43 @@ def test_absence_says_how_to_get_it(
         monkeypatch.setitem(sys.modules, "deep_ep", present)
     with pytest.raises(DeepEpMissing, match=f"{got}.*github.com/deepseek-ai/DeepEP"):
         load_buffer_class()
+
+
+# -- a rank's side --------------------------------------------------------------------------------
+
+
+class LeavingGroup:
+    """A group whose other ranks may be gone."""
+
+    def __init__(self, *, gone: bool) -> None:
+        self.gone = gone
+
+    def barrier(self, what: str, timeout_s: float | None = None) -> None:
+        assert what == "closing deepep"
+        assert timeout_s == 0.5
+        if self.gone:
+            raise RanksMissing("rank 1 left during closing deepep", (1,))
+
+
+@pytest.mark.parametrize("gone", [False, True])
+def test_upstream_is_closed_with_the_others_or_not_at_all(
+    low_latency: DeepEpLowLatency, gone: bool
+) -> None:
+    """Its end is a barrier without a deadline."""
+    ranks = Ranks(GroupConfig(0, 1, "test-deepep-close"), {}, deadline_s=0.5)
+    ranks.group = LeavingGroup(gone=gone)  # type: ignore[assignment]
+    ranks._close_together(low_latency)
+    assert fake(low_latency).destroyed is not gone
+
+
+def test_a_second_runtime_has_a_process_group_of_its_own() -> None:
+    for _ in range(2):
+        ranks = Ranks(GroupConfig(0, 1, "test-deepep-group"), {}, deadline_s=5.0)
+        group = ranks._process_group(False, timeout_s=5.0)
+        assert dist.get_world_size(group) == 1
+        assert ranks._process_group(False, timeout_s=5.0) is group
+        ranks.close()
+        assert not dist.is_initialized()
 
 
 # -- as it is timed -------------------------------------------------------------------------------
