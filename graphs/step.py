@@ -96,6 +96,10 @@ class DecodeStep:
         if self._transport is not None:
             self._transport.require_settled(doing)
 
+    def replace_transport(self, transport: Transport) -> None:
+        """For measurements: what is captured from now on goes through `transport`."""
+        self._transport = transport
+
     def run(self, key: GraphKey, stamp: Stamp = _no_stamp) -> None:
         """Launch one step for `key` on the current stream.
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import datetime
 from collections.abc import Mapping
 from contextlib import ExitStack
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,6 +20,7 @@ from barriers.deepep import DeepEpLowLatency, DeepEpNormal
 from barriers.device_barrier import DeviceWatch
 from barriers.errors import RankError
 from barriers.group import RankGroup
+from barriers.host_meeting import HostMeeting
 from barriers.rdep import Rdep, load_rdep, peer_layout, peer_views
 from barriers.symmetric_device import DeviceMemory
 from barriers.transport import DEEPEP, Local, Transport, TransportConfig
@@ -28,7 +28,7 @@ from capture_cache.driver import Device
 from capture_cache.store import Store
 from kernels.triton.launch import Launcher
 
-_START_S = 60.0  # for NCCL and NVSHMEM to come up
+CONNECT_S = 60.0  # for a process group to come up; hosts are busy then
 
 
 class Ranks:
@@ -67,38 +67,49 @@ class Ranks:
         if name == "local":
             return Local(config, launch)
         if name == "allgather":
-            group = self._process_group(launch is not None, timeout_s=self.deadline_s)
-            return AllGather(config, views, group, launch)
+            return self._allgather(config, views, launch)
         if name in DEEPEP:
             return self._deepep(name, config, views, launch)
         return self._rdep(config, views, store)
 
-    def _process_group(self, on_device: bool, *, timeout_s: float) -> Any:
-        """torch's group over all ranks, for transports that need one; made once.
+    def _allgather(
+        self, config: TransportConfig, views: Mapping[str, torch.Tensor], launch: Launcher | None
+    ) -> Transport:
+        self._connect("gloo" if launch is None else "nccl")
+        meeting = None
+        if launch is None:
+            step = views["step"]
+            deadline_ms = round(self.deadline_s * 1e3)
+            meeting = HostMeeting(self.group, deadline_ms=deadline_ms, step=lambda: int(step[0]))
+            self._open.callback(meeting.close)
+        return AllGather(config, views, dist.group.WORLD, launch, meeting)
 
-        Args:
-            timeout_s: of every meeting in it.
-        """
-        if not dist.is_initialized():
-            dist.init_process_group(
-                "nccl" if on_device else "gloo",
-                rank=self.rank,
-                world_size=self.world,
-                store=self._meeting_store(),
-                device_id=torch.device("cuda", torch.cuda.current_device()) if on_device else None,
-                timeout=datetime.timedelta(seconds=timeout_s),
-            )
-            self._open.callback(dist.destroy_process_group)
-        return dist.group.WORLD
-
-    def _meeting_store(self) -> Any:
-        """For one process group; torchrun's would still hold the keys of an earlier runtime's."""
-        tcp_store: Any = dist.TCPStore  # type: ignore[attr-defined]
+    def _connect(self, backend: str) -> None:
+        """Make torch's process group if there is none, over a store of its own: an earlier runtime
+        of this process may have left entries in the one that `MASTER_PORT` names."""
+        if dist.is_initialized():
+            return
+        timeout = datetime.timedelta(seconds=max(self.deadline_s, CONNECT_S))
         mine = None
         if self.rank == 0:
-            mine = tcp_store("127.0.0.1", 0, self.world, True, wait_for_workers=False)
-        port = self.group.allgather("process group", mine and mine.port)[0].value
-        return mine or tcp_store("127.0.0.1", port, self.world, False)
+            mine = dist.TCPStore(  # type: ignore[attr-defined]
+                "127.0.0.1", 0, None, True, timeout, wait_for_workers=False
+            )
+        port = self.group.allgather("torch store", mine.port if mine else 0)[0].value
+        store = mine or dist.TCPStore(  # type: ignore[attr-defined]
+            "127.0.0.1", port, None, False, timeout
+        )
+        dist.init_process_group(
+            backend,
+            store=store,
+            rank=self.rank,
+            world_size=self.world,
+            timeout=timeout,
+            device_id=_current_gpu() if backend == "nccl" else None,
+        )
+        self._open.callback(dist.destroy_process_group)
+        # torch has one time-out for connecting and for every collective after it.
+        dist.distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=self.deadline_s))
 
     def _deepep(
         self,
@@ -107,15 +118,13 @@ class Ranks:
         views: Mapping[str, torch.Tensor],
         launch: Launcher | None,
     ) -> Transport:
-        # Upstream uses the group to start, and only then.
-        start_s = max(self.deadline_s, _START_S)
-        group = self._process_group(launch is not None, timeout_s=start_s)
-        self.group.barrier(f"starting {name}")  # upstream's own start has no deadline
+        self._connect("gloo" if launch is None else "nccl")  # upstream's start goes through it
+        self.group.barrier(f"starting {name}")  # which has no deadline of its own
         transport: DeepEpLowLatency | DeepEpNormal
         if name == "deepep":
-            transport = DeepEpLowLatency.open(config, views, group)
+            transport = DeepEpLowLatency.open(config, views, dist.group.WORLD)
         else:
-            transport = DeepEpNormal.open(config, views, group, launch)
+            transport = DeepEpNormal.open(config, views, dist.group.WORLD, launch)
         self._open.callback(self._close_together, transport)
         self.group.barrier(f"{name} started")
         return transport
@@ -160,5 +169,10 @@ class Ranks:
         self.group.barrier(what)
 
     def close(self) -> None:
-        """Leave the group and release what is shared; waits for nobody. Idempotent."""
+        """Leave the group and release what is shared. Idempotent; waits for nobody, but for the
+        deadline where DeepEP ends in a meeting."""
         self._open.close()
+
+
+def _current_gpu() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device())
