@@ -31,11 +31,11 @@ from typing import Any
 import torch
 
 from barriers.config import GroupConfig
-from barriers.deepep import DeepEpMissing
+from barriers.deepep import DeepEpMissing, check_sizes
 from barriers.errors import RanksMissing
 from barriers.group import RankGroup
 from barriers.rdep import RdepTuning
-from barriers.transport import TransportConfig
+from barriers.transport import DEEPEP, TransportConfig, resolve
 from bench.routing import KINDS
 from bench.transport_cases import make_gains, make_tokens
 from bench.transport_layer import Layer, Plan, TimedLayer
@@ -222,8 +222,11 @@ class _Bench:
             )
 
         try:
+            if name in DEEPEP:
+                resolve(name, world=self.config.world, on_device=True)
+                check_sizes(name, self.config)
             self._try(name, "setting up", make)
-        except DeepEpMissing as e:  # alike on all ranks
+        except (DeepEpMissing, ValueError) as e:  # alike on all ranks
             self.failed[name] = {"ok": False, "absent": True, "error": str(e)}
             return
         if name in self.subjects:
