@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
     if not engine.selection.on_device:
         engine.close()
         raise ValueError("the profile is of a device; the CPU twin has none (use --device cuda)")
-    with Runtime(engine) as runtime:
+    with Runtime(engine, engine.options.scheduling) as runtime:
         engine.fill_kv(seed=0)
         rows = args.rows or engine.config.max_rows
         runtime.occupy(rows, args.ctx_len, WARM_UP + args.steps + 1)

@@ -20,9 +20,10 @@ from capture_cache.layout import ArenaLayout, Entry
 from graphs.flashinfer_mla import FlashinferMla
 from graphs.keys import GraphKey, Ladder
 from graphs.model_config import ModelConfig
-from graphs.weights import weight_table
-from kernels.triton.linear import linear_workspace_elems
+from graphs.weights import ITEM_BYTES, shared_joins, stored_table, weight_table
+from kernels.triton.linear import linear_plan, linear_workspace_elems
 from kernels.triton.mla_decode import num_splits
+from kernels.triton.mla_query import fuses_query
 from kernels.triton.sample import num_chunks
 from kernels.triton.state import RING_SLOTS, MailboxLayout, RingLayout
 
@@ -49,6 +50,8 @@ class StepConfig:
         ep_size, ep_rank: expert parallelism.
         attention: "flashinfer" or "triton".
         transport: how tokens reach the experts of other ranks; a name of `barriers.transport`.
+        pdl: how kernels overlap; a key of `kernels.triton.overlap.MODES`.
+        prefetch: ask L2 for the weights of later kernels while the memory is idle.
     """
 
     max_rows: int
@@ -60,6 +63,8 @@ class StepConfig:
     ep_rank: int = 0
     attention: str = "triton"
     transport: str = "local"
+    pdl: str = "off"
+    prefetch: bool = False
 
     def __post_init__(self) -> None:
         for name in ("max_rows", "max_seq_len", "page_size", "cut", "ep_size"):
@@ -129,10 +134,27 @@ def transport_config(cfg: ModelConfig, step: StepConfig, capacity: int) -> Trans
         world=step.ep_size,
         capacity=capacity,
         hidden=cfg.hidden_size,
-        num_experts=cfg.num_experts,
-        top_k=cfg.experts_per_token,
+        num_experts=cfg.num_experts + shared_joins(cfg, step.transport),
+        top_k=choices(cfg, step),
         act_dtype=cfg.act_dtype,
         fp8=cfg.is_fp8,
+    )
+
+
+def choices(cfg: ModelConfig, step: StepConfig) -> int:
+    """Experts a token goes to: those it is routed to, and the shared one where that joins them."""
+    return cfg.experts_per_token + shared_joins(cfg, step.transport)
+
+
+def query_fuses(cfg: ModelConfig) -> bool:
+    """Whether one kernel takes the compressed query to the latent space (`latent_query`)."""
+    act_bytes = torch.empty((), dtype=getattr(torch, cfg.act_dtype)).element_size()
+    return cfg.q_lora_rank is not None and fuses_query(
+        cfg.qk_nope_head_dim,
+        cfg.qk_rope_head_dim,
+        cfg.kv_lora_rank,
+        fp8=cfg.is_fp8,
+        act_bytes=act_bytes,
     )
 
 
@@ -141,7 +163,8 @@ def mailbox_layout(step: StepConfig, ladder: Ladder) -> MailboxLayout:
 
 
 def _weights(cfg: ModelConfig, step: StepConfig) -> Iterator[Entry]:
-    for name, spec in weight_table(cfg, ep_size=step.ep_size).items():
+    table = stored_table(cfg, ep_size=step.ep_size, transport=step.transport)
+    for name, spec in table.items():
         yield Entry("weights", name, spec.shape, spec.dtype)
     yield Entry("weights", "rope_table", (step.max_seq_len, cfg.qk_rope_head_dim), "float32")
 
@@ -197,6 +220,14 @@ def _scratch(
             yield entry(f"{name}_q", (count, width), "float8_e4m3fn")
             yield entry(f"{name}_s", (count, -(-width // 128)), "float32")
 
+    def product(name: str, width: int, depth: int) -> Entry:
+        """A product by [width, depth] weights; its K splits are added up by whoever reads it."""
+        elem_bytes = 1 if fp8 else ITEM_BYTES[act]
+        splits = linear_plan(width, depth, elem_bytes=elem_bytes).splits
+        if splits == 1:
+            return entry(name, (tokens, width), act)
+        return entry(name, (splits, tokens, width), "float32")
+
     for name in ("tok_row", "tok_pos", "tok_id", "kv_len"):
         yield entry(name, (tokens,), "int32")
     yield entry("kv_slot", (tokens,), "int64")
@@ -205,10 +236,13 @@ def _scratch(
     yield entry("out_logprob", (rows,), "float32")
     yield entry("x", (tokens, hidden), act)
     yield from activation("norm", tokens, hidden)
-    yield entry("qkv", (tokens, cfg.q_part_padded + latent), act)
-    if cfg.q_lora_rank is not None:
+    if cfg.q_lora_rank is None:
+        yield entry("qkv", (tokens, cfg.q_part_padded + latent), act)
+    else:
+        yield product("qkv", cfg.q_part_padded + latent, hidden)
         yield from activation("q_norm", tokens, cfg.q_lora_rank, plain=False)
-        yield entry("q", (tokens, q_dim), act)
+        if not query_fuses(cfg):
+            yield entry("q", (tokens, q_dim), act)
     yield entry("q_latent", (tokens, heads, latent), act)
     yield entry("o_latent", (tokens, heads, cfg.kv_lora_rank), act)
     if step.attention == "flashinfer":
@@ -219,7 +253,10 @@ def _scratch(
         yield entry("part_lse", (tokens, step.splits, heads), "float32")
     # A head that is whole groups of 128 is quantised where it is made.
     yield from activation("o", tokens, o_dim, plain=cfg.v_head_dim % 128 != 0)
+    yield product("o_out", hidden, o_dim)
     yield entry("delta", (tokens, hidden), act)
+    if cfg.first_k_dense_replace > 0:
+        yield product("dense_out", hidden, cfg.intermediate_size)
     yield from _mlp_scratch(cfg, step, tokens, capacity, activation, entry)
     yield entry("final", (rows, hidden), act)
     yield entry("logits", (rows, cfg.vocab_size), "float32")
@@ -246,14 +283,15 @@ def _mlp_scratch(
         return
     sizes = transport_config(cfg, step, capacity)
     pairs = math.prod(received_shape(step.transport, sizes, tokens))
+    joins, top_k = shared_joins(cfg, step.transport), choices(cfg, step)
     yield entry("router_logits", (tokens, cfg.num_experts), "float32")
-    yield entry("topk_ids", (tokens, cfg.experts_per_token), "int32")
-    yield entry("topk_weights", (tokens, cfg.experts_per_token), "float32")
-    yield entry("offsets", (cfg.num_experts // step.ep_size + 1,), "int32")
+    yield entry("topk_ids", (tokens, top_k), "int32")
+    yield entry("topk_weights", (tokens, top_k), "float32")
+    yield entry("offsets", (cfg.num_experts // step.ep_size + joins + 1,), "int32")
     yield entry("pairs", (pairs,), "int32")
     yield from activation("expert_h", pairs, cfg.moe_intermediate_size, plain=False)
     yield entry("expert_y", (pairs, cfg.hidden_size), cfg.act_dtype)
-    if cfg.num_shared_experts:
+    if cfg.num_shared_experts and not joins:
         yield from mlp("shared", cfg.shared_intermediate_size)
         yield entry("shared_out", (tokens, cfg.hidden_size), cfg.act_dtype)
 

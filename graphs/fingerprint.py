@@ -50,6 +50,8 @@ def fingerprint(
         "attention cut": step.cut,
         "ep size": step.ep_size,
         "transport": step.transport,
+        "pdl": step.pdl,
+        "prefetch": step.prefetch,
         "arena": layout.digest,
     }
     return Fingerprint.of(facts)

@@ -19,7 +19,8 @@ from graphs.compile import RecordingLauncher
 from graphs.devices import bind_views, torch_dtype
 from graphs.ops import Ops
 from graphs.step import DecodeStep
-from graphs.weights import weight_table
+from graphs.weights import add_part_views, stored_table
+from kernels.triton.overlap import MODES
 from kernels.triton.settle import stamp
 from runtime.selection import Selection
 
@@ -32,7 +33,8 @@ def make_step(
 ) -> DecodeStep:
     """The step over bound views; on `meta` views it can be listed but not run."""
     model, step = selection.model, selection.step
-    names = [*weight_table(model, ep_size=step.ep_size), "rope_table"]
+    stored = stored_table(model, ep_size=step.ep_size, transport=step.transport)
+    names = [*stored, "rope_table"]
     weights = MappingProxyType({name: views[name] for name in names})
     buffers = StaticBuffers(model, step, selection.ladder, views)
     kind = FlashinferAttention if step.attention == "flashinfer" else TritonAttention
@@ -48,13 +50,14 @@ def list_kernels(selection: Selection, arch: str, attentions: Iterable[str]) -> 
     Args:
         attentions: list for each of these.
     """
-    launcher = RecordingLauncher(arch)
+    launcher = RecordingLauncher(arch, pdl=MODES[selection.step.pdl])
     meta = torch.device("meta")
     for attention in attentions:
         chosen = dataclasses.replace(
             selection, step=dataclasses.replace(selection.step, attention=attention)
         )
         views = bind_views(None, chosen.layout, meta)
+        add_part_views(views)
         transport = _listed_transport(chosen, launcher, views)
         step = make_step(chosen, Ops(launcher), views, transport)
         for key in chosen.ladder.keys:

@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from barriers.config import GroupConfig
+from runtime.scheduler import SchedulerConfig
 
 DEVICES = ("auto", "cuda", "cpu")
 ATTENTION = ("auto", "flashinfer", "triton")
+PDL = ("auto", "off", "late", "early")
 # Spellings of other engines for the same thing.
 ALIASES = {
     "model_path": "model",
@@ -42,10 +44,16 @@ class RuntimeConfig:
         ep_size: ranks that share the experts; None: as many as torchrun started.
         transport: how tokens reach other ranks' experts; a name of `barriers.transport`.
         attention: auto, flashinfer or triton.
+        pdl: whether a kernel starts while the one before it ends (programmatic dependent launch):
+            off, late (once that one has loaded its weights), early (at once); auto decides by chip.
+        prefetch: ask L2 for the weights of later kernels while the memory is idle; None: where the
+            chip can.
         seed: of a preset's random weights.
         verify: prove every key after capture.
         proof_replays: replays per key of that proof; None: 100 on a device, 2 on the CPU twin.
         deadline_s: longest wait for a step, seconds.
+        reservation, prefix_cache, prefill_budget, ageing_steps: see
+            `runtime.scheduler.SchedulerConfig`.
     """
 
     model: str
@@ -61,13 +69,23 @@ class RuntimeConfig:
     ep_size: int | None = None
     transport: str = "auto"
     attention: str = "auto"
+    pdl: str = "auto"
+    prefetch: bool | None = None
     seed: int = 0
     verify: bool = True
     proof_replays: int | None = None
     deadline_s: float = 10.0
+    reservation: str = "full"
+    prefix_cache: bool = True
+    prefill_budget: int | None = None
+    ageing_steps: int = 256
 
     def __post_init__(self) -> None:
-        for name, choices in (("device", DEVICES), ("attention", ATTENTION)):
+        for name, choices in (
+            ("device", DEVICES),
+            ("attention", ATTENTION),
+            ("pdl", PDL),
+        ):
             if getattr(self, name) not in choices:
                 raise ValueError(
                     f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}"
@@ -80,6 +98,7 @@ class RuntimeConfig:
                 f"max_seq_len must be at least 2 (a prompt token and a new one), got "
                 f"{self.max_seq_len}"
             )
+        self.scheduling  # noqa: B018 - its own checks
         if self.deadline_s <= 0:
             raise ValueError(f"deadline_s must be more than 0 seconds, got {self.deadline_s}")
         if self.proof_replays is not None:
@@ -125,6 +144,13 @@ class RuntimeConfig:
         elif overrides is not None:
             named["overrides"] = tuple(overrides)
         return cls(**named)
+
+    @property
+    def scheduling(self) -> SchedulerConfig:
+        """How requests share rows, pages and steps."""
+        return SchedulerConfig(
+            self.reservation, self.prefix_cache, self.prefill_budget, self.ageing_steps
+        )
 
     @property
     def ranks(self) -> GroupConfig:

@@ -104,7 +104,7 @@ def main(argv: list[str] | None = None) -> int:
     tokens: list[int] = []
     reason = ""
     stream = TextStream(tokenizer)
-    with Runtime(engine) as runtime:
+    with Runtime(engine, engine.options.scheduling) as runtime:
         runtime.add(prompt, params)
         start = time.perf_counter()
         while runtime.num_running:

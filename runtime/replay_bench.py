@@ -96,7 +96,7 @@ def main(argv: list[str] | None = None) -> int:
             raise ValueError(f"--out {args.out} cannot be a folder: {error.strerror}") from error
     with Bar() as bar:
         engine = build(selection(args, verify=args.verify), bar)
-        with Runtime(engine) as runtime:
+        with Runtime(engine, engine.options.scheduling) as runtime:
             bench = ReplayBench(runtime, args.ctx_len, args.steps, args.bandwidth)
             keys = _keys(engine, args.keys)
             times = []

@@ -78,6 +78,7 @@ class StepOutput:
     Attributes:
         step: number of the step, from 0.
         rows: int32 [n], the request's row.
+        requests: int64 [n], the request's id.
         tokens: int32 [n].
         logprobs: float32 [n], natural log of the token's probability under the whole distribution.
         finished: bool [n], whether the request ended with this token.
@@ -87,6 +88,7 @@ class StepOutput:
 
     step: int
     rows: NDArray[np.int32]
+    requests: NDArray[np.int64]
     tokens: NDArray[np.int32]
     logprobs: NDArray[np.float32]
     finished: NDArray[np.bool_]

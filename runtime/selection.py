@@ -26,6 +26,7 @@ from runtime.config import RuntimeConfig
 
 # Left for the driver, the graphs themselves and libraries when the KV cache takes what is free.
 RESERVED_BYTES = 3 << 30
+DEFAULT_PDL = "early"
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,8 @@ def choose(options: RuntimeConfig, *, compile_only: bool = False) -> Selection:
         transport=resolve_transport(
             options.transport, world=options.num_ranks, on_device=on_device
         ),
+        pdl=_pdl(options, on_device, compile_only=compile_only),
+        prefetch=_prefetch(options, on_device, compile_only=compile_only),
     )
     if step.transport in DEEPEP:
         check_sizes(step.transport, transport_config(model, step, ladder.max_tokens))
@@ -97,6 +100,34 @@ def choose(options: RuntimeConfig, *, compile_only: bool = False) -> Selection:
         pages = _default_pages(model, step, ladder, on_device and not compile_only)
     step = dataclasses.replace(step, num_pages=pages)
     return Selection(source, model, step, ladder, on_device, reason)
+
+
+def _pdl(options: RuntimeConfig, on_device: bool, *, compile_only: bool) -> str:
+    """How kernels overlap: where the chip can, unless asked otherwise."""
+    able = _is_sm90(on_device, compile_only=compile_only)
+    if options.pdl == "auto":
+        return DEFAULT_PDL if able else "off"
+    if options.pdl != "off" and not able:
+        raise ValueError(
+            f"--pdl {options.pdl} needs a CUDA device of compute capability 9.0 or later; leave it "
+            "at auto"
+        )
+    return options.pdl
+
+
+def _prefetch(options: RuntimeConfig, on_device: bool, *, compile_only: bool) -> bool:
+    """Whether weights are brought into L2 ahead of time."""
+    able = _is_sm90(on_device, compile_only=compile_only)
+    if options.prefetch and not able:
+        raise ValueError(
+            "--prefetch needs a CUDA device of compute capability 9.0 or later; leave it out"
+        )
+    return able if options.prefetch is None else options.prefetch
+
+
+def _is_sm90(on_device: bool, *, compile_only: bool) -> bool:
+    """Compiling ahead is for sm_90 and later only."""
+    return on_device and (compile_only or torch.cuda.get_device_capability() >= (9, 0))
 
 
 def _on_device(options: RuntimeConfig) -> bool:

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from kernels.triton.launch import Launcher
+from kernels.triton.overlap import await_inputs, overlap
 from kernels.triton.tiles import sigmoid_rows
 
 GROUP = 128  # elements that share an FP8 scale
@@ -27,8 +28,9 @@ _MIN_AMAX = tl.constexpr(MIN_AMAX)
 def quantize_groups(x):
     """(e4m3 [G, 128], fp32 scales [G]) of x fp32 [G, 128]; a NaN stays NaN in its own element."""
     scale = tl.div_rn(tl.maximum(tl.max(tl.abs(x), axis=1), _MIN_AMAX), _FP8_MAX)
-    # The conversion saturates in hardware, so a quotient one ulp above 448 is still 448.
-    return tl.div_rn(x, scale[:, None]).to(tl.float8e4nv), scale
+    # One division a group: a product may be an ulp off the quotient, far below e4m3's step. The
+    # conversion saturates in hardware, so a product one ulp above 448 is still 448.
+    return (x * tl.div_rn(1.0, scale)[:, None]).to(tl.float8e4nv), scale
 
 
 @triton.jit
@@ -41,7 +43,9 @@ def _quantize(
     scale_pitch,
     K: tl.constexpr,
     GROUPS: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    await_inputs(PDL)
     t = tl.program_id(0).to(tl.int64)
     group = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
     col = group[:, None] * 128 + tl.arange(0, 128)[None, :]
@@ -66,7 +70,9 @@ def _silu_mul(
     GROUPS: tl.constexpr,
     HAS_OUT: tl.constexpr,
     HAS_Q: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    await_inputs(PDL)
     t = tl.program_id(0).to(tl.int64)
     group = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
     col = group[:, None] * 128 + tl.arange(0, 128)[None, :]
@@ -108,6 +114,7 @@ def quantize(
         K=x.shape[1],
         GROUPS=GROUPS_PER_CTA,
         num_warps=4,
+        **overlap(launch),
     )
 
 
@@ -163,6 +170,7 @@ def silu_mul(
         HAS_OUT=out is not None,
         HAS_Q=out_q is not None,
         num_warps=4,
+        **overlap(launch),
     )
 
 

@@ -457,11 +457,11 @@ def test_collect_needs_a_launch(call: str, runtime: Runtime) -> None:
     assert message == "no step is in flight; call launch() first"
 
 
-def test_prompts_are_fed_in_the_order_of_arrival(runtime: Runtime) -> None:
-    rows = [runtime.add([1] * 30), runtime.add([2] * 3)]
-    assert len(runtime.step()) == 0  # 16 tokens of the first
-    assert runtime.step().rows.tolist() == [rows[0]]  # its other 14, and 2 of the second
-    assert runtime.step().rows.tolist() == rows
+def test_a_short_prompt_passes_a_long_one_which_keeps_half_of_each_step(runtime: Runtime) -> None:
+    long, short = runtime.add([1] * 30), runtime.add([2] * 3)
+    assert runtime.step().rows.tolist() == [short]  # all of it, and 13 tokens of the first
+    assert runtime.step().rows.tolist() == [short]  # beside 15 more
+    assert runtime.step().rows.tolist() == [short, long]
 
 
 # ------------------------------------------------------------------ occupy
@@ -532,9 +532,9 @@ def test_the_context_manager_closes_after_an_error_too(checkpoint: Path) -> None
         runtime.step()
 
 
-def test_an_unknown_reservation_is_refused(runtime: Runtime) -> None:
+def test_an_unknown_reservation_is_refused(checkpoint: Path) -> None:
     with pytest.raises(ValueError, match="reservation must be 'full' or 'lazy', got 'greedy'"):
-        Runtime(runtime.engine, reservation="greedy")
+        load_micro(checkpoint, reservation="greedy")
 
 
 # ------------------------------------------------------------------ options of load
