@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from graphs.hf_config import token_ids
+from graphs.hf_config import check_architecture, token_ids
 from graphs.model_config import ModelConfig
 from graphs.presets import PRESETS
 from graphs.safetensors_dir import (
@@ -18,6 +19,7 @@ from graphs.safetensors_dir import (
     read_json,
 )
 
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 GENERATION_FILE = "generation_config.json"
 
 
@@ -66,10 +68,18 @@ def resolve_model(
         cfg = ModelConfig.from_hf(PRESETS[name], layers=layers, overrides=overrides)
         return cfg, ModelSource(name, None)
     if not is_dir:
-        raise ValueError(
+        problem = (
             f"model: expected a directory or one of the presets {', '.join(PRESETS)}, got {name!r}"
         )
+        if _HUB_ID.fullmatch(name):
+            problem += (
+                f"; if that is a Hugging Face id, `hf download {name}` first and give the "
+                "directory that it prints"
+            )
+        raise ValueError(problem)
     hf = read_config(path)
+    # Before the weights are looked at: what they lack says less than that this is another model.
+    check_architecture(hf | dict(overrides or {}))
     if not hf.get("dtype") and not hf.get("torch_dtype"):
         hf["dtype"] = _stored_dtype(path)
     if (path / GENERATION_FILE).exists():

@@ -6,7 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from rich.console import Console
@@ -66,9 +66,16 @@ class Once(argparse.Action):
         setattr(namespace, self.dest, values)
 
 
+class Parser(argparse.ArgumentParser):
+    """Says in one line what is wrong; `--help` has the page of all options."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}; see {self.prog} --help\n")
+
+
 def command(module: str, doc: str | None) -> argparse.ArgumentParser:
     """The parser of `python -m module`; options are spelled out, never guessed from a prefix."""
-    return argparse.ArgumentParser(prog=f"python -m {module}", description=doc, allow_abbrev=False)
+    return Parser(prog=f"python -m {module}", description=doc, allow_abbrev=False)
 
 
 def add_selection(parser: argparse.ArgumentParser) -> None:
@@ -77,7 +84,13 @@ def add_selection(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--model", "--model-path", "--ckpt", default="tiny", help="HF directory or preset name")
     add("--bs", "--max-batch-size", type=int, default=256, help="global decode batch")
-    add("--ladder", "--cuda-graph-bs", help="keys: ROWS or ROWS+PROMPT_TOKENS, as 1,2,4,8+64")
+    add(
+        "--ladder",
+        "--cuda-graph-bs",
+        nargs="+",
+        metavar="KEY",
+        help="graph keys: ROWS or ROWS+PROMPT_TOKENS, as 1,2,4,8+64 or 1 2 4 8+64",
+    )
     add(
         "--max-seq-len", "--max-model-len", type=int, default=4096, help="prompt and output, tokens"
     )
@@ -85,11 +98,18 @@ def add_selection(parser: argparse.ArgumentParser) -> None:
     add("--page-size", type=int, default=64, help="tokens a page")
     add("--layers", type=int, help="run only the first so many layers")
     add("--override", action="append", default=[], metavar="KEY=VALUE", help="of the model config")
-    add("--device", choices=DEVICES, default="auto")
+    add("--device", choices=DEVICES, default="auto", help="auto takes the GPU where there is one")
     add("--store", help="directory of compiled kernels and manifests")
     add("--ep-size", type=int, help="ranks that share the experts; default: torchrun's")
     add("--transport", choices=TRANSPORTS, default="auto", help="how tokens reach other ranks")
-    add("--attention", choices=ATTENTION, default="auto")
+    add("--attention", choices=ATTENTION, default="auto", help="kernel; auto takes the faster one")
+    add(
+        "--prefix-cache",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="keep full KV pages for later prompts that begin alike",
+    )
+    add("--prefill-budget", type=int, metavar="TOKENS", help="prompt tokens a step at most")
     add(
         "--prefetch",
         action=argparse.BooleanOptionalAction,
@@ -110,7 +130,7 @@ def selection(args: argparse.Namespace, **more: Any) -> RuntimeConfig:
     options = RuntimeConfig(
         model=args.model,
         bs=args.bs,
-        ladder=args.ladder,
+        ladder=None if args.ladder is None else ",".join(args.ladder),
         max_seq_len=args.max_seq_len,
         num_pages=args.num_pages,
         page_size=args.page_size,
@@ -124,6 +144,8 @@ def selection(args: argparse.Namespace, **more: Any) -> RuntimeConfig:
         pdl=args.pdl,
         prefetch=args.prefetch,
         seed=args.seed,
+        prefix_cache=args.prefix_cache,
+        prefill_budget=args.prefill_budget,
         **more,
     )
     console.quiet = options.ranks.rank > 0  # rank 0 speaks for all

@@ -36,7 +36,7 @@ class RuntimeConfig:
         max_seq_len: tokens, prompt and output together.
         num_pages: KV pages of a rank; None: what the rows can use, or what memory allows.
         page_size: tokens.
-        ladder: graph keys as text ("1,2,4,8+64"); None: the default ladder.
+        ladder: graph keys as text ("1,2,4,8+64"), or a list of them; None: the default ladder.
         layers: run only the first so many layers.
         overrides: "key=value" of the model's config.
         device: auto, cuda or cpu.
@@ -143,6 +143,9 @@ class RuntimeConfig:
             named["overrides"] = tuple(f"{k}={v}" for k, v in overrides.items())
         elif overrides is not None:
             named["overrides"] = tuple(overrides)
+        ladder = named.get("ladder")
+        if ladder is not None and not isinstance(ladder, str):
+            named["ladder"] = ",".join(str(key) for key in ladder)
         return cls(**named)
 
     @property

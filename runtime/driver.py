@@ -394,10 +394,10 @@ class Runtime:
                 "update_weights()"
             )
         requests = list(self._scheduler.running())
-        if requests and running == "refuse":
+        if self._scheduler.has_begun and running == "refuse":
             raise RuntimeError(
-                f"{len(requests)} requests are running on the old weights; drain() first, or say "
-                "running='keep' or running='recompute'"
+                f"{self._scheduler.num_begun} requests are running on the old weights; drain() "
+                "first, or say running='keep' or running='recompute'"
             )
         if running == "recompute":
             self._scheduler.reserve_restart()

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from collections.abc import Iterable
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from barriers.errors import RankError
 from capture_cache.fingerprint import Fingerprint
 from graphs.aot import AotLauncher
 from graphs.capture import GraphSet
@@ -15,10 +19,13 @@ from graphs.fingerprint import fingerprint
 from graphs.keys import GraphKey
 from graphs.ledger import Ledger
 from graphs.prove import Proof
+from graphs.weight_update import prepare_update
 from kernels.triton.state import DECODE, HEADER, MailboxLayout
 from runtime.config import RuntimeConfig
 from runtime.ranks import Ranks
 from runtime.selection import Selection
+
+UPDATE_TIMEOUT_S = 600.0  # how long a rank waits for the others to have read and checked weights
 
 
 class Engine:
@@ -120,6 +127,36 @@ class Engine:
         with self.graphs.backend.on_stream():
             stamps: NDArray[np.int64] = self.graphs.step.buffers["stamps"][:count].cpu().numpy()
         return stamps.copy()
+
+    def update_weights(self, source: str | Path | Iterable[tuple[str, Any]]) -> None:
+        """Check new weights, then write them where the old ones are; waits.
+
+        Every rank calls this with the same update; if one refuses it, all do.
+
+        Raises:
+            ValueError: not this model's tensors, or not finite; nothing was changed.
+            RankError: another rank refused, or did not come.
+        """
+        backend, step = self.graphs.backend, self.config
+        ranks = {"ep_rank": step.ep_rank, "ep_size": step.ep_size}
+        with backend.on_stream():
+            try:
+                update = prepare_update(
+                    source, self.model_config, self.graphs.step.weights, **ranks
+                )
+            except ValueError as error:
+                if step.ep_size > 1:
+                    with suppress(RankError):  # the others' own message; ours is the better one
+                        self.ranks.group.agree("new weights", str(error), UPDATE_TIMEOUT_S)
+                raise
+            try:
+                if step.ep_size > 1:
+                    self.ranks.group.agree("new weights", None, UPDATE_TIMEOUT_S)
+            except RankError:
+                update.discard()
+                raise
+            update.apply()
+            backend.synchronize()
 
     def close(self) -> None:
         """Release graphs, peer memory and arena. Idempotent."""

@@ -82,9 +82,11 @@ def parser() -> argparse.ArgumentParser:
     p = command("runtime.generate", __doc__)
     add_selection(p)
     p.set_defaults(bs=1, max_seq_len=None)
-    p.add_argument("--prompt", required=True)
-    p.add_argument("--max-tokens", type=int, default=128)
-    p.add_argument("--ignore-eos", action="store_true")
+    p.add_argument("--prompt", required=True, help="text to go on from")
+    p.add_argument("--max-tokens", type=int, default=128, help="new tokens at most")
+    p.add_argument(
+        "--ignore-eos", action="store_true", help="go on past the model's end of sequence"
+    )
     return p
 
 

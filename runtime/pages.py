@@ -2,7 +2,7 @@
 
 Page 0 is the null page: padding writes go there, and nobody is ever given it. Invariant: every
 other page is exactly one of free, idle (named in the prefix cache, held by nobody) or held; a page
-that several rows hold is full and named, so nobody writes to it.
+that several rows hold was named when they came by it: it is full, and nobody writes to it.
 """
 
 from __future__ import annotations

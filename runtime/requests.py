@@ -111,6 +111,11 @@ class WaitingQueue:
         begun = [entry for entry in self._heap if entry[1].phase == QUEUED and entry[1].preemptions]
         return min(begun)[1] if begun else None
 
+    @property
+    def num_begun(self) -> int:
+        """Requests that have had a row before."""
+        return sum(q.phase == QUEUED and q.preemptions > 0 for _, q in self._heap)
+
     def take(self, request: Request) -> None:
         """Take out what `first` or `first_begun` returned."""
         self._size -= 1

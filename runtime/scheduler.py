@@ -312,7 +312,9 @@ class Scheduler:
             self._send(plan, words, request, request.sent + 1)
         self._feed(plan, words)
         for request in [*crossing, *(request for request, _ in plan.fed)]:
-            self._send(plan, words, request, len(self.pages.held(request.row)))
+            count = len(self.pages.held(request.row))
+            if plan.sent[request] < count:
+                self._send(plan, words, request, count)
         if words:
             plan.pages = np.array(words, np.int32)
         plan.cancels = self.cancels
@@ -339,6 +341,8 @@ class Scheduler:
 
     def _make_room(self, rows: list[Request], step: int) -> None:
         """Preempt, the last in order first, until the decoding rows can go on."""
+        if len(rows) <= self.pages.num_free:  # one page each at most
+            return
         held, pages_for = self.pages.held, self.pages.pages_for
         while True:
             need = sum(
@@ -485,6 +489,11 @@ class Scheduler:
     def has_begun(self) -> bool:
         """Whether a request has a row, or had one and is to have one again."""
         return len(self.free_rows) < len(self.rows) or self.queue.first_begun() is not None
+
+    @property
+    def num_begun(self) -> int:
+        """Requests in rows, and those that had one and wait to be computed again."""
+        return len(self.rows) - len(self.free_rows) + self.queue.num_begun
 
     def look_at_queue(self) -> None:
         """Something beside rows and pages may let the queue's first in."""

@@ -116,6 +116,9 @@ class FakeDevice:
     def check_alive(self) -> None:
         """It never dies."""
 
+    def check_ranks(self) -> None:
+        """It has no peers."""
+
     def close(self) -> None:
         self.closed = True
 
