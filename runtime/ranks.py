@@ -78,13 +78,11 @@ class Ranks:
         self._connect("gloo" if launch is None else "nccl")
         meeting = None
         if launch is None:
-            # torch has one time-out for connecting and for every collective after it.
-            dist.distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=self.deadline_s))
             step = views["step"]
             deadline_ms = round(self.deadline_s * 1e3)
             meeting = HostMeeting(self.group, deadline_ms=deadline_ms, step=lambda: int(step[0]))
             self._open.callback(meeting.close)
-        return AllGather(config, views, group, launch, meeting)
+        return AllGather(config, views, dist.group.WORLD, launch, meeting)
 
     def _connect(self, backend: str) -> None:
         """Make torch's process group if there is none, over a store of its own: an earlier runtime
