@@ -52,6 +52,7 @@ def fingerprint(
         "transport": step.transport,
         "pdl": step.pdl,
         "prefetch": step.prefetch,
+        "overlap": step.overlap,
         "arena": layout.digest,
     }
     return Fingerprint.of(facts)

@@ -23,7 +23,7 @@ from kernels.triton import (
     sample,
     settle,
 )
-from kernels.triton.launch import Launcher
+from kernels.triton.launch import Launcher, Ordinary
 
 Op = Callable[..., None]
 
@@ -58,3 +58,7 @@ class Ops:
         self.grouped_gate_up = bind(grouped.grouped_gate_up, grouped.grouped_gate_up_ref)
         self.grouped_down = bind(grouped.grouped_down, grouped.grouped_down_ref)
         self.greedy = bind(sample.greedy, sample.greedy_ref)
+
+    def ordinary(self) -> Ops:
+        """The same operations without dependent launches."""
+        return Ops(None if self.launch is None else Ordinary(self.launch))

@@ -116,6 +116,12 @@ def add_selection(parser: argparse.ArgumentParser) -> None:
         default=None,
         help="weights into L2 ahead of time; default: where the chip can",
     )
+    add(
+        "--overlap",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="the shared expert beside the exchange; default: where there are both",
+    )
     add("--pdl", choices=PDL, default="auto", help="overlap of kernels (dependent launch)")
     add("--seed", type=int, default=0, help="of a preset's random weights")
     add("--json", action="store_true", help="print one JSON object as the last line")
@@ -143,6 +149,7 @@ def selection(args: argparse.Namespace, **more: Any) -> RuntimeConfig:
         attention=args.attention,
         pdl=args.pdl,
         prefetch=args.prefetch,
+        overlap=args.overlap,
         seed=args.seed,
         prefix_cache=args.prefix_cache,
         prefill_budget=args.prefill_budget,

@@ -48,6 +48,8 @@ class RuntimeConfig:
             off, late (once that one has loaded its weights), early (at once); auto decides by chip.
         prefetch: ask L2 for the weights of later kernels while the memory is idle; None: where the
             chip can.
+        overlap: the shared expert runs beside the exchange with other ranks; None: where there are
+            both.
         seed: of a preset's random weights.
         verify: prove every key after capture.
         proof_replays: replays per key of that proof; None: 100 on a device, 2 on the CPU twin.
@@ -71,6 +73,7 @@ class RuntimeConfig:
     attention: str = "auto"
     pdl: str = "auto"
     prefetch: bool | None = None
+    overlap: bool | None = None
     seed: int = 0
     verify: bool = True
     proof_replays: int | None = None

@@ -21,7 +21,7 @@ from barriers.device_barrier import DeviceWatch
 from barriers.errors import RankError
 from barriers.group import RankGroup
 from barriers.host_meeting import HostMeeting
-from barriers.rdep import Rdep, load_rdep, peer_layout, peer_views
+from barriers.rdep import Rdep, RdepTuning, load_rdep, peer_layout, peer_views
 from barriers.symmetric_device import DeviceMemory
 from barriers.transport import DEEPEP, Local, Transport, TransportConfig
 from capture_cache.driver import Device
@@ -55,12 +55,14 @@ class Ranks:
         views: Mapping[str, torch.Tensor],
         launch: Launcher | None,
         store: Store,
+        tuning: RdepTuning | None = None,
     ) -> Transport:
         """Make the transport `name`; every rank calls this alike.
 
         Args:
             views: of the arena; the transport's own buffers are among them where it has some there.
             launch: None on the CPU twin.
+            tuning: of rdep.
         Raises:
             RankError: a rank failed, or did not come; raised on all of them.
         """
@@ -70,7 +72,7 @@ class Ranks:
             return self._allgather(config, views, launch)
         if name in DEEPEP:
             return self._deepep(name, config, views, launch)
-        return self._rdep(config, views, store)
+        return self._rdep(config, views, store, tuning)
 
     def _allgather(
         self, config: TransportConfig, views: Mapping[str, torch.Tensor], launch: Launcher | None
@@ -139,11 +141,15 @@ class Ranks:
         transport.close()
 
     def _rdep(
-        self, config: TransportConfig, views: Mapping[str, torch.Tensor], store: Store
+        self,
+        config: TransportConfig,
+        views: Mapping[str, torch.Tensor],
+        store: Store,
+        tuning: RdepTuning | None,
     ) -> Transport:
         device = Device(torch.cuda.current_device())
         # All ranks have their code before any of them can wait for another.
-        kernels = load_rdep(device, config, store=store)
+        kernels = load_rdep(device, config, tuning, store=store)
         layout = peer_layout(config)
         memory = DeviceMemory(self.group, device, layout.device_bytes)
         self._open.callback(memory.close)
@@ -154,7 +160,9 @@ class Ranks:
         )
         self._open.callback(self._watch.close)
         buffers = peer_views(layout, memory.payload, torch.device("cuda", device.ordinal))
-        transport = Rdep(config, buffers, kernels, base=memory.base, stride=memory.stride)
+        transport = Rdep(
+            config, buffers, kernels, base=memory.base, stride=memory.stride, tuning=tuning
+        )
         torch.cuda.synchronize()
         self.group.barrier("peer memory")
         return transport
