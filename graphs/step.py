@@ -334,11 +334,11 @@ class DecodeStep:
     def _route(self, b: Buffers, name: str) -> Activation:
         """What goes to the experts; to which of them, is in `topk_ids` and `topk_weights`."""
         cfg, w, ahead = self.cfg, self.weights, None
-        if cfg.num_shared_experts:
-            # Whatever is routed where, the shared expert is needed, and until then memory is idle.
-            shared_gate_up = "all_gate_up" if self.shared_joins else "shared_gate_up"
-            weight = w[name + shared_gate_up]
-            ahead = self._ahead(weight[-1] if self.shared_joins else weight)
+        # Whatever is routed where, the shared expert is needed, and until then the memory is idle.
+        if self.shared_joins:
+            ahead = self._ahead(w[name + "all_gate_up"][-1])
+        elif self.config.overlap:
+            ahead = self._ahead(w[name + "shared_gate_up"])
         x = self._norm(b, name + "mlp_norm", Delta(b["o_out"]), plain=True, ahead=ahead)
         self.ops.linear(
             x.plain, w[name + "router"], out=b["router_logits"], workspace=b["workspace"]
