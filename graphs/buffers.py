@@ -21,11 +21,24 @@ from graphs.flashinfer_mla import FlashinferMla
 from graphs.keys import GraphKey, Ladder
 from graphs.model_config import ModelConfig
 from graphs.weights import ITEM_BYTES, shared_joins, stored_table, weight_table
+from kernels.triton.draw_pipeline import row_tensors, scratch_tensors
 from kernels.triton.linear import linear_plan, linear_workspace_elems
 from kernels.triton.mla_decode import num_splits
 from kernels.triton.mla_query import fuses_query
 from kernels.triton.sample import num_chunks
-from kernels.triton.state import RING_SLOTS, MailboxLayout, RingLayout
+from kernels.triton.state import (
+    INT_PARAMS,
+    MAX_STOP_LENGTH,
+    MAX_STOP_SEQUENCES,
+    MAX_TOP,
+    PARAMS,
+    REAL_PARAMS,
+    RING_SLOTS,
+    MailboxLayout,
+    RingLayout,
+    mask_words,
+    param_pitch,
+)
 
 # Transports whose buffers lie in the arena; those of rdep are peer memory.
 IN_ARENA: dict[str, Callable[[TransportConfig], Iterator[BufferSpec]]] = {
@@ -53,6 +66,7 @@ class StepConfig:
         pdl: how kernels overlap; a key of `kernels.triton.overlap.MODES`.
         prefetch: ask L2 for the weights of later kernels while the memory is idle.
         overlap: the shared expert runs beside the exchange and the routed experts.
+        logits_rows: requests that may have their logits returned at the same time.
     """
 
     max_rows: int
@@ -67,9 +81,10 @@ class StepConfig:
     pdl: str = "off"
     prefetch: bool = False
     overlap: bool = False
+    logits_rows: int = 8
 
     def __post_init__(self) -> None:
-        for name in ("max_rows", "max_seq_len", "page_size", "cut", "ep_size"):
+        for name in ("max_rows", "max_seq_len", "page_size", "cut", "ep_size", "logits_rows"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.page_size & (self.page_size - 1) or self.cut % self.page_size:
@@ -105,11 +120,11 @@ def arena_layout(cfg: ModelConfig, step: StepConfig, ladder: Ladder) -> ArenaLay
     return ArenaLayout.build(
         [
             *_weights(cfg, step),
-            *_rows(step, ladder),
+            *_rows(cfg, step),
             *_kv(cfg, step),
             *_scratch(cfg, step, ladder.max_tokens, ladder.max_rows, ladder.max_tokens),
             *_exchange(cfg, step, ladder.max_tokens),
-            *_ring(step, ladder),
+            *_ring(cfg, step, ladder),
         ]
     )
 
@@ -171,12 +186,22 @@ def _weights(cfg: ModelConfig, step: StepConfig) -> Iterator[Entry]:
     yield Entry("weights", "rope_table", (step.max_seq_len, cfg.qk_rope_head_dim), "float32")
 
 
-def _rows(step: StepConfig, ladder: Ladder) -> Iterator[Entry]:
+def _rows(cfg: ModelConfig, step: StepConfig) -> Iterator[Entry]:
     rows = step.max_rows
     for name in ("phase", "seq_len", "last_token", "limit"):
         yield Entry("rows", name, (rows,), "int32")
     yield Entry("rows", "stop_ids", (rows, MAX_STOPS), "int32")
     yield Entry("rows", "page_table", (rows, step.max_pages), "int32")
+    yield Entry("rows", "row_params", (PARAMS, param_pitch(rows)), "int32")
+    yield Entry("rows", "deadline_ns", (rows,), "int64")
+    sequences = MAX_STOP_SEQUENCES * MAX_STOP_LENGTH
+    yield Entry("rows", "stop_sequences", (rows, sequences), "int32")
+    yield Entry("rows", "tail", (rows, MAX_STOP_LENGTH), "int32")
+    yield Entry("rows", "mask_step", (rows,), "int32")
+    yield Entry("rows", "token_mask", (rows, mask_words(cfg.vocab_size)), "int32")
+    for name, (shape, dtype) in row_tensors(rows, cfg.vocab_size).items():
+        if name not in (*INT_PARAMS, *REAL_PARAMS, "stop_ids"):
+            yield Entry("rows", name, shape, dtype)
     yield Entry("rows", "step", (1,), "int64")
     yield Entry("rows", "begin_ns", (1,), "int64")
     yield Entry("rows", "fault", (1,), "int32")
@@ -190,10 +215,15 @@ def _kv(cfg: ModelConfig, step: StepConfig) -> Iterator[Entry]:
         yield Entry("kv", f"kv.{layer}", (slots, cfg.latent_dim), cfg.act_dtype)
 
 
-def _ring(step: StepConfig, ladder: Ladder) -> Iterator[Entry]:
+def _ring(cfg: ModelConfig, step: StepConfig, ladder: Ladder) -> Iterator[Entry]:
+    rows, vocab = step.max_rows, cfg.vocab_size
     yield Entry("ring", "mailbox", (2, mailbox_layout(step, ladder).words), "int32")
     yield Entry("ring", "ring", (RING_SLOTS, RingLayout(step.max_rows).words), "int32")
     yield Entry("ring", "ring_step", (RING_SLOTS,), "int64")
+    yield Entry("ring", "ring_top", (RING_SLOTS, rows, 2, MAX_TOP), "int32")
+    yield Entry("ring", "ring_logits", (2, step.logits_rows, vocab), "float32")
+    yield Entry("ring", "forced_tokens", (rows, step.max_seq_len), "int32")
+    yield Entry("ring", "masks", (2, rows, mask_words(vocab)), "int32")
 
 
 def _exchange(cfg: ModelConfig, step: StepConfig, capacity: int) -> Iterator[Entry]:
@@ -233,7 +263,7 @@ def _scratch(
     for name in ("tok_row", "tok_pos", "tok_id", "kv_len"):
         yield entry(name, (tokens,), "int32")
     yield entry("kv_slot", (tokens,), "int64")
-    for name in ("sample_tok", "sample_row", "out_token"):
+    for name in ("sample_tok", "sample_row", "sample_pos", "out_token"):
         yield entry(name, (rows,), "int32")
     yield entry("out_logprob", (rows,), "float32")
     yield entry("x", (tokens, hidden), act)
@@ -264,6 +294,8 @@ def _scratch(
     yield entry("logits", (rows, cfg.vocab_size), "float32")
     for name, dtype in (("part_max", "float32"), ("part_arg", "int32"), ("part_sum", "float32")):
         yield entry(name, (rows, num_chunks(cfg.vocab_size)), dtype)
+    for name, (shape, dtype) in scratch_tensors(rows, cfg.vocab_size).items():
+        yield entry(name, shape, dtype)
     yield entry("workspace", (max(1, _workspace_elems(cfg, step, tokens, rows)),), "float32")
 
 
@@ -357,11 +389,18 @@ class StaticBuffers:
         return _scratch(self._cfg, self._step, key.tokens, key.rows, self._capacity)
 
     def for_key(self, key: GraphKey) -> dict[str, torch.Tensor]:
-        """All buffers, scratch cut down to the prefixes that `key` uses."""
-        views = dict(self._tensors)
+        """All buffers, scratch cut down to the prefixes that `key` uses, and each row parameter."""
+        views = dict(self._tensors) | param_views(self["row_params"], self._step.max_rows)
         for e in self._scratch_of(key):
             views[e.name] = self._tensors[e.name].flatten()[: math.prod(e.shape)].view(e.shape)
         return views
+
+
+def param_views(row_params: torch.Tensor, rows: int) -> dict[str, torch.Tensor]:
+    """The parameters of all rows under the names that sampling knows them by, [rows] each."""
+    reals = row_params.view(torch.float32)
+    ints = {name: row_params[line, :rows] for name, line in INT_PARAMS.items()}
+    return ints | {name: reals[line, :rows] for name, line in REAL_PARAMS.items()}
 
 
 def _describe(tensor: torch.Tensor | None) -> str:

@@ -120,5 +120,9 @@ class Ladder:
         """Step tokens of the largest key that has `rows` sampling rows; 0 if none has."""
         return self._most_tokens[rows] if rows <= self.max_rows else 0
 
+    def most_heads(self, tokens: int, rows: int) -> int:
+        """Tokens that can still join `tokens` of which `rows` sample, if each of them samples."""
+        return max(min(k.tokens - tokens, k.rows - rows) for k in self.keys)
+
     def __str__(self) -> str:
         return ",".join(str(k) for k in self.keys)

@@ -14,6 +14,12 @@ from graphs.model_config import ModelConfig
 from graphs.prove import Proof
 from kernels.triton.launch import KernelSpec
 
+# Buffers that exist because a row may ask for more than greedy tokens.
+CONTRACT_BUFFERS = (
+    *("counts", "token_mask", "bias_ids", "bias_values", "processed", "top_part"),
+    *("forced_tokens", "masks", "ring_top", "ring_logits"),
+)
+
 
 @dataclass(frozen=True)
 class KeyCost:
@@ -72,12 +78,15 @@ class Ledger:
 
     Attributes:
         section_bytes: of the arena.
+        contract_bytes: of the larger buffers behind what a row may ask for, by name; the last four
+            lie in pinned host memory.
         kv_capacity_tokens: KV tokens that the cache holds.
         kernels: empty on the CPU twin.
         live: why these graphs serve the process that captured them alone, or "".
     """
 
     section_bytes: dict[str, int]
+    contract_bytes: dict[str, int]
     kv_bytes_per_token: int
     kv_capacity_tokens: int
     attention: str
@@ -127,8 +136,11 @@ def make_ledger(
                 replays_proved=proof.replays if proof else 0,
             )
         )
+    layout = arena_layout(cfg, step, ladder)
+    places = layout.by_name
     return Ledger(
-        section_bytes=arena_layout(cfg, step, ladder).section_bytes,
+        section_bytes=layout.section_bytes,
+        contract_bytes={name: places[name].nbytes for name in CONTRACT_BUFFERS},
         kv_bytes_per_token=per_token,
         kv_capacity_tokens=(step.num_pages - 1) * step.page_size,
         attention=step.attention,

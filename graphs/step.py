@@ -22,6 +22,7 @@ from graphs.ops import Ops
 from graphs.weights import shared_joins
 from kernels.triton.linear import linear_plan
 from kernels.triton.overlap import Ahead
+from kernels.triton.rows import RowState
 
 Buffers = Mapping[str, torch.Tensor]
 Stamp = Callable[[str], None]
@@ -153,14 +154,20 @@ class DecodeStep:
 
     def _begin(self, b: Buffers) -> None:
         self.ops.intake(
-            b["mailbox"],
-            b["step"],
-            *(b[n] for n in ("phase", "seq_len", "last_token", "limit", "stop_ids", "page_table")),
+            *(b[n] for n in ("mailbox", "forced_tokens", "step")),
+            RowState.of(b),
             layout=self.buffers.mailbox_layout,
-            **{n: b[n] for n in ("tok_row", "tok_pos", "tok_id", "sample_tok", "sample_row")},
+            **{n: b[n] for n in ("tok_row", "tok_pos", "tok_id")},
+            **{n: b[n] for n in ("sample_tok", "sample_row", "sample_pos", "forced")},
             fault=b["fault"],
             begin_ns=b["begin_ns"],
             on_device=self.on_device,
+        )
+        self.ops.copy_masks(b["step"], b["mask_step"], b["masks"], token_mask=b["token_mask"])
+        self.ops.count_tokens(
+            *(b[n] for n in ("tok_row", "tok_pos", "tok_id")),
+            **{n: b[n] for n in ("prompt_len", "repetition", "presence", "frequency")},
+            **{n: b[n] for n in ("fresh", "counts")},
         )
         self.ops.advance(
             b["tok_row"],
@@ -415,16 +422,20 @@ class DecodeStep:
         )
         head = w["embed"] if self.cfg.tie_word_embeddings else w["head"]
         self.ops.linear(b["final"], head, out=b["logits"], workspace=b["workspace"])
-        self.ops.greedy(
-            b["logits"],
-            b["sample_tok"],
-            **{n: b[n] for n in ("part_max", "part_arg", "part_sum", "out_token", "out_logprob")},
+        self.ops.sample(b)
+        self.ops.answer(
+            *(b[n] for n in ("sample_row", "sample_pos", "row_params", "step")),
+            *(b[n] for n in ("top_ids", "top_logprobs", "logits")),
+            ring_top=b["ring_top"],
+            ring_logits=b["ring_logits"],
         )
 
     def _settle(self, b: Buffers) -> None:
         self.ops.settle(
-            *(b[n] for n in ("sample_row", "out_token", "out_logprob", "step", "phase")),
-            *(b[n] for n in ("seq_len", "last_token", "limit", "stop_ids", "fault", "begin_ns")),
+            *(b[n] for n in ("sample_row", "sample_pos", "out_token", "out_logprob", "step")),
+            RowState.of(b),
+            b["fault"],
+            b["begin_ns"],
             ring=b["ring"],
             ring_step=b["ring_step"],
             on_device=self.on_device,

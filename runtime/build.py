@@ -245,7 +245,7 @@ def _reset_state(views: dict[str, torch.Tensor]) -> None:
     """Every row free, step 0, nothing published. The null page keeps the proof's poison."""
     for name in ("phase", "seq_len", "last_token", "limit", "page_table", "step", "fault"):
         views[name].zero_()
-    views["poison"].zero_()
-    views["stop_ids"].fill_(-1)
-    views["mailbox"].fill_(-1)
-    views["ring_step"].zero_()
+    for name in ("row_params", "deadline_ns", "counts", "poison", "ring_step"):
+        views[name].zero_()
+    for name in ("stop_ids", "stop_sequences", "tail", "mask_step", "mailbox"):
+        views[name].fill_(-1)

@@ -6,6 +6,7 @@ import dataclasses
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,7 @@ class RuntimeConfig:
         deadline_s: longest wait for a step, seconds.
         reservation, prefix_cache, prefill_budget, ageing_steps: see
             `runtime.scheduler.SchedulerConfig`.
+        logits_rows: requests of a rank that may have their logits returned at the same time.
     """
 
     model: str
@@ -82,8 +84,10 @@ class RuntimeConfig:
     prefix_cache: bool = True
     prefill_budget: int | None = None
     ageing_steps: int = 256
+    logits_rows: int = 8
 
     def __post_init__(self) -> None:
+        self._check_types()
         for name, choices in (
             ("device", DEVICES),
             ("attention", ATTENTION),
@@ -93,7 +97,7 @@ class RuntimeConfig:
                 raise ValueError(
                     f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}"
                 )
-        for name in ("bs", "max_seq_len", "page_size", "num_ranks"):
+        for name in ("bs", "max_seq_len", "page_size", "num_ranks", "logits_rows"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.max_seq_len < 2:
@@ -116,6 +120,22 @@ class RuntimeConfig:
                 f"bs {self.bs} is global and must divide by ep_size {self.num_ranks}; "
                 f"use --bs {-(-self.bs // self.num_ranks) * self.num_ranks}"
             )
+
+    def _check_types(self) -> None:
+        """Raises TypeError for a value that later comparisons could only trip over."""
+        for field in dataclasses.fields(self):
+            value, kind = getattr(self, field.name), str(field.type)
+            if value is None and kind.endswith("| None"):
+                continue
+            flag = isinstance(value, bool)
+            ok, what = {
+                "int": (isinstance(value, Integral) and not flag, "a whole number"),
+                "float": (isinstance(value, Real), "a number"),
+                "str": (isinstance(value, str | os.PathLike), "text"),
+                "bool": (flag, "True or False"),
+            }.get(kind.removesuffix(" | None"), (True, ""))
+            if not ok:
+                raise TypeError(f"{field.name} must be {what}, got {value!r}")
 
     @classmethod
     def of(cls, *, defaults: Mapping[str, Any] | None = None, **options: Any) -> RuntimeConfig:
@@ -147,7 +167,7 @@ class RuntimeConfig:
         elif overrides is not None:
             named["overrides"] = tuple(overrides)
         ladder = named.get("ladder")
-        if ladder is not None and not isinstance(ladder, str):
+        if isinstance(ladder, list | tuple):
             named["ladder"] = ",".join(str(key) for key in ladder)
         return cls(**named)
 

@@ -16,10 +16,23 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.mailbox import Mailbox, Ring, RingEntry
+from runtime.mailbox import Int32, Mailbox, Ring, RingEntry
 from runtime.prefix_cache import DigestChain
-from runtime.requests import Request, check_priority
-from runtime.sampling import FINISH_REASONS, SamplingParams, StepOutput, as_token_ids
+from runtime.requests import (
+    DECODING,
+    ENDING,
+    PREFILLING,
+    Request,
+    check_priority,
+)
+from runtime.row_params import (
+    admission,
+    as_token_mask,
+    check_for_model,
+    resolve_seed,
+    step_output,
+)
+from runtime.sampling import SamplingParams, StepOutput, as_token_ids
 from runtime.scheduler import Scheduler, SchedulerConfig
 from runtime.stats import RuntimeStats
 
@@ -32,7 +45,6 @@ FAULTS = {
     1: "more rows or prompt tokens were asked for than the graph holds",
     2: "a live token had no KV page",
 }
-REASONS = np.array(FINISH_REASONS)
 RUNNING_ROWS = ("refuse", "keep", "recompute")
 
 
@@ -65,13 +77,23 @@ class Runtime:
             num_pages=self.config.num_pages,
             page_size=self.config.page_size,
             max_words=engine.mailbox_layout.max_tokens,
+            logits_rows=self.config.logits_rows,
         )
         self.pages = self._scheduler.pages
         self._counters = self._scheduler.counters
-        self._mailbox = Mailbox(engine.mailbox, engine.mailbox_layout)
-        self._ring = Ring(engine.ring, engine.ring_step, header=engine.ring_header, max_rows=rows)
-        self._no_reasons = np.zeros(rows, REASONS.dtype)
-        self._no_reasons.flags.writeable = False  # shared by the outputs of most steps
+        self._mailbox = Mailbox(
+            engine.mailbox, engine.mailbox_layout, engine.forced_tokens, engine.masks
+        )
+        self._ring = Ring(
+            engine.ring,
+            engine.ring_step,
+            header=engine.ring_header,
+            max_rows=rows,
+            top=engine.ring_top,
+            logits=engine.ring_logits,
+        )
+        self._new_masks: set[Request] = set()  # whose token mask the device has not got
+        self._seeds = np.zeros(rows, np.int64)
         self._next_id = 0
         self._in_flight: deque[int] = deque()
         self._next_step = 0
@@ -161,6 +183,7 @@ class Runtime:
         request = self._request(prompt_ids, params, 0, cache_salt, preemptable=False)
         self._scheduler.admit(request)
         self._accept(request)
+        self._seeds[request.row] = request.admission.seed
         return request.row
 
     def submit(
@@ -220,13 +243,14 @@ class Runtime:
                 f"has "
                 f"{self.pages.capacity}; shorten it or raise --num-pages"
             )
+        stops = self._stops(params)
+        check_for_model(params, self.model_config.vocab_size)
         ageing = self._scheduler.config.ageing_steps
         return Request(
             id=self._next_id,
             prompt=prompt,
             params=params,
-            limit=limit,
-            stops=self._stops(params),
+            admission=admission(params, prompt, stops, resolve_seed(params)),
             order=(self._next_step - int(priority) * ageing, self._next_id),
             chain=DigestChain(cache_salt.encode()),
             preemptable=preemptable,
@@ -290,11 +314,73 @@ class Runtime:
             raise ValueError(f"row must be in [0, {self.config.max_rows}), got {row}")
         return self._scheduler.rows[row]
 
-    def occupy(self, num_rows: int, ctx_len: int, max_tokens: int) -> list[int]:
+    def seed_of(self, row: int) -> int:
+        """Seed of the last request that `add` gave `row`: its own, or the operating system's.
+
+        Whoever adds the same request with this seed gets the same tokens.
+        """
+        self._in_row(row)
+        return int(self._seeds[row])
+
+    def seed_of_request(self, request_id: int) -> int:
+        """Seed of a request that has not ended.
+
+        Raises:
+            ValueError: it has ended, or there never was one.
+        """
+        return self._alive(request_id).admission.seed
+
+    def set_token_mask(self, row: int, words: NDArray[np.int32] | None) -> None:
+        """Let the request in `row` sample only the tokens of a mask, from the next launch on.
+
+        Steps in flight keep the mask that they were launched with: to choose each mask by the token
+        before it, collect a step before launching the next. A mask stays until it is replaced.
+
+        Args:
+            words: int32 or uint32 [ceil(vocab / 32)], copied; token t is allowed if bit t % 32 of
+                word t // 32 is set (xgrammar's layout). None allows every token again.
+        Raises:
+            TypeError, ValueError: not such an array, or no request in `row`.
+        """
+        self._check_open()
+        request = self._in_row(row)
+        if request is None:
+            raise ValueError(f"row {row} has no request to mask; add one first")
+        self._mask(request, words)
+
+    def set_request_mask(self, request_id: int, words: NDArray[np.int32] | None) -> None:
+        """`set_token_mask` by a request's id, wherever it is.
+
+        Raises:
+            TypeError, ValueError: not such an array, or the request has ended.
+        """
+        self._check_open()
+        self._mask(self._alive(request_id), words)
+
+    def _mask(self, request: Request, words: NDArray[np.int32] | None) -> None:
+        vocab = self.model_config.vocab_size
+        request.mask = None if words is None else as_token_mask(words, vocab)
+        self._new_masks.add(request)
+
+    def _alive(self, request_id: int) -> Request:
+        request = self._scheduler.by_id.get(request_id)
+        if request is None:
+            raise ValueError(f"request {request_id} has ended, or there never was one")
+        return request
+
+    def occupy(
+        self,
+        num_rows: int,
+        ctx_len: int,
+        max_tokens: int,
+        params: SamplingParams | None = None,
+    ) -> list[int]:
         """Take rows as if prompts of `ctx_len` tokens had just been prefilled, computing nothing.
 
         For benchmarks: the rows attend over whatever the KV cache holds.
 
+        Args:
+            params: of every row; its max_tokens must be this one's.
         Raises:
             ValueError, OutOfPages, OutOfRows: as `add`.
         """
@@ -302,7 +388,7 @@ class Runtime:
         if self._in_flight:
             raise RuntimeError("occupy() needs an idle device; call collect() first")
         prompt = np.zeros(ctx_len, np.int32)
-        params = SamplingParams(max_tokens=max_tokens, ignore_eos=True)
+        params = params or SamplingParams(max_tokens=max_tokens, ignore_eos=True)
         taken: list[Request] = []
         try:
             for _ in range(num_rows):
@@ -318,10 +404,8 @@ class Runtime:
             raise
         for request in taken:
             self._scheduler.settle_decoding(request, ctx_len, self._next_step)
-        rows = [request.row for request in taken]
-        held = [self.pages.held(row) for row in rows]
-        self.engine.adopt(rows, ctx_len, ctx_len + max_tokens, held)
-        return rows
+        self.engine.adopt(ctx_len, {q.row: (q.admission, self.pages.held(q.row)) for q in taken})
+        return [request.row for request in taken]
 
     # ------------------------------------------------------------------ pause, drain, weights
 
@@ -437,22 +521,31 @@ class Runtime:
         step, scheduler = self._next_step, self._scheduler
         plan = scheduler.plan(step)
         key = scheduler.ladder.select(plan.tokens, plan.samples)
-        if plan.changes:
+        masks = self._masks(plan.admits) if plan.admits or self._new_masks else None
+        if plan.changes or masks:
             self._mailbox.write(
                 step,
                 cancels=plan.cancels,
-                admits=[(q.row, q.limit, q.stops) for q in plan.admits],
+                admits=[(q.row, q.admission) for q in plan.admits],
                 pages=plan.pages,
                 chunks=plan.chunks,
+                masks=masks,
             )
         self._check(partial(self.engine.replay, key))  # the twin meets other ranks in here
         self.last_key = key
         scheduler.commit(plan, step)
+        self._new_masks.clear()  # requests that wait for a row bring theirs with them
         self._in_flight.append(step)
         self._next_step = step + 1
         self._counters.steps_by_key[key] += 1
         self._counters.host_ns += time.perf_counter_ns() - began
         return step
+
+    def _masks(self, admits: Sequence[Request]) -> dict[int, Int32 | None]:
+        """Token masks that the device has to hear of: of rows on it, and of those that join."""
+        on_device = (PREFILLING, DECODING, ENDING)
+        masks = {q.row: q.mask for q in self._new_masks if q.phase in on_device}
+        return masks | {q.row: q.mask for q in admits if q.mask is not None}
 
     def collect(self) -> StepOutput:
         """Wait for the oldest step in flight and return its tokens.
@@ -470,34 +563,27 @@ class Runtime:
         if entry.fault:
             named = FAULTS.get(entry.fault, f"unknown fault {entry.fault}")
             raise self._fail(f"step {step}: {named}; close this runtime and report it")
-        rows, tokens, logprobs, reasons = entry.rows, entry.tokens, entry.logprobs, entry.reasons
         # A cancelled row may have been in flight, and may have a new owner already.
-        ours = scheduler.since[rows] <= step
-        if np.count_nonzero(ours) < len(rows):
-            rows, tokens, reasons = rows[ours], tokens[ours], reasons[ours]
-            logprobs = logprobs[ours]
-        scheduler.deliver(rows, tokens)
-        ended = reasons != 0
-        any_ended = np.count_nonzero(reasons) > 0
-        out = StepOutput(
-            step=step,
-            rows=rows,
-            requests=scheduler.ids[rows],
-            tokens=tokens,
-            logprobs=logprobs,
-            finished=ended,
-            finish_reasons=REASONS[reasons] if any_ended else self._no_reasons[: len(rows)],
-        )
-        if any_ended:
-            self._retire(rows[ended].tolist(), reasons[ended].tolist())
+        ours = scheduler.since[entry.rows] <= step
+        if entry.num_prompt:  # a preempted row is scored again, and tells nothing twice
+            ours &= ~entry.is_prompt | (entry.positions > scheduler.scored_to[entry.rows])
+        out = step_output(step, entry, ours, scheduler.ids)
+        scheduler.deliver(out.rows, out.tokens)
+        if out.prompt is not None:
+            np.maximum.at(scheduler.scored_to, out.prompt.rows, out.prompt.positions)
+        if np.count_nonzero(out.finished):
+            self._retire(out)
         self._counters.host_ns += time.perf_counter_ns() - began
         return out
 
-    def _retire(self, rows: list[int], reasons: list[int]) -> None:
-        for row, reason in zip(rows, reasons, strict=True):
+    def _retire(self, out: StepOutput) -> None:
+        ended = out.finished
+        for row, reason in zip(
+            out.rows[ended].tolist(), out.finish_reasons[ended].tolist(), strict=True
+        ):
             request = self._scheduler.rows[row]
             assert request is not None
-            self._scheduler.retire(request, FINISH_REASONS[reason])
+            self._scheduler.retire(request, reason)
 
     def wait(self) -> None:
         """Wait until `collect` would return at once.

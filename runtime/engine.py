@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,12 @@ from graphs.keys import GraphKey
 from graphs.ledger import Ledger
 from graphs.prove import Proof
 from graphs.weight_update import prepare_update
+from kernels.triton.intake import admit
+from kernels.triton.rows import RowState
 from kernels.triton.state import DECODE, HEADER, MailboxLayout
 from runtime.config import RuntimeConfig
 from runtime.ranks import Ranks
+from runtime.row_params import Admission
 from runtime.selection import Selection
 
 UPDATE_TIMEOUT_S = 600.0  # how long a rank waits for the others to have read and checked weights
@@ -36,6 +39,7 @@ class Engine:
 
     Attributes:
         mailbox: int32 [2, words]; ring: int32 [slots, words]; ring_step: int64 [slots].
+        forced_tokens, masks, ring_top, ring_logits: beside them, see `kernels.triton.state`.
         stages: seconds of each stage of the build.
         proofs: one per key, empty if not verified.
     """
@@ -62,6 +66,10 @@ class Engine:
         self.mailbox: NDArray[np.int32] = buffers["mailbox"].numpy()
         self.ring: NDArray[np.int32] = buffers["ring"].numpy()
         self.ring_step: NDArray[np.int64] = buffers["ring_step"].numpy()
+        self.ring_top: NDArray[np.int32] = buffers["ring_top"].numpy()
+        self.ring_logits: NDArray[np.float32] = buffers["ring_logits"].numpy()
+        self.forced_tokens: NDArray[np.int32] = buffers["forced_tokens"].numpy()
+        self.masks: NDArray[np.int32] = buffers["masks"].numpy()
         self.stages: dict[str, float] = {}
         self.proofs: dict[GraphKey, Proof] = {}
         self.ledger: Ledger | None = None
@@ -101,16 +109,21 @@ class Engine:
             on_device=self.selection.on_device,
         )
 
-    def adopt(self, rows: list[int], length: int, limit: int, pages: list[list[int]]) -> None:
-        """Put rows into the decode phase with `length` tokens in their pages; waits."""
+    def adopt(self, length: int, rows: Mapping[int, tuple[Admission, list[int]]]) -> None:
+        """Put rows into the decode phase with `length` tokens in their pages; waits.
+
+        Args:
+            rows: what each was admitted with, its deadline not heeded, and its pages.
+        """
         b, backend = self.graphs.step.buffers, self.graphs.backend
-        index = torch.tensor(rows)
+        state = RowState.of({name: b[name] for name in RowState.names()})
         with backend.on_stream():
-            for name, value in (("phase", DECODE), ("seq_len", length), ("limit", limit)):
-                b[name][index] = value
-            b["stop_ids"][index] = -1
-            for row, held in zip(rows, pages, strict=True):
-                b["page_table"][row, : len(held)] = torch.tensor(held, dtype=torch.int32)
+            for row, (admitted, held) in rows.items():
+                admit(state, row, torch.from_numpy(admitted.record))
+                if admitted.known is not None:
+                    self.forced_tokens[row, : len(admitted.known)] = admitted.known
+                state.phase[row], state.seq_len[row], state.last_token[row] = DECODE, length, 0
+                state.page_table[row, : len(held)] = torch.tensor(held, dtype=torch.int32)
             backend.synchronize()
 
     def fill_kv(self, *, seed: int) -> None:

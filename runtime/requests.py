@@ -17,7 +17,9 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from runtime.mailbox import Int32
 from runtime.prefix_cache import DigestChain
+from runtime.row_params import Admission
 from runtime.sampling import SamplingParams
 
 QUEUED, WAITING, PREFILLING, DECODING, ENDING, ENDED = range(6)
@@ -31,8 +33,8 @@ class Request:
     Attributes:
         id: unique, never used again.
         prompt: int32, as it came.
-        limit: tokens at which it ends, prompt included.
-        stops: token ids that end it.
+        admission: what the device is told when it takes a row.
+        mask: its token mask, if it has one.
         order: (step of arrival less the priority's worth, id).
         chain: names of its full pages.
         preemptable: its pages may be taken; it goes back to the queue and is computed again.
@@ -43,14 +45,14 @@ class Request:
         base: the same less the number of the next step, while it decodes.
         sent: pages that the device's table has.
         matched, named: leading pages taken from the prefix cache; found there by others.
+        scored_to: last position of its prompt whose log-prob has been returned; 0: none.
         arrived: number of the next step when it came.
     """
 
     id: int
     prompt: NDArray[np.int32]
     params: SamplingParams
-    limit: int
-    stops: tuple[int, ...]
+    admission: Admission
     order: tuple[int, int]
     chain: DigestChain
     preemptable: bool
@@ -65,6 +67,34 @@ class Request:
     matched: int = 0
     named: int = 0
     preemptions: int = 0
+    scored_to: int = 0
+    mask: Int32 | None = None
+
+    @property
+    def limit(self) -> int:
+        """Tokens at which it ends, prompt included."""
+        return self.admission.limit
+
+    @property
+    def is_scored(self) -> bool:
+        """Whether log-probs of its prompt are still to be returned."""
+        return self.params.prompt_logprobs is not None and self.scored_to < len(self.prompt) - 1
+
+    @property
+    def findable_pages_end(self) -> int:
+        """Tokens, from the first on, that the prefix cache may stand for.
+
+        What a token leaves beside its KV is not in a page, so whoever needs it feeds the token: the
+        head's log-probs of a scored prompt, the counts of penalties, the tail that stop sequences
+        are compared with. The last token is fed always; it gives the next one.
+        """
+        params = self.params
+        if self.is_scored or params.repetition_penalty != 1.0:
+            return 0
+        end = len(self.tokens) - 1
+        if params.presence_penalty or params.frequency_penalty or params.stop_sequences:
+            end = min(end, len(self.prompt))
+        return end
 
     @property
     def left(self) -> int:

@@ -103,11 +103,13 @@ class Scheduler:
 
     Args:
         max_words: page-table entries that one mailbox takes.
+        logits_rows: requests that may return their logits at the same time.
 
     Attributes:
         since: int64 [max_rows], the step that admitted the row's request; `NEVER` before that.
         ids: int64 [max_rows], id of the row's request.
         history: int32 [max_rows, max_seq_len], its tokens, prompt first; `have`: how many.
+        scored_to: int32 [max_rows], last position of its prompt whose log-prob has been returned.
     """
 
     def __init__(
@@ -120,8 +122,10 @@ class Scheduler:
         num_pages: int,
         page_size: int,
         max_words: int,
+        logits_rows: int,
     ) -> None:
         self.config, self.ladder, self._max_words = config, ladder, max_words
+        self._logits_rows = logits_rows
         self.cache = PrefixCache(enabled=config.prefix_cache)
         self.pages = PagePool(num_pages, page_size, self.cache)
         self.counters = Counters()
@@ -132,6 +136,7 @@ class Scheduler:
         self.since = np.full(max_rows, NEVER, np.int64)
         self.ids = np.full(max_rows, -1, np.int64)
         self.have = np.zeros(max_rows, np.int64)
+        self.scored_to = np.zeros(max_rows, np.int32)
         self.history = np.zeros((max_rows, max_seq_len), np.int32)
         self.free_rows = list(range(max_rows - 1, -1, -1))
         self.cancels: list[int] = []
@@ -162,6 +167,11 @@ class Scheduler:
                 f"all {len(self.rows)} rows are running; wait for one to finish, cancel one, "
                 "or raise --bs"
             )
+        if not self._has_logits(request):
+            raise OutOfRows(
+                f"{self._logits_rows} requests return their logits and there is room for no more; "
+                "wait for one to finish, or load with a larger logits_rows"
+            )
         row, shared = self.free_rows[-1], self._find(request)
         self.pages.share(row, shared)
         try:
@@ -175,9 +185,15 @@ class Scheduler:
         request.matched = request.named = len(shared)
         request.done, request.sent = len(shared) * self.pages.page_size, 0
         self.ids[row], self.since[row] = request.id, NEVER
-        self.have[row] = len(request.tokens)
+        self.have[row], self.scored_to[row] = len(request.tokens), request.scored_to
         self.history[row, : len(request.tokens)] = request.tokens
         bisect.insort(self._prefilling, request, key=_order)
+
+    def _has_logits(self, request: Request) -> bool:
+        """Whether one more row may return its logits, if the request wants that."""
+        if not request.params.return_logits:
+            return True
+        return sum(q.params.return_logits for q in self.running()) < self._logits_rows
 
     def settle_decoding(self, request: Request, length: int, step: int) -> None:
         """A row that decodes from `step` on, with `length` tokens computed and its pages sent."""
@@ -220,6 +236,7 @@ class Scheduler:
 
     def _leave_row(self, request: Request) -> None:
         row = request.row
+        request.scored_to = int(self.scored_to[row])
         if request.phase in (WAITING, PREFILLING):
             self._prefilling.remove(request)
             self._name(request, request.done)
@@ -250,6 +267,7 @@ class Scheduler:
             self._num_decoding -= request.phase == DECODING
             bisect.insort(self._prefilling, request, key=_order)
         request.tokens = self.history[row, : self.have[row]].copy()
+        request.scored_to = int(self.scored_to[row])
         request.phase, request.done, request.sent = WAITING, 0, 0
         request.matched = request.named = 0
         self.since[row] = NEVER
@@ -267,7 +285,7 @@ class Scheduler:
         """Named pages that begin like the request; its last token is always computed."""
         if not (self.cache.enabled and request.cacheable):
             return []
-        count = (len(request.tokens) - 1) // self.pages.page_size
+        count = request.findable_pages_end // self.pages.page_size
         return self.cache.find(request.chain.upto(count, request.tokens, self.pages.page_size))
 
     def _find_again(self, request: Request) -> None:
@@ -376,6 +394,8 @@ class Scheduler:
             spare = running if self._lazy else 0
             if not self.pages.has_room(pages + spare, self._find(request)):
                 return
+            if not self._has_logits(request):
+                return
             queue.take(request)
             self.admit(request)
             wait = step - request.arrived
@@ -407,9 +427,14 @@ class Scheduler:
         if request.phase == WAITING:
             self._find_again(request)
         left, most_tokens = request.left, self.ladder.most_tokens
+        scored = request.is_scored
+        if scored:
+            n = min(left, most, self.ladder.most_heads(plan.tokens, plan.samples))
         # The chunk that ends a prompt samples, which takes a row of the key.
-        ends = left <= most and left <= most_tokens(plan.samples + 1) - plan.tokens
-        n = left if ends else min(left - 1, most, most_tokens(plan.samples) - plan.tokens)
+        elif left <= min(most, most_tokens(plan.samples + 1) - plan.tokens):
+            n = left
+        else:
+            n = min(left - 1, most, most_tokens(plan.samples) - plan.tokens)
         if n <= 0:
             return 0
         if request.phase == WAITING:
@@ -418,10 +443,10 @@ class Scheduler:
         if not self._send(plan, words, request, self.pages.pages_for(stop)):
             return 0  # many cached pages: the mailbox takes the rest of them in the next steps
         ids = request.tokens[request.done : stop]
-        plan.chunks.append(Chunk(request.row, request.done, ids, ends))
+        plan.chunks.append(Chunk(request.row, request.done, ids, n == left, scored))
         plan.fed.append((request, n))
         plan.tokens += n
-        plan.samples += ends
+        plan.samples += plan.chunks[-1].heads
         return n
 
     def _send(
@@ -457,7 +482,7 @@ class Scheduler:
             request.phase = PREFILLING
             self.since[request.row] = step
             if self.cache.enabled and request.cacheable:
-                pages = (len(request.tokens) - 1) // self.pages.page_size
+                pages = request.findable_pages_end // self.pages.page_size
                 counters.count_lookup(request.matched, pages)
         for request, n in plan.fed:
             request.done += n

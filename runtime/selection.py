@@ -90,6 +90,7 @@ def choose(options: RuntimeConfig, *, compile_only: bool = False) -> Selection:
         pdl=_pdl(options, on_device, compile_only=compile_only),
         prefetch=_prefetch(options, on_device, compile_only=compile_only),
         overlap=_overlap(options, model, transport),
+        logits_rows=min(rows, options.logits_rows),
     )
     if step.transport in DEEPEP:
         check_sizes(step.transport, transport_config(model, step, ladder.max_tokens))

@@ -17,17 +17,26 @@ from numpy.typing import NDArray
 
 from graphs.keys import GraphKey, Ladder
 from kernels.triton.state import (
+    ADMIT_HEADER,
+    ADMIT_LIMIT,
+    ADMIT_ROW,
+    ADMIT_STOPS,
+    ADMIT_WORDS,
     DECODE,
     FREE,
     HEADER,
     LENGTH,
+    MAX_TOP,
+    PARAMS,
     PREFILL,
     RING_SLOTS,
     RUNNING,
     STOP,
     MailboxLayout,
     RingLayout,
+    mask_words,
 )
+from runtime.row_params import Admission
 
 UINT = NDArray[np.uint64]
 M1, M2, M3 = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xBF58476D1CE4E5B9), np.uint64(29)
@@ -73,6 +82,7 @@ class FakeConfig:
     page_size: int = 16
     max_seq_len: int = 96
     ep_size: int = 1
+    logits_rows: int = 2
 
 
 @dataclass
@@ -102,6 +112,11 @@ class FakeDevice:
         self.mailbox = np.zeros((2, at.words), np.int32)
         self.ring = np.zeros((RING_SLOTS, RingLayout(rows).words), np.int32)
         self.ring_step = np.zeros(RING_SLOTS, np.int64)
+        vocab = self.model_config.vocab_size
+        self.ring_top = np.zeros((RING_SLOTS, rows, 2, MAX_TOP), np.int32)
+        self.ring_logits = np.zeros((2, config.logits_rows, vocab), np.float32)
+        self.forced_tokens = np.zeros((rows, config.max_seq_len), np.int32)
+        self.masks = np.zeros((2, rows, mask_words(vocab)), np.int32)
         pages = -(-config.max_seq_len // config.page_size)
         self.phase = np.zeros(rows, np.int32)
         self.seq_len = np.zeros(rows, np.int32)
@@ -122,10 +137,10 @@ class FakeDevice:
     def close(self) -> None:
         self.closed = True
 
-    def adopt(self, rows: list[int], length: int, limit: int, pages: list[list[int]]) -> None:
-        self.phase[rows], self.seq_len[rows], self.limit[rows] = DECODE, length, limit
-        self.stop_ids[rows] = -1
-        for row, held in zip(rows, pages, strict=True):
+    def adopt(self, length: int, rows: dict[int, tuple[Admission, list[int]]]) -> None:
+        for row, (admitted, held) in rows.items():
+            self.phase[row], self.seq_len[row] = DECODE, length
+            self.limit[row], self.stop_ids[row] = admitted.limit, -1
             self.page_table[row, : len(held)] = held
 
     def replay(self, key: GraphKey) -> None:
@@ -138,12 +153,14 @@ class FakeDevice:
         fresh = box[0] == self.step
         admits, cancels, pages, chunks = box[1:5].tolist() if fresh else (0, 0, 0, 0)
         self.phase[box[at.cancels : at.cancels + cancels]] = FREE
-        for i in range(admits):
-            row, limit, stops = box[at.admits + i * at.admit_words :][:3].tolist()
-            self.phase[row], self.seq_len[row], self.limit[row] = PREFILL, 0, limit
-            self.stop_ids[row] = -1
-            o = at.admits + i * at.admit_words + 3
-            self.stop_ids[row, :stops] = box[o : o + stops]
+        o = at.admits
+        for _ in range(admits):
+            row, stops = int(box[o + ADMIT_ROW]), int(box[o + ADMIT_STOPS])
+            self.phase[row], self.seq_len[row] = PREFILL, 0
+            self.limit[row], self.stop_ids[row] = box[o + ADMIT_LIMIT], -1
+            lists = o + ADMIT_HEADER + PARAMS
+            self.stop_ids[row, :stops] = box[lists : lists + stops]
+            o += int(box[o + ADMIT_WORDS])
         update = box[at.pages : at.pages + 3 * pages].reshape(-1, 3)
         self.page_table[update[:, 0], update[:, 1]] = update[:, 2]
 

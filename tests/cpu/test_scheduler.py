@@ -327,7 +327,7 @@ def test_stats_add_up_and_are_plain_numbers() -> None:
     runtime.cancel_request(2)
     run(runtime)
     stats = asdict(runtime.stats())
-    assert stats["finished"] == {"stop": 0, "length": 2, "cancelled": 1, "error": 0}
+    assert {r: n for r, n in stats["finished"].items() if n} == {"length": 2, "cancelled": 1}
     assert (stats["tokens_prefilled"], stats["tokens_decoded"]) == (40, 8)
     assert sum(stats["steps_by_key"].values()) == stats["steps"]
     assert stats["host_us_per_step"] > 0
