@@ -7,6 +7,8 @@ K choices of a token at its source; normal: ranks in order), but where a receive
 from run to run, so nothing here may add along rows.
 
 A late rank is not named: upstream's kernels wait about 100 s and then end the process's context.
+A node without a network card needs NVSHMEM_REMOTE_TRANSPORT=none, NVSHMEM_IB_ENABLE_IBGDA=0 and an
+upstream that neither sets the latter itself nor asserts on queue pairs (its commit 87d8305).
 
 Source: deep_ep/buffer.py (legacy) of https://github.com/deepseek-ai/DeepEP.
 """

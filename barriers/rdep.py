@@ -58,6 +58,7 @@ class RdepTuning:
         share_blocks: up to this many blocks signal one by one, each as soon as it is done; in a
             larger grid the last block signals for all (0: always).
         pdl: launch with programmatic dependent launch.
+        sum_pdl: `sum`, too; not where it is the first kernel after a join of two streams.
     """
 
     send_threads: int = 224
@@ -67,6 +68,7 @@ class RdepTuning:
     bulk_pull: bool = False
     share_blocks: int = 160
     pdl: bool = True
+    sum_pdl: bool = True
 
     def __post_init__(self) -> None:
         for name in ("send_threads", "sum_threads", "pull_threads"):
@@ -143,7 +145,8 @@ def load_rdep(
     for part in ("send", "sum", "pull"):
         kinds = {n: PARAMS[n] for n in module.kernels if n.startswith(f"rdep_{part}")}
         warps = asdict(tuning)[f"{part}_threads"] // 32
-        kernels.update(load_kernels(device, module, kinds, num_warps=warps, pdl=tuning.pdl))
+        pdl = tuning.pdl and (tuning.sum_pdl or part != "sum")
+        kernels.update(load_kernels(device, module, kinds, num_warps=warps, pdl=pdl))
     return kernels
 
 

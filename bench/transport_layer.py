@@ -85,10 +85,11 @@ class TimedLayer:
             "bytes": wire_bytes(config, own.ids),
         }
         self._graphs: dict[str, tuple[TimedGraph, int]] = {}
-        pool = aligner.new_pool()
         for part, calls in self.layer.parts().items():
             calls.run()
             subject.finish()
+            # A pool each: what a library's call leaves for its next one lies in its own graph.
+            pool = aligner.new_pool()
             graph = aligner.capture(calls.run, plan.inner // calls.count, pool)
             self._graphs[part] = (graph, calls.count)
         self._finish = aligner.finish

@@ -1,6 +1,7 @@
 """Dispatch and combine alone, every transport side by side, in CUDA graphs, checked first.
 
     torchrun --nproc-per-node 4 -m bench.transport_microbench --mode all --rows 8,32,64,128
+    torchrun --nproc-per-node 2 -m bench.transport_microbench --mode rdep,deepep --rows 32
 
 Times are of one layer: `dispatch` with quantisation, `combine` with the weighted sum of a rank's
 own experts (`sum`), the exchange and the ordered sum, `both` of them one after the other. `net` is
@@ -9,9 +10,13 @@ its own calls alone, tokens and sums prepared; its `step` is both as the decode 
 floor is the bytes of one copy of a token a rank each way, at the link's measured bandwidth, and no
 latency at all.
 
-Ranks meet in front of every call, and the meetings are taken off (`bench.transport_timing`). All
-modes take turns, a round of replays each; told is the median over a rank's replays, of that the
+Ranks meet in front of every call, and the meetings are taken off (`bench.transport_timing`).
+Modes take turns, a round of replays each; told is the median over a rank's replays, of that the
 mean and the highest of all ranks, and the range from the lowest p10 to the highest p90.
+
+A library that hangs takes the device's context with it. So `deepep-normal` comes by itself, after
+the others; every mode is told as soon as it is done (with --json: on stderr); and where the context
+is lost, what was measured before is told and the command ends with 1.
 """
 
 from __future__ import annotations
@@ -39,7 +44,7 @@ from barriers.transport import TransportConfig
 from bench.routing import KINDS
 from bench.transport_cases import make_gains, make_tokens
 from bench.transport_layer import Layer, Plan, TimedLayer
-from bench.transport_modes import MODES, Subject, make_subject
+from bench.transport_modes import LAST, MODES, SizesMissing, Subject, make_subject
 from bench.transport_report import merge, print_mode
 from bench.transport_timing import WARM_UP, Aligner
 from capture_cache.driver import Device
@@ -73,6 +78,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
         place = GroupConfig.from_env(os.environ)
+        args.asked = () if args.mode == "all" else tuple(args.mode.split(","))
+        args.mode = _modes(args.asked)
         rows = _rows(args, place.world)
         config = TransportConfig(
             rank=place.rank,
@@ -109,26 +116,36 @@ def main(argv: Sequence[str] | None = None) -> int:
         "prequantized": args.prequantized,
         "replays": args.replays,
         "back_to_back": args.back_to_back,
-        "modes": {},
     }
-    names = MODES if args.mode == "all" else (args.mode,)
     with RankGroup(place, {"config": json.dumps(report["config"])}) as group:
         device = Device(torch.cuda.current_device())
-        report["modes"] = _Bench(args, plan, config, group, device).run(names, rows)
-        for name in names:
-            if place.rank == 0 and not args.json:
-                print_mode(name, report["modes"][name])
-    failed = [n for n, r in report["modes"].items() if not r["ok"] and not r.get("absent")]
-    missing = args.mode != "all" and report["modes"][args.mode].get("absent", False)
-    if place.rank == 0 and args.json:
-        print(json.dumps({**report, **provenance(device.name)}))
-    return 1 if failed or missing else 0
+        aligner = Aligner(
+            group, device, deadline_ms=args.deadline_ms, back_to_back=args.back_to_back
+        )
+        make = partial(
+            make_subject,
+            config=config,
+            group=group,
+            device=device,
+            deadline_ms=args.deadline_ms,
+            tunings=[replace(RdepTuning(), **c) for c in (SWEEP if args.sweep else SWEEP[:1])],
+        )
+        bench = Bench(args, plan, config, group, aligner, make)
+        report["modes"] = modes = bench.run(args.mode, rows)
+        if place.rank == 0 and args.json:
+            print(json.dumps({**report, **provenance(device.name)}), flush=True)
+        group.barrier("all is told")  # a rank that ends with 1 has the others ended
+        wanted = [m for n, m in modes.items() if n in args.asked or not m.get("absent")]
+        code = 0 if all(m["ok"] for m in wanted) else 1
+        if bench.lost:
+            os._exit(code)  # nothing can be given back: whatever tries fails, or waits for it
+    return code
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m bench.transport_microbench")
     add = parser.add_argument
-    add("--mode", choices=(*MODES, "all"), default="all")
+    add("--mode", default="all", help=f"all, or some of {','.join(MODES)}")
     add("--decode-batch-size", type=int, default=256, help="global batch: rows a rank times ranks")
     add("--rows", help="rows a rank, such as 8,32,64,128, instead of the batch")
     add("--capacity", type=int, help="rows a rank that the buffers hold; default: the most rows")
@@ -150,6 +167,17 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _modes(asked: Sequence[str]) -> list[str]:
+    """In the order in which they are measured; all of them where none is asked for."""
+    unknown = [name for name in asked if name not in MODES]
+    if unknown:
+        raise ValueError(
+            f"--mode must be all or some of {','.join(MODES)}, got {unknown[0]!r}; name them with "
+            "commas between"
+        )
+    return [name for name in MODES if name in asked or not asked]
+
+
 def _rows(args: argparse.Namespace, world: int) -> list[int]:
     if args.rows is None:
         if args.decode_batch_size < world or args.decode_batch_size % world:
@@ -166,8 +194,19 @@ def _rows(args: argparse.Namespace, world: int) -> list[int]:
 # -- all modes -----------------------------------------------------------------------------------
 
 
-class _Bench:
-    """Every mode set up beside the others; sizes one after the other, modes in turns."""
+class ContextLost(RuntimeError):
+    """The device takes no more work in this process, on one rank at least."""
+
+
+class Bench:
+    """The modes of a stage beside each other; sizes one after the other, modes in turns.
+
+    Args:
+        make: makes a mode ready, by its name; all ranks together.
+
+    Attributes:
+        lost: a mode ended the device's context; nothing of this process can be given back.
+    """
 
     def __init__(
         self,
@@ -175,55 +214,74 @@ class _Bench:
         plan: Plan,
         config: TransportConfig,
         group: RankGroup,
-        device: Device,
+        aligner: Aligner,
+        make: Callable[[str], Subject],
     ) -> None:
         self.args, self.plan, self.config = args, plan, config
-        self.group, self.device = group, device
-        self.aligner = Aligner(
-            group, device, deadline_ms=args.deadline_ms, back_to_back=args.back_to_back
-        )
+        self.group, self.aligner, self._make = group, aligner, make
+        self.lost = False
         self.failed: dict[str, dict[str, Any]] = {}  # verdicts on modes that are out
         self.subjects: dict[str, Subject] = {}
+        # By mode: what each rank found, rank by rank.
+        self.found: dict[str, list[dict[str, Any]]] = {}
+        self._kept: list[ExitStack] = []  # never closed, for there is no context to do it in
 
     def run(self, names: Sequence[str], rows: list[int]) -> dict[str, Any]:
         """What all ranks found, by mode. A failure is a result, not an end."""
-        with ExitStack() as opened:
-            opened.callback(self.aligner.close)
+        results: dict[str, Any] = {}
+        for stage in ([n for n in names if n not in LAST], [n for n in names if n in LAST]):
+            if not self.lost:
+                self._run_stage(stage, rows)
+            for name in stage:
+                results[name] = self._verdict(name, len(rows))
+                if self.group.rank == 0:
+                    print_mode(name, results[name], sys.stderr if self.args.json else sys.stdout)
+        if not self.lost:
+            self.aligner.close()
+        return results
+
+    def _run_stage(self, names: Sequence[str], rows: list[int]) -> None:
+        """Fill `found`."""
+        held = ExitStack()
+        try:
             for name in names:
-                self._set_up(name, opened)
-            # By mode: what each rank found, rank by rank.
-            found: dict[str, list[dict[str, Any]]] = {
-                name: [{"error": None, "cases": []} for _ in range(self.group.world)]
-                for name in self.subjects
-            }
+                self._set_up(name, held)
+            for name in self.subjects:
+                self.found[name] = [{"cases": []} for _ in range(self.group.world)]
             for count in rows:
                 for name, cases in self._measure(count).items():
-                    for part, case in zip(found[name], cases, strict=True):
+                    for part, case in zip(self.found[name], cases, strict=True):
                         part["cases"].append(case)
             if self.args.sweep and "rdep" in self.subjects:
-                self._add_sweep(rows, found["rdep"])
-            return {
-                name: self.failed.get(name)
-                or merge(found[name], link_gbps=self.args.link_gbps, sweep=SWEEP)
-                for name in names
-            }
+                self._add_sweep(rows, self.found["rdep"])
+        except ContextLost:
+            self.lost = True
+            self._kept.append(held)
+            return
+        self.subjects.clear()
+        held.close()
+
+    def _verdict(self, name: str, sizes: int) -> dict[str, Any]:
+        """One mode's numbers, as far as they go, and what went wrong."""
+        found = self.found.get(name, [{"cases": []}])
+        told: dict[str, Any] = {"ok": False}
+        if found[0]["cases"]:
+            told = merge(found, link_gbps=self.args.link_gbps, sweep=SWEEP)
+        if name in self.failed:
+            return told | self.failed[name]
+        if len(found[0]["cases"]) < sizes:
+            culprit = list(self.failed)[-1]
+            error = f"{culprit} ended the device's context before; give --mode without it"
+            return told | {"ok": False, "error": error}
+        return told
 
     def _set_up(self, name: str, opened: ExitStack) -> None:
         def make() -> None:
-            self.subjects[name] = make_subject(
-                name,
-                self.config,
-                self.group,
-                self.device,
-                deadline_ms=self.args.deadline_ms,
-                tunings=[
-                    replace(RdepTuning(), **c) for c in (SWEEP if self.args.sweep else SWEEP[:1])
-                ],
-            )
+            self.subjects[name] = self._make(name)
 
         try:
             self._try(name, "setting up", make)
-        except DeepEpMissing as e:  # alike on all ranks
+        except (DeepEpMissing, SizesMissing) as e:  # alike on all ranks
             self.failed[name] = {"ok": False, "absent": True, "error": str(e)}
             return
         if name in self.subjects:
@@ -235,53 +293,74 @@ class _Bench:
             subject.close()
 
     def _try(self, name: str, doing: str, act: Callable[[], None]) -> bool:
-        """Did `act` do on every rank? If not the mode is out, and each rank says why."""
-        error = None
-        try:
-            act()
-        except (DeepEpMissing, RanksMissing):
-            raise  # alike on all ranks
-        except Exception as e:
-            error = f"{type(e).__name__}: {str(e)[:400]}"
-        told = self._gather(f"{name}: {doing}", error)
-        errors = {f"rank {r}": text for r, text in enumerate(told) if text}
+        """Did `act` do on every rank? If not the mode is out, and each rank says why.
+
+        Raises:
+            ContextLost: after a failure, a rank's device takes no more work; on all ranks.
+        """
+        errors = self._everywhere(f"{name}: {doing}", act)
         if errors:
             self.failed[name] = {"ok": False, "error": errors, "doing": doing}
             self.subjects.pop(name, None)
-            self.aligner.recover()
+            useless = self._everywhere(f"{name}: settling", self.aligner.settle)
+            if useless:
+                self.failed[name]["context_lost"] = useless
+                raise ContextLost(name)
+            self.aligner.rearm()
         return not errors
+
+    def _everywhere(self, what: str, act: Callable[[], None]) -> dict[str, str]:
+        """Do `act` on all ranks; what went wrong, by rank."""
+        error = None
+        try:
+            act()
+        except (DeepEpMissing, SizesMissing, RanksMissing):
+            raise  # alike on all ranks
+        except Exception as e:
+            error = f"{type(e).__name__}: {str(e)[:400]}"
+        return {f"rank {r}": text for r, text in enumerate(self._gather(what, error)) if text}
 
     def _measure(self, count: int) -> dict[str, list[dict[str, Any]]]:
         """Every rank's numbers for `count` rows on every rank, by mode."""
-        with ExitStack() as graphs:
-            ready: dict[str, TimedLayer] = {}
+        graphs = ExitStack()
+        try:
+            cases = self._cases(count, graphs)
+        except ContextLost:
+            self._kept.append(graphs)  # closing a graph would fail, too
+            raise
+        graphs.close()
+        return {name: self._gather(f"{name}: {count}", cases[name]) for name in self.subjects}
 
-            def prepare(name: str) -> None:
-                ready[name] = TimedLayer(self.subjects[name], self.plan, count, self.aligner)
-                graphs.callback(ready[name].close)
+    def _cases(self, count: int, graphs: ExitStack) -> dict[str, dict[str, Any]]:
+        """This rank's numbers, by mode; `graphs` closes what was captured for them."""
+        ready: dict[str, TimedLayer] = {}
 
+        def prepare(name: str) -> None:
+            ready[name] = TimedLayer(self.subjects[name], self.plan, count, self.aligner)
+            graphs.callback(ready[name].close)
+
+        for name in list(self.subjects):
+            self._try(name, f"{count} rows", partial(prepare, name))
+        meetings = self.aligner.capture_nothing(self.plan.inner)
+        graphs.callback(meetings.close)
+        for turn in range(self.plan.rounds + 1):  # the first one warms up
+            replays = self.plan.share if turn else WARM_UP
+            meetings.replay(replays, self.aligner.finish)
             for name in list(self.subjects):
-                self._try(name, f"{count} rows", partial(prepare, name))
-            meetings = self.aligner.capture_nothing(self.plan.inner)
-            graphs.callback(meetings.close)
-            for turn in range(self.plan.rounds + 1):  # the first one warms up
-                replays = self.plan.share if turn else WARM_UP
-                meetings.replay(replays, self.aligner.finish)
-                for name in list(self.subjects):
-                    replay = partial(ready[name].replay, replays)
-                    self._try(name, f"{count} rows, round {turn}", replay)
-                if turn == 0:
-                    for graph in (meetings, *(g for timed in ready.values() for g in timed.graphs)):
-                        graph.times.clear()
-            taken_off = 0.0 if self.args.back_to_back else median(meetings.times)
-            cases: dict[str, dict[str, Any]] = {}
+                replay = partial(ready[name].replay, replays)
+                self._try(name, f"{count} rows, round {turn}", replay)
+            if turn == 0:
+                for graph in (meetings, *(g for timed in ready.values() for g in timed.graphs)):
+                    graph.times.clear()
+        taken_off = 0.0 if self.args.back_to_back else median(meetings.times)
+        cases: dict[str, dict[str, Any]] = {}
 
-            def conclude(name: str) -> None:
-                cases[name] = ready[name].case(taken_off)
+        def conclude(name: str) -> None:
+            cases[name] = ready[name].case(taken_off)
 
-            for name in list(self.subjects):
-                self._try(name, f"{count} rows again", partial(conclude, name))
-            return {name: self._gather(f"{name}: {count}", cases[name]) for name in self.subjects}
+        for name in list(self.subjects):
+            self._try(name, f"{count} rows again", partial(conclude, name))
+        return cases
 
     def _gather(self, what: str, value: Any) -> list[Any]:
         return [part.value for part in self.group.allgather(what, value, timeout_s=_MEET_S)]

@@ -38,8 +38,8 @@ class Stamped:
     """
 
     def __init__(self, inner: Transport, engine: Engine, first: int) -> None:
-        self.name, self.config = inner.name, inner.config
-        self.live, self.allocates, self.takes_act = inner.live, inner.allocates, inner.takes_act
+        self.name, self.config, self.live = inner.name, inner.config, inner.live
+        self.allocates, self.takes_act = inner.allocates, inner.takes_act
         self._inner, self._first = inner, first
         self._launch = engine.launcher
         self._stamps = engine.graphs.step.buffers["stamps"]
@@ -53,6 +53,9 @@ class Stamped:
                 f"{self._stamps.numel()}; choose fewer --layers"
             )
 
+    def require_settled(self, doing: str) -> None:
+        self._inner.require_settled(doing)
+
     def dispatch(self, *args: Any, layer: int = 0, opens_step: bool = False) -> Received:
         self._mark(layer, 0)
         received = self._inner.dispatch(*args, layer=layer, opens_step=opens_step)
@@ -65,9 +68,6 @@ class Stamped:
         self._mark(layer, 3)
         self.loads[layer - self._first].copy_(self._offsets)
 
-    def require_settled(self, doing: str) -> None:
-        self._inner.require_settled(doing)
-
     def _mark(self, layer: int, mark: int) -> None:
         assert self._launch is not None
         stamp(self._launch, self._stamps, MARKS * (layer - self._first) + mark)
@@ -79,11 +79,27 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--ctx-len", type=int, default=2000, help="KV tokens a row holds")
     p.add_argument("--steps", type=int, default=30, help="measured steps")
     p.add_argument("--rows", type=int, help="live rows a rank; default: all")
+    p.add_argument(
+        "--compare-overlap",
+        action="store_true",
+        help="once more, with the shared expert behind the routed ones",
+    )
     return p
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
+    report = _run(args)
+    if args.compare_overlap:
+        args.overlap = False
+        report["without_overlap"] = _run(args)
+    if args.json and report["rank"] == 0:
+        print_json(report)
+    return 0
+
+
+def _run(args: argparse.Namespace) -> dict[str, Any]:
+    """One engine, measured; rank 0 shows it."""
     with Bar() as bar:
         engine = build(selection(args, verify=False), bar)
     model = engine.model_config
@@ -97,16 +113,16 @@ def main(argv: list[str] | None = None) -> int:
         report = provenance(engine.device_name) | {
             "model": args.model,
             "transport": engine.config.transport,
+            "overlap": engine.config.overlap,
+            "rank": engine.ranks.rank,
             "ranks": engine.config.ep_size,
             "rows": rows,
             "ctx_len": args.ctx_len,
         }
         report |= _gather(engine, plain_us, marks, spans, loads)
-    if engine.ranks.rank == 0:
+    if report["rank"] == 0:
         _show(report)
-        if args.json:
-            print_json(report)
-    return 0
+    return report
 
 
 def _measure(
@@ -195,7 +211,9 @@ def _gather(
 
 
 def _show(report: dict[str, Any]) -> None:
-    table = Table(title=f"{report['transport']}, mean of a layer, {report['device']}")
+    where = "beside" if report["overlap"] else "behind"
+    title = f"{report['transport']}, shared expert {where}, mean of a layer, {report['device']}"
+    table = Table(title=title)
     names = ("dispatch us", "experts us", "combine us", "experts touched", "(row, choice) pairs")
     for column in ("rank", *names):
         table.add_column(column, justify="right")

@@ -73,7 +73,7 @@ class Aligner:
             self.close = opened.pop_all().close
 
     def new_pool(self) -> Any:
-        """For graphs that are replayed in turns and closed together."""
+        """Memory for a graph whose calls allocate."""
         return torch.cuda.graph_pool_handle()  # type: ignore[no-untyped-call]
 
     def meet(self) -> None:
@@ -86,11 +86,12 @@ class Aligner:
         wait_stream(stream, _WAIT_S, "waiting for ranks to meet")
         self._watch.check()
 
-    def recover(self) -> None:
-        """After a failure, when ranks may have missed a meeting: begin anew; all ranks together."""
-        stream = torch.cuda.current_stream().cuda_stream
-        wait_stream(stream, _WAIT_S, "recovering")
-        self._group.barrier("all are idle", timeout_s=2 * _WAIT_S)
+    def settle(self) -> None:
+        """After a failure: wait for the device; raises CudaError if it is of no more use."""
+        wait_stream(torch.cuda.current_stream().cuda_stream, _WAIT_S, "recovering")
+
+    def rearm(self) -> None:
+        """Ranks may have missed a meeting: begin anew; all together, once all have settled."""
         self._watch.rearm()
         self._group.barrier("all are fresh")
 

@@ -256,13 +256,18 @@ def _mlp_scratch(
     if cfg.num_shared_experts and not joins:
         yield from mlp("shared", cfg.shared_intermediate_size)
         yield entry("shared_out", (tokens, cfg.hidden_size), cfg.act_dtype)
+        if step.overlap:
+            elems = _workspace_elems(cfg, step, tokens, rows=0, only=".shared_")
+            yield entry("shared_workspace", (max(1, elems),), "float32")
 
 
-def _workspace_elems(cfg: ModelConfig, step: StepConfig, tokens: int, rows: int) -> int:
-    """fp32 words that the widest split matrix product of a step needs."""
+def _workspace_elems(
+    cfg: ModelConfig, step: StepConfig, tokens: int, rows: int, only: str = ""
+) -> int:
+    """fp32 words that the widest split product needs, of those with `only` in their names."""
     elems = [0]
     for name, spec in weight_table(cfg, ep_size=step.ep_size).items():
-        if len(spec.shape) == 2 and not name.endswith("_scale"):
+        if only in name and len(spec.shape) == 2 and not name.endswith("_scale"):
             count = rows if name in ("head", "embed") else tokens
             n, k = spec.shape
             elems.append(linear_workspace_elems(count, n, k, elem_bytes=spec.nbytes // (n * k)))

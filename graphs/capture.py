@@ -21,6 +21,7 @@ import torch
 
 from capture_cache.driver import graph_nodes, memory_info
 from capture_cache.errors import CaptureError
+from graphs.branch import Branch, InLine, SideStream
 from graphs.keys import GraphKey, Ladder, NotCaptured
 from graphs.step import DecodeStep
 from kernels.triton.settle import stamp
@@ -72,6 +73,10 @@ class GraphBackend(Protocol):
 
     name: str
 
+    @property
+    def branch(self) -> Branch:
+        """Where a part of a step may run beside the rest."""
+
     def on_stream(self) -> AbstractContextManager[Any]:
         """Within it, torch's own operations are ordered with replays."""
 
@@ -94,6 +99,7 @@ class TwinBackend:
     """CPU twin: no CUDA graph, for correctness only. A "replay" runs the step's oracles."""
 
     name = "cpu"
+    branch: Branch = InLine()
 
     def on_stream(self) -> AbstractContextManager[Any]:
         return nullcontext()
@@ -122,6 +128,7 @@ class CudaBackend:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self.branch: Branch = SideStream(device)
         self._pool: Any = None  # of graphs that allocate; one replays at a time, so they share it
 
     def on_stream(self) -> AbstractContextManager[Any]:

@@ -24,7 +24,7 @@ from kernels.triton import (
     routing,
     settle,
 )
-from kernels.triton.launch import Launcher
+from kernels.triton.launch import Launcher, Ordinary
 
 Op = Callable[..., None]
 
@@ -62,3 +62,7 @@ class Ops:
         self.grouped_down = bind(grouped.grouped_down, grouped.grouped_down_ref)
         self.count_tokens = bind(logits_counts.count_tokens, logits_counts.count_tokens_ref)
         self.sample = bind(draw_pipeline.sample_step, draw_pipeline.sample_step_ref)
+
+    def ordinary(self) -> Ops:
+        """The same operations without dependent launches."""
+        return Ops(None if self.launch is None else Ordinary(self.launch))

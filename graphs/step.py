@@ -14,6 +14,7 @@ import torch
 
 from barriers.transport import Received, Transport
 from graphs.attention import Attention
+from graphs.branch import Branch
 from graphs.buffers import StaticBuffers, query_fuses
 from graphs.keys import GraphKey
 from graphs.model_config import ModelConfig
@@ -73,6 +74,7 @@ class DecodeStep:
     Args:
         weights: packed tensors by the names of `graphs.weights.stored_table`, plus `rope_table`.
         transport: None for a model without experts.
+        branch: where the shared expert runs with `config.overlap`.
     """
 
     def __init__(
@@ -86,12 +88,14 @@ class DecodeStep:
         transport: Transport | None,
         *,
         on_device: bool,
+        branch: Branch,
     ) -> None:
         self.cfg, self.config = cfg, config
         self.ops, self.buffers, self.weights = ops, buffers, weights
         self.attention, self._transport = attention, transport
         self.on_device = on_device
         self.shared_joins = shared_joins(cfg, config.transport)
+        self._branch, self._beside = branch, ops.ordinary()
 
     @property
     def transport_or_none(self) -> Transport | None:
@@ -103,10 +107,6 @@ class DecodeStep:
         """Carries tokens to experts; a model without experts has none."""
         assert self._transport is not None
         return self._transport
-
-    def replace_transport(self, transport: Transport) -> None:
-        """For measurements: what is captured from now on goes through `transport`."""
-        self._transport = transport
 
     @property
     def live(self) -> str:
@@ -122,6 +122,10 @@ class DecodeStep:
         """Raises a named error where the transport's host state forbids `doing`."""
         if self._transport is not None:
             self._transport.require_settled(doing)
+
+    def replace_transport(self, transport: Transport) -> None:
+        """For measurements: what is captured from now on goes through `transport`."""
+        self._transport = transport
 
     def run(self, key: GraphKey, stamp: Stamp = _no_stamp) -> None:
         """Launch one step for `key` on the current stream.
@@ -177,12 +181,22 @@ class DecodeStep:
             fault=b["fault"],
         )
 
-    def _linear(self, b: Buffers, name: str, x: Activation, out: torch.Tensor) -> None:
+    def _linear(
+        self,
+        b: Buffers,
+        name: str,
+        x: Activation,
+        out: torch.Tensor,
+        *,
+        ops: Ops | None = None,
+        workspace: str = "workspace",
+    ) -> None:
+        ops = ops or self.ops
         weight, scale = self.weights[name], self.weights.get(f"{name}_scale")
         if scale is None:
-            self.ops.linear(x.plain, weight, out=out, workspace=b["workspace"])
+            ops.linear(x.plain, weight, out=out, workspace=b[workspace])
         else:
-            self.ops.linear_fp8(x.q, x.scale, weight, scale, out=out, workspace=b["workspace"])
+            ops.linear_fp8(x.q, x.scale, weight, scale, out=out, workspace=b[workspace])
 
     def _norm(
         self,
@@ -254,11 +268,23 @@ class DecodeStep:
             self._linear(b, name + "q_b", q_norm, q)
         self.ops.absorb_q(q, w[name + "w_uk"], *places, **rest)
 
-    def _mlp(self, b: Buffers, name: str, buffer: str, x: Activation, out: torch.Tensor) -> None:
-        h = Activation.of(b, f"{buffer}_h")
-        self._linear(b, f"{name}gate_up", x, b[f"{buffer}_gate_up"])
-        self.ops.silu_mul(b[f"{buffer}_gate_up"], **h.quantised_only)
-        self._linear(b, f"{name}down", h, out)
+    def _mlp(
+        self,
+        b: Buffers,
+        name: str,
+        buffer: str,
+        x: Activation,
+        out: torch.Tensor,
+        *,
+        ops: Ops | None = None,
+        workspace: str = "workspace",
+    ) -> None:
+        """`ops` and `workspace` are the branch's, where it runs in one."""
+        ops, h = ops or self.ops, Activation.of(b, f"{buffer}_h")
+        gate_up = b[f"{buffer}_gate_up"]
+        self._linear(b, f"{name}gate_up", x, gate_up, ops=ops, workspace=workspace)
+        ops.silu_mul(gate_up, **h.quantised_only)
+        self._linear(b, f"{name}down", h, out, ops=ops, workspace=workspace)
 
     def _is_last(self, layer: int) -> bool:
         """The final norm takes its residual whole, for it takes some rows only."""
@@ -272,7 +298,32 @@ class DecodeStep:
         return Delta(out)
 
     def _moe(self, b: Buffers, layer: int) -> Delta:
-        cfg, w, name = self.cfg, self.weights, f"layers.{layer}."
+        cfg, name = self.cfg, f"layers.{layer}."
+        x = self._route(b, name)
+        shared = b["shared_out"] if cfg.num_shared_experts and not self.shared_joins else None
+        if shared is not None and self.config.overlap:
+            # Its weights stream while the exchange waits for other ranks.
+            with self._branch.beside():
+                self._shared(b, name, x, ops=self._beside, workspace="shared_workspace")
+        received = self._dispatch(b, x, layer)
+        self._experts(b, name, received)
+        joined = self.shared_joins or not cfg.num_shared_experts
+        if self.config.transport == "local" and joined and not self._is_last(layer):
+            # The next norm reads every expert's result anyway: it does the sum as well.
+            return Delta(b["expert_y"], (received.ids, received.weights))
+        if shared is not None:
+            if self.config.overlap:
+                self._branch.join()
+            else:
+                self._shared(b, name, x, ops=self.ops, workspace="workspace")
+        self.transport.combine(
+            b["delta"], b["expert_y"], received, b["topk_ids"], shared, layer=layer
+        )
+        return Delta(b["delta"])
+
+    def _route(self, b: Buffers, name: str) -> Activation:
+        """What goes to the experts; to which of them, is in `topk_ids` and `topk_weights`."""
+        cfg, w = self.cfg, self.weights
         x = self._norm(b, name + "mlp_norm", Delta(b["o_out"]), plain=True)
         self.ops.linear(
             x.plain, w[name + "router"], out=b["router_logits"], workspace=b["workspace"]
@@ -290,31 +341,24 @@ class DecodeStep:
             out_ids=b["topk_ids"],
             out_weights=b["topk_weights"],
         )
-        first = cfg.first_k_dense_replace
+        return x
+
+    def _shared(self, b: Buffers, name: str, x: Activation, *, ops: Ops, workspace: str) -> None:
+        name += "shared_"
+        self._mlp(b, name, "shared", x, b["shared_out"], ops=ops, workspace=workspace)
+
+    def _dispatch(self, b: Buffers, x: Activation, layer: int) -> Received:
         plain = x.q is None or self.transport.takes_act
         x_in = x.plain if plain else x.q
         assert x_in is not None
-        received = self.transport.dispatch(
+        return self.transport.dispatch(
             x_in,
             None if plain else x.scale,
             b["topk_ids"],
             b["topk_weights"],
             layer=layer,
-            opens_step=layer == first,
+            opens_step=layer == self.cfg.first_k_dense_replace,
         )
-        self._experts(b, name, received)
-        joined = self.shared_joins or not cfg.num_shared_experts
-        if self.config.transport == "local" and joined and not self._is_last(layer):
-            # The next norm reads every expert's result anyway: it does the sum as well.
-            return Delta(b["expert_y"], (received.ids, received.weights))
-        shared = None
-        if cfg.num_shared_experts and not self.shared_joins:
-            shared = b["shared_out"]
-            self._mlp(b, name + "shared_", "shared", x, shared)
-        self.transport.combine(
-            b["delta"], b["expert_y"], received, b["topk_ids"], shared, layer=layer
-        )
-        return Delta(b["delta"])
 
     def _experts(self, b: Buffers, name: str, received: Received) -> None:
         """This rank's experts over the received rows; `expert_y` gets a line per (row, choice)."""

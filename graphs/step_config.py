@@ -24,6 +24,7 @@ class StepConfig:
         attention: "flashinfer" or "triton".
         transport: how tokens reach the experts of other ranks; a name of `barriers.transport`.
         pdl: how kernels overlap; a key of `kernels.triton.overlap.MODES`.
+        overlap: the shared expert runs beside the exchange and the routed experts.
         logits_rows: requests that may have their logits returned at the same time.
     """
 
@@ -37,6 +38,7 @@ class StepConfig:
     attention: str = "triton"
     transport: str = "local"
     pdl: str = "off"
+    overlap: bool = False
     logits_rows: int = 8
 
     def __post_init__(self) -> None:

@@ -13,6 +13,7 @@ from barriers.deepep import DeepEpLowLatency, DeepEpNormal
 from barriers.rdep import Rdep
 from barriers.transport import Local, Transport, TransportConfig, deepep_capacity
 from graphs.attention import Attention, FlashinferAttention, TritonAttention
+from graphs.branch import Branch, InLine
 from graphs.buffers import StaticBuffers, transport_config
 from graphs.checkpoint import random_weights
 from graphs.compile import RecordingLauncher
@@ -20,6 +21,7 @@ from graphs.devices import bind_views, torch_dtype
 from graphs.ops import Ops
 from graphs.step import DecodeStep
 from graphs.weights import add_part_views, stored_table
+from kernels.triton.launch import Launcher, Ordinary
 from kernels.triton.overlap import MODES
 from kernels.triton.settle import stamp
 from runtime.selection import Selection
@@ -30,6 +32,7 @@ def make_step(
     ops: Ops,
     views: Mapping[str, torch.Tensor],
     transport: Transport | None,
+    branch: Branch | None = None,
 ) -> DecodeStep:
     """The step over bound views; on `meta` views it can be listed but not run."""
     model, step = selection.model, selection.step
@@ -40,8 +43,21 @@ def make_step(
     kind = FlashinferAttention if step.attention == "flashinfer" else TritonAttention
     attention: Attention = kind(model, step, ops)
     return DecodeStep(
-        model, step, ops, buffers, weights, attention, transport, on_device=selection.on_device
+        model,
+        step,
+        ops,
+        buffers,
+        weights,
+        attention,
+        transport,
+        on_device=selection.on_device,
+        branch=branch or InLine(),
     )
+
+
+def exchange_launcher(selection: Selection, launch: Launcher) -> Launcher:
+    """What a transport launches with: its first kernel may be the one after a join."""
+    return Ordinary(launch) if selection.step.overlap else launch
 
 
 def list_kernels(selection: Selection, arch: str, attentions: Iterable[str]) -> RecordingLauncher:
@@ -58,7 +74,7 @@ def list_kernels(selection: Selection, arch: str, attentions: Iterable[str]) -> 
         )
         views = bind_views(None, chosen.layout, meta)
         add_part_views(views)
-        transport = _listed_transport(chosen, launcher, views)
+        transport = _listed_transport(chosen, exchange_launcher(selection, launcher), views)
         step = make_step(chosen, Ops(launcher), views, transport)
         for key in chosen.ladder.keys:
             step.run(key)
@@ -116,7 +132,7 @@ class _UnmadeBuffer:
 
 
 def _listed_transport(
-    selection: Selection, launcher: RecordingLauncher, views: Mapping[str, torch.Tensor]
+    selection: Selection, launcher: Launcher, views: Mapping[str, torch.Tensor]
 ) -> Transport | None:
     model, step = selection.model, selection.step
     if model.first_k_dense_replace >= model.num_layers:

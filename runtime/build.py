@@ -13,6 +13,7 @@ from contextlib import ExitStack, contextmanager, suppress
 
 import torch
 
+from barriers.rdep import RdepTuning
 from capture_cache.arena import Arena, DeviceArena, HostArena
 from capture_cache.errors import CorruptBundle, CudaError, NotRestorable
 from capture_cache.fingerprint import Fingerprint
@@ -31,7 +32,7 @@ from graphs.prove import Prover
 from graphs.rope import rope_table
 from graphs.weights import add_part_views
 from kernels.triton.overlap import MODES
-from runtime.assemble import list_kernels, make_step
+from runtime.assemble import exchange_launcher, list_kernels, make_step
 from runtime.bundle_names import LIVE, SKIPPED
 from runtime.config import RuntimeConfig
 from runtime.engine import Engine, reset_state
@@ -130,7 +131,7 @@ class _Builder:
             "page size": str(step.page_size),
             "attention": step.attention,
             "transport": step.transport,
-            "pdl": step.pdl,
+            "pdl": f"{step.pdl} overlap {step.overlap}",
             "verify": f"{options.verify} {options.proof_replays}",
         }
         ranks = Ranks(options.ranks, fields, deadline_s=options.deadline_s)
@@ -212,10 +213,12 @@ class _Builder:
         transport = None
         if selection.model.first_k_dense_replace < selection.model.num_layers:
             sizes = transport_config(selection.model, selection.step, selection.ladder.max_tokens)
+            launch = None if launcher is None else exchange_launcher(selection, launcher)
+            tuning = RdepTuning(sum_pdl=not selection.step.overlap)
             transport = ranks.transport(
-                selection.step.transport, sizes, views, launcher, self.store
+                selection.step.transport, sizes, views, launch, self.store, tuning
             )
-        step = make_step(selection, Ops(launcher), views, transport)
+        step = make_step(selection, Ops(launcher), views, transport, backend.branch)
         if launcher is None:
             return GraphSet(step, selection.ladder, backend)  # the twin compiles nothing
         return GraphSet(step, selection.ladder, backend, forbid_compile=launcher.freeze)

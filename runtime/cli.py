@@ -112,6 +112,12 @@ def add_selection(parser: argparse.ArgumentParser) -> None:
         help="keep full KV pages for later prompts that begin alike",
     )
     add("--prefill-budget", type=int, metavar="TOKENS", help="prompt tokens a step at most")
+    add(
+        "--overlap",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="the shared expert beside the exchange; default: where there are both",
+    )
     add("--pdl", choices=PDL, default="auto", help="overlap of kernels (dependent launch)")
     add("--seed", type=int, default=0, help="of a preset's random weights")
     add("--json", action="store_true", help="print one JSON object as the last line")
@@ -140,6 +146,7 @@ def selection(args: argparse.Namespace, **more: Any) -> RuntimeConfig:
         transport=args.transport,
         attention=args.attention,
         pdl=args.pdl,
+        overlap=args.overlap,
         seed=args.seed,
         prefix_cache=args.prefix_cache,
         prefill_budget=args.prefill_budget,

@@ -50,6 +50,8 @@ class RuntimeConfig:
         verify_weights: compare the sha256 of all packed weights before use.
         pdl: whether a kernel starts while the one before it ends (programmatic dependent launch):
             off, late (once that one has loaded its weights), early (at once); auto decides by chip.
+        overlap: the shared expert runs beside the exchange with other ranks; None: where there are
+            both.
         seed: of a preset's random weights.
         verify: prove every key after capture.
         proof_replays: replays per key of that proof; None: 100 on a device, 2 on the CPU twin.
@@ -76,6 +78,7 @@ class RuntimeConfig:
     transport: str = "auto"
     attention: str = "auto"
     pdl: str = "auto"
+    overlap: bool | None = None
     seed: int = 0
     verify: bool = True
     proof_replays: int | None = None

@@ -51,6 +51,7 @@ FIELDS: Mapping[str, str] = MappingProxyType(
         "attention": "which attention kernel is captured",
         "transport": "how tokens reach other ranks",
         "pdl": "how kernels overlap; auto is a function of the chip",
+        "overlap": "whether the shared expert has a branch of its own; None follows from the model",
         "logits rows": "buffers for returned logits are laid out for so many",
     }
 )
@@ -71,6 +72,7 @@ OPTIONS: Mapping[str, str] = MappingProxyType(
         "attention": "attention",
         "seed": "seed",
         "pdl": "pdl",
+        "overlap": "overlap",
         "logits_rows": "logits rows",
     }
 )
@@ -143,5 +145,6 @@ def _asked(options: RuntimeConfig, model: ModelConfig, source: ModelSource) -> d
         "attention": options.attention,
         "transport": options.transport,
         "pdl": options.pdl,
+        "overlap": options.overlap,
         "logits rows": options.logits_rows,
     }

@@ -10,7 +10,6 @@ from __future__ import annotations
 import datetime
 from collections.abc import Mapping
 from contextlib import ExitStack
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -22,14 +21,14 @@ from barriers.device_barrier import DeviceWatch
 from barriers.errors import RankError
 from barriers.group import RankGroup
 from barriers.host_meeting import HostMeeting
-from barriers.rdep import Rdep, load_rdep, peer_layout, peer_views
+from barriers.rdep import Rdep, RdepTuning, load_rdep, peer_layout, peer_views
 from barriers.symmetric_device import DeviceMemory
 from barriers.transport import DEEPEP, Local, Transport, TransportConfig
 from capture_cache.driver import Device
 from capture_cache.store import Store
 from kernels.triton.launch import Launcher
 
-CONNECT_S = 60.0  # for a process group, NCCL and NVSHMEM to come up; hosts are busy then
+CONNECT_S = 60.0  # for a process group to come up; hosts are busy then
 
 
 class Ranks:
@@ -56,12 +55,14 @@ class Ranks:
         views: Mapping[str, torch.Tensor],
         launch: Launcher | None,
         store: Store,
+        tuning: RdepTuning | None = None,
     ) -> Transport:
         """Make the transport `name`; every rank calls this alike.
 
         Args:
             views: of the arena; the transport's own buffers are among them where it has some there.
             launch: None on the CPU twin.
+            tuning: of rdep.
         Raises:
             RankError: a rank failed, or did not come; raised on all of them.
         """
@@ -71,44 +72,46 @@ class Ranks:
             return self._allgather(config, views, launch)
         if name in DEEPEP:
             return self._deepep(name, config, views, launch)
-        return self._rdep(config, views, store)
+        return self._rdep(config, views, store, tuning)
 
     def _allgather(
         self, config: TransportConfig, views: Mapping[str, torch.Tensor], launch: Launcher | None
     ) -> Transport:
-        group = self._process_group(launch is not None)
+        self._connect("gloo" if launch is None else "nccl")
         meeting = None
         if launch is None:
-            # torch has one time-out for connecting and for every collective after it.
-            dist.distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=self.deadline_s))
             step = views["step"]
             deadline_ms = round(self.deadline_s * 1e3)
             meeting = HostMeeting(self.group, deadline_ms=deadline_ms, step=lambda: int(step[0]))
             self._open.callback(meeting.close)
-        return AllGather(config, views, group, launch, meeting)
+        return AllGather(config, views, dist.group.WORLD, launch, meeting)
 
-    def _process_group(self, on_device: bool) -> Any:
-        """torch's group over all ranks, for transports that need one; made once."""
-        if not dist.is_initialized():
-            dist.init_process_group(
-                "nccl" if on_device else "gloo",
-                rank=self.rank,
-                world_size=self.world,
-                store=self._meeting_store(),
-                device_id=torch.device("cuda", torch.cuda.current_device()) if on_device else None,
-                timeout=datetime.timedelta(seconds=max(self.deadline_s, CONNECT_S)),
-            )
-            self._open.callback(dist.destroy_process_group)
-        return dist.group.WORLD
-
-    def _meeting_store(self) -> Any:
-        """For one process group; torchrun's would still hold the keys of an earlier runtime's."""
-        tcp_store: Any = dist.TCPStore  # type: ignore[attr-defined]
+    def _connect(self, backend: str) -> None:
+        """Make torch's process group if there is none, over a store of its own: an earlier runtime
+        of this process may have left entries in the one that `MASTER_PORT` names."""
+        if dist.is_initialized():
+            return
+        timeout = datetime.timedelta(seconds=max(self.deadline_s, CONNECT_S))
         mine = None
         if self.rank == 0:
-            mine = tcp_store("127.0.0.1", 0, self.world, True, wait_for_workers=False)
-        port = self.group.allgather("process group", mine and mine.port)[0].value
-        return mine or tcp_store("127.0.0.1", port, self.world, False)
+            mine = dist.TCPStore(  # type: ignore[attr-defined]
+                "127.0.0.1", 0, None, True, timeout, wait_for_workers=False
+            )
+        port = self.group.allgather("torch store", mine.port if mine else 0)[0].value
+        store = mine or dist.TCPStore(  # type: ignore[attr-defined]
+            "127.0.0.1", port, None, False, timeout
+        )
+        dist.init_process_group(
+            backend,
+            store=store,
+            rank=self.rank,
+            world_size=self.world,
+            timeout=timeout,
+            device_id=_current_gpu() if backend == "nccl" else None,
+        )
+        self._open.callback(dist.destroy_process_group)
+        # torch has one time-out for connecting and for every collective after it.
+        dist.distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=self.deadline_s))
 
     def _deepep(
         self,
@@ -117,14 +120,13 @@ class Ranks:
         views: Mapping[str, torch.Tensor],
         launch: Launcher | None,
     ) -> Transport:
-        # Upstream uses the group to start, and only then.
-        group = self._process_group(launch is not None)
-        self.group.barrier(f"starting {name}")  # upstream's own start has no deadline
+        self._connect("gloo" if launch is None else "nccl")  # upstream's start goes through it
+        self.group.barrier(f"starting {name}")  # which has no deadline of its own
         transport: DeepEpLowLatency | DeepEpNormal
         if name == "deepep":
-            transport = DeepEpLowLatency.open(config, views, group)
+            transport = DeepEpLowLatency.open(config, views, dist.group.WORLD)
         else:
-            transport = DeepEpNormal.open(config, views, group, launch)
+            transport = DeepEpNormal.open(config, views, dist.group.WORLD, launch)
         self._open.callback(self._close_together, transport)
         self.group.barrier(f"{name} started")
         return transport
@@ -139,11 +141,15 @@ class Ranks:
         transport.close()
 
     def _rdep(
-        self, config: TransportConfig, views: Mapping[str, torch.Tensor], store: Store
+        self,
+        config: TransportConfig,
+        views: Mapping[str, torch.Tensor],
+        store: Store,
+        tuning: RdepTuning | None,
     ) -> Transport:
         device = Device(torch.cuda.current_device())
         # All ranks have their code before any of them can wait for another.
-        kernels = load_rdep(device, config, store=store)
+        kernels = load_rdep(device, config, tuning, store=store)
         layout = peer_layout(config)
         memory = DeviceMemory(self.group, device, layout.device_bytes)
         self._open.callback(memory.close)
@@ -154,7 +160,9 @@ class Ranks:
         )
         self._open.callback(self._watch.close)
         buffers = peer_views(layout, memory.payload, torch.device("cuda", device.ordinal))
-        transport = Rdep(config, buffers, kernels, base=memory.base, stride=memory.stride)
+        transport = Rdep(
+            config, buffers, kernels, base=memory.base, stride=memory.stride, tuning=tuning
+        )
         torch.cuda.synchronize()
         self.group.barrier("peer memory")
         return transport
@@ -169,5 +177,10 @@ class Ranks:
         self.group.barrier(what)
 
     def close(self) -> None:
-        """Leave the group and release what is shared; waits for nobody. Idempotent."""
+        """Leave the group and release what is shared. Idempotent; waits for nobody, but for the
+        deadline where DeepEP ends in a meeting."""
         self._open.close()
+
+
+def _current_gpu() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device())

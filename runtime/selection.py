@@ -71,6 +71,7 @@ def choose(options: RuntimeConfig, *, compile_only: bool = False) -> Selection:
     ladder = Ladder.default(rows) if options.ladder is None else Ladder.parse(options.ladder, rows)
     on_device = compile_only or _on_device(options)
     attention, reason = _attention(options, model, on_device and not compile_only)
+    transport = resolve_transport(options.transport, world=options.num_ranks, on_device=on_device)
     step = StepConfig(
         max_rows=rows,
         max_seq_len=options.max_seq_len,
@@ -80,10 +81,9 @@ def choose(options: RuntimeConfig, *, compile_only: bool = False) -> Selection:
         ep_size=options.num_ranks,
         ep_rank=0 if compile_only else options.ranks.rank,
         attention=attention,
-        transport=resolve_transport(
-            options.transport, world=options.num_ranks, on_device=on_device
-        ),
+        transport=transport,
         pdl=_pdl(options, on_device, compile_only=compile_only),
+        overlap=_overlap(options, model, transport),
         logits_rows=min(rows, options.logits_rows),
     )
     if step.transport in DEEPEP:
@@ -108,6 +108,18 @@ def _pdl(options: RuntimeConfig, on_device: bool, *, compile_only: bool) -> str:
             "at auto"
         )
     return options.pdl
+
+
+def _overlap(options: RuntimeConfig, model: ModelConfig, transport: str) -> bool:
+    """Whether a shared expert runs beside an exchange."""
+    with_experts = model.first_k_dense_replace < model.num_layers
+    able = transport != "local" and with_experts and model.num_shared_experts > 0
+    if options.overlap and not able:
+        raise ValueError(
+            f"--overlap runs a shared expert beside an exchange between ranks, and {options.model} "
+            f"with --transport {transport} lacks one of them; leave it out"
+        )
+    return able if options.overlap is None else options.overlap
 
 
 def _is_sm90(on_device: bool, *, compile_only: bool) -> bool:

@@ -12,6 +12,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ import torch.distributed as dist
 import torch.multiprocessing
 
 from barriers import rdep_ref
+from barriers.config import GroupConfig
 from barriers.deepep import (
     DeepEpLowLatency,
     DeepEpMissing,
@@ -28,7 +30,10 @@ from barriers.deepep import (
     load_buffer_class,
     outside_bytes,
 )
+from barriers.errors import RanksMissing
+from barriers.group import RankGroup
 from barriers.transport import Local, TransportConfig, received_shape
+from bench import transport_microbench
 from bench.transport_cases import (
     Tokens,
     make_gains,
@@ -41,7 +46,7 @@ from bench.transport_layer import Plan, TimedLayer
 from bench.transport_modes import Calls, Subject, low_latency_calls, normal_calls
 from bench.transport_timing import Spread
 from capture_cache.arena import HostArena
-from capture_cache.errors import CaptureError
+from capture_cache.errors import CaptureError, CudaError
 from graphs.buffers import transport_config
 from graphs.capture import GraphSet, TwinBackend
 from graphs.checkpoint import random_weights
@@ -52,6 +57,7 @@ from graphs.prove import Prover
 from graphs.rope import rope_table
 from runtime.assemble import make_step
 from runtime.config import RuntimeConfig
+from runtime.ranks import Ranks
 from runtime.selection import Selection, choose
 from tests.cpu.fake_deepep import FakeBuffer, FrozenBackend
 
@@ -435,6 +441,45 @@ def test_absence_says_how_to_get_it(
         load_buffer_class()
 
 
+# -- a rank's side --------------------------------------------------------------------------------
+
+
+class LeavingGroup:
+    """A group whose other ranks may be gone."""
+
+    def __init__(self, *, gone: bool) -> None:
+        self.gone = gone
+
+    def barrier(self, what: str, timeout_s: float | None = None) -> None:
+        assert what == "closing deepep"
+        assert timeout_s == 0.5
+        if self.gone:
+            raise RanksMissing("rank 1 left during closing deepep", (1,))
+
+
+@pytest.mark.parametrize("gone", [False, True])
+def test_upstream_is_closed_with_the_others_or_not_at_all(
+    low_latency: DeepEpLowLatency, gone: bool
+) -> None:
+    """Its end is a barrier without a deadline."""
+    ranks = Ranks(GroupConfig(0, 1, "test-deepep-close"), {}, deadline_s=0.5)
+    ranks.group = LeavingGroup(gone=gone)  # type: ignore[assignment]
+    ranks._close_together(low_latency)
+    assert fake(low_latency).destroyed is not gone
+
+
+def test_a_second_runtime_has_a_process_group_of_its_own() -> None:
+    for _ in range(2):
+        ranks = Ranks(GroupConfig(0, 1, "test-deepep-group"), {}, deadline_s=5.0)
+        ranks._connect("gloo")
+        group = dist.group.WORLD
+        assert dist.get_world_size(group) == 1
+        ranks._connect("gloo")
+        assert dist.group.WORLD is group
+        ranks.close()
+        assert not dist.is_initialized()
+
+
 # -- as it is timed -------------------------------------------------------------------------------
 
 
@@ -458,28 +503,53 @@ class CountedGraph:
 
 
 class CpuAligner:
-    """Stands where the barrier between GPUs would."""
+    """Stands where the barrier between GPUs would.
+
+    Attributes:
+        upstream: whose calls are counted.
+        pools: how many captures asked for memory of their own.
+        gone: the device takes no more work.
+    """
 
     device = CPU
 
     def __init__(self, upstream: FakeBuffer) -> None:
-        self._upstream = upstream
+        self.upstream = upstream
+        self.pools = 0
+        self.gone = False
+        self.closed = False
 
-    def new_pool(self) -> None:
-        return None
+    def new_pool(self) -> int:
+        self.pools += 1
+        return self.pools
 
     def finish(self) -> None:
         """Everything has run already."""
 
+    def settle(self) -> None:
+        if self.gone:
+            raise CudaError("CUDA_ERROR_LAUNCH_FAILED", "recovering", "start again")
+
+    def rearm(self) -> None:
+        """Nobody missed a meeting."""
+
+    def close(self) -> None:
+        assert not self.gone
+        self.closed = True
+
     def capture(self, call: Callable[[], object], inner: int, pool: object) -> CountedGraph:
-        return CountedGraph(call, inner, self._upstream)
+        return CountedGraph(call, inner, self.upstream)
+
+    def capture_nothing(self, inner: int) -> CountedGraph:
+        return CountedGraph(lambda: None, inner, self.upstream)
 
 
 @pytest.mark.parametrize(
     ("kind", "alone", "calls"),
     [
         (DeepEpLowLatency, low_latency_calls, {"both": 2, "dispatch": 1, "combine": 1, "step": 2}),
-        (DeepEpNormal, normal_calls, {"both": 2, "dispatch": 1, "combine": 1, "step": 2}),
+        # A combine alone would read the handle of another graph.
+        (DeepEpNormal, normal_calls, {"both": 2, "dispatch": 1, "step": 2}),
     ],
 )
 def test_a_timed_layer_is_right_and_even(
@@ -492,7 +562,9 @@ def test_a_timed_layer_is_right_and_even(
     plan = Plan(
         inner=2, replays=3, rounds=1, prequantized=True, routing="random", routing_file=None
     )
-    timed = TimedLayer(subject, plan, 4, CpuAligner(upstream))  # type: ignore[arg-type]
+    aligner = CpuAligner(upstream)
+    timed = TimedLayer(subject, plan, 4, aligner)  # type: ignore[arg-type]
+    assert aligner.pools == len(calls)
     timed.replay(3)
     case = timed.case(taken_off=0.0)
     assert case["repeats"]
@@ -500,6 +572,98 @@ def test_a_timed_layer_is_right_and_even(
     assert {part: us["median"] for part, us in case["us"].items()} == calls
     assert upstream.stale == 0
     assert upstream.index == 0
+
+
+class Bench:
+    """A benchmark of one rank, `rdep` and `deepep-normal` both played by the model of upstream.
+
+    Attributes:
+        made: names of the modes that were made ready, in order.
+        closed: names of those that gave everything back.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.made: list[str] = []
+        self.closed: list[str] = []
+        self.dispatches = 0  # of deepep-normal, since it was made
+        self.fails_at = 0  # which dispatch of deepep-normal fails, counted from its making
+        self.loses_context = False
+        self.aligner = CpuAligner(fake(make(SMALL, DeepEpNormal)))
+        args = transport_microbench._parser().parse_args(["--json"])
+        args.replays, args.rounds = 2, 1
+        plan = Plan(2, 2, 1, prequantized=True, routing="random", routing_file=None)
+        group = RankGroup(GroupConfig(0, 1, name))
+        self.bench = transport_microbench.Bench(
+            args,
+            plan,
+            SMALL,
+            group,
+            self.aligner,  # type: ignore[arg-type]
+            self._make,
+        )
+
+    def _make(self, name: str) -> Subject:
+        self.made.append(name)
+        transport = make(SMALL, DeepEpNormal)
+        assert isinstance(transport, DeepEpNormal)
+        upstream = fake(transport)
+        self.aligner.upstream, calls = upstream, len(upstream.calls)
+
+        def finish() -> None:
+            if name != "deepep-normal":
+                return
+            self.dispatches = upstream.calls[calls:].count("dispatch")
+            if self.fails_at and self.dispatches >= self.fails_at:
+                self.aligner.gone = self.loses_context
+                raise CudaError("CUDA_ERROR_LAUNCH_FAILED", "waiting", "start again")
+
+        def close() -> None:
+            self.closed.append(name)
+
+        return Subject(transport, finish, close, upstream=partial(normal_calls, transport))
+
+    def run(self, rows: list[int]) -> dict[str, Any]:
+        return self.bench.run(["rdep", "deepep-normal"], rows)
+
+
+def test_a_mode_that_ends_the_context_leaves_the_others_numbers(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The fragile mode is made ready when the others are measured, told and given back."""
+    bench = Bench("test-lost")
+    bench.fails_at, bench.loses_context = 9, True
+    modes = bench.run([2, 4])
+    assert bench.bench.lost
+    assert bench.made == ["rdep", "deepep-normal"]
+    assert bench.closed == ["rdep"]
+    assert modes["rdep"]["ok"]
+    assert [c["rows"] for c in modes["rdep"]["cases"]] == [2, 4]
+    failed = modes["deepep-normal"]
+    assert not failed["ok"]
+    assert "LAUNCH_FAILED" in failed["error"]["rank 0"]
+    assert "rank 0" in failed["context_lost"]
+    assert not bench.aligner.closed
+    told = capsys.readouterr().err
+    assert told.index("rdep ") < told.index("deepep-normal: FAILED")
+
+
+def test_sizes_measured_before_a_failure_are_told() -> None:
+    bench = Bench("test-later")
+    bench.run([2])
+    needed = bench.dispatches
+    bench = Bench("test-later-again")
+    bench.fails_at = needed + 2
+    failed = bench.run([2, 4])["deepep-normal"]
+    assert not bench.bench.lost
+    assert not failed["ok"]
+    assert [c["rows"] for c in failed["cases"]] == [2]
+    assert failed["doing"] == "4 rows"
+    assert bench.aligner.closed
+
+
+def test_combine_of_a_library_that_cannot_repeat_it_is_derived() -> None:
+    case = Bench("test-derived").run([2])["deepep-normal"]["cases"][0]
+    assert case["combine_us"] == {"mean": 1.0, "max": 1.0, "derived": True}
 
 
 def test_a_spread_is_of_one_call() -> None:

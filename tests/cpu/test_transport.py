@@ -318,6 +318,7 @@ def test_wire_bytes_count_a_token_once_a_rank() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--mode", "rdep,deep"], "got 'deep'"),
         (["--rows", "8,x"], "--rows must be positive numbers"),
         (["--num-experts", "4"], "top_k must be 1 to 4, got 8"),
         (["--plain", "--prequantized"], "choose one"),
@@ -339,7 +340,7 @@ def test_microbench_merges_ranks() -> None:
 
     case = {"rows": 8, "rel_error": 1e-3, "repeats": True, "oracle_bits": True, "bytes": (353, 353)}
     ranks = [
-        {"error": None, "cases": [{**case, "us": {"both": spread(both), "sum": spread(1.0)}}]}
+        {"cases": [{**case, "us": {"both": spread(both), "sum": spread(1.0)}}]}
         for both in (4.0, 6.0)
     ]
     merged = transport_report.merge(ranks, link_gbps=353.0, sweep=())
@@ -348,10 +349,6 @@ def test_microbench_merges_ranks() -> None:
     assert merged["cases"][0]["net_us"] == {"mean": 4.0, "max": 5.0}
     ranks[1]["cases"][0]["rel_error"] = float("inf")
     assert not transport_report.merge(ranks, link_gbps=353.0, sweep=())["ok"]
-    ranks[1]["error"] = "CudaError: gone"
-    assert transport_report.merge(ranks, link_gbps=353.0, sweep=())["error"] == {
-        "rank 1": "CudaError: gone"
-    }
 
 
 # -- routing to benchmark with -------------------------------------------------------------------
