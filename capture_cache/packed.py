@@ -30,7 +30,7 @@ from typing import Any
 from capture_cache.errors import CorruptBundle, FingerprintMismatch, LayoutError
 from capture_cache.files import open_dir, read_file, unsafe
 from capture_cache.fingerprint import Fingerprint, diff
-from capture_cache.layout import ENTRY_ALIGNMENT, ITEM_BYTES, ArenaLayout
+from capture_cache.layout import ENTRY_ALIGNMENT, ITEM_BYTES, ArenaLayout, Place
 from capture_cache.manifest import MAX_RECORD_BYTES, FileRecord, seal, unseal
 
 INDEX = "weights.json"
@@ -102,6 +102,44 @@ class Run:
     file_offset: int
     arena_offset: int
     nbytes: int
+
+
+@dataclass(frozen=True)
+class ArenaPart:
+    """Where one stored tensor lies in the arena; `nbytes` is what is copied there."""
+
+    name: str
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+
+def parts_of(place: Place) -> list[ArenaPart]:
+    """The stored tensors of an entry: itself, or the two that lie joined in it.
+
+    `layers.{i}.all_{leaf}` [E + 1, ...] holds `experts_{leaf}` [E, ...] and then `shared_{leaf}`
+    (graphs.weights.stored_table).
+
+    Raises:
+        LayoutError: joined tensors that are not whole words of 16 bytes.
+    """
+    entry = place.entry
+    layer, joined, leaf = entry.name.rpartition(".all_")
+    if not joined:
+        # The padding is copied too: the next entry begins behind it, for all are aligned alike.
+        padded = -(-entry.nbytes // ENTRY_ALIGNMENT) * ENTRY_ALIGNMENT
+        return [ArenaPart(entry.name, entry.shape, place.offset, padded)]
+    count, shape = entry.shape[0] - 1, entry.shape[1:]
+    each = entry.nbytes // entry.shape[0]
+    if each % 16:
+        raise LayoutError(
+            f"arena entry {entry.name!r}: expected experts of whole 16 bytes, got {each}; sums are "
+            "made of such words"
+        )
+    return [
+        ArenaPart(f"{layer}.experts_{leaf}", (count, *shape), place.offset, count * each),
+        ArenaPart(f"{layer}.shared_{leaf}", shape, place.offset + count * each, each),
+    ]
 
 
 def shard_names(ep_size: int) -> list[str]:
@@ -306,7 +344,7 @@ class PackedWeights:
         problems, runs = [], list[Run]()
         places = [p for p in layout.places if p.entry.section == "weights"]
         for place in places:
-            entry, tensor = place.entry, tensors.get(place.entry.name)
+            entry = place.entry
             if entry.alignment % ENTRY_ALIGNMENT:
                 raise LayoutError(
                     f"arena entry {entry.name!r}: expected an alignment of whole {ENTRY_ALIGNMENT} "
@@ -314,11 +352,13 @@ class PackedWeights:
                 )
             if entry.name in computed:
                 continue
-            if tensor is None or (tensor.shape, tensor.dtype) != (entry.shape, entry.dtype):
-                got = "nothing" if tensor is None else f"{list(tensor.shape)} {tensor.dtype}"
-                problems.append(f"{entry.name} {got} → {list(entry.shape)} {entry.dtype}")
-                continue
-            runs.append(self._run(tensor, rank, place.offset))
+            for part in parts_of(place):
+                tensor = tensors.get(part.name)
+                if tensor is None or (tensor.shape, tensor.dtype) != (part.shape, entry.dtype):
+                    got = "nothing" if tensor is None else f"{list(tensor.shape)} {tensor.dtype}"
+                    problems.append(f"{part.name} {got} → {list(part.shape)} {entry.dtype}")
+                    continue
+                runs.append(self._run(tensor, rank, part))
         if problems:
             raise FingerprintMismatch(
                 f"{self.path} does not hold this model's weights: {'; '.join(problems[:4])}"
@@ -326,10 +366,9 @@ class PackedWeights:
             )
         return list(_merged(runs))
 
-    def _run(self, tensor: PackedTensor, rank: int, arena_offset: int) -> Run:
-        # The padding is copied too: the next entry begins behind it, for all are aligned alike.
+    def _run(self, tensor: PackedTensor, rank: int, part: ArenaPart) -> Run:
         file = shard_names(self.index.ep_size)[rank + 1] if tensor.expert else SHARED
-        return Run(file, self.shards[file].offsets[tensor.name], arena_offset, tensor.padded)
+        return Run(file, self.shards[file].offsets[tensor.name], part.offset, part.nbytes)
 
     def open_shard(self, name: str) -> int:
         """A file handle of a shard whose owner, mode, size and header are as they must be.

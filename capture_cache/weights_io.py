@@ -22,7 +22,7 @@ import numpy as np
 from capture_cache.arena import Arena, HostArena
 from capture_cache.checksum import device_sums, sum64, sum64_code
 from capture_cache.errors import CorruptBundle
-from capture_cache.packed import REMEDY, PackedTensor, PackedWeights, Run
+from capture_cache.packed import REMEDY, PackedTensor, PackedWeights, Run, parts_of
 from capture_cache.restore_driver import Driver
 from capture_cache.store import Store
 
@@ -326,12 +326,14 @@ def check_sums(
         CorruptBundle: names the tensors that differ, and their file.
     """
     tensors = {t.name: t for t in weights.index.tensors}
-    held = [
-        tensors[p.entry.name]
-        for p in arena.layout.places
-        if p.entry.section == "weights" and p.entry.name not in computed
-    ]
-    places = [(arena.ptr(t.name), t.padded) for t in held]
+    held, places = list[PackedTensor](), list[tuple[int, int]]()
+    for place in arena.layout.places:
+        if place.entry.section == "weights" and place.entry.name not in computed:
+            start = arena.ptr(place.entry.name) - place.offset
+            for part in parts_of(place):
+                held.append(tensors[part.name])
+                # Padding is zero and adds nothing, so a part without it has the same sum.
+                places.append((start + part.offset, part.nbytes))
     if driver is None:
         got = [sum64(_bytes(address, nbytes)) for address, nbytes in places]
     else:
