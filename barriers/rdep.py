@@ -28,6 +28,8 @@ from barriers.transport import (
 )
 from barriers.watch import OPERATIONS, Record
 from capture_cache.driver import Device
+from capture_cache.kernel import CompiledKernel
+from capture_cache.launch import LoadedKernel
 from capture_cache.layout import ArenaLayout, Entry, Section
 from capture_cache.nvrtc import CudaModule, compile_cuda
 from capture_cache.store import Store
@@ -212,6 +214,18 @@ class Rdep(Stateless):
         self._out = wire_views(buffers)
         # Zero silent rows: the first `send` takes back every id that the memory may hold.
         buffers["ep_words"].copy_(torch.tensor([config.rank, 0, 0, 0], dtype=torch.int32))
+
+    @property
+    def handles(self) -> dict[int, CompiledKernel]:
+        """Its kernels, by the driver's handle (CUfunction)."""
+        loaded = [k for k in self.kernels.values() if isinstance(k, LoadedKernel)]
+        return {k.handle: k.kernel for k in loaded}
+
+    @property
+    def memory(self) -> tuple[int, int]:
+        """(address, bytes) of all ranks' memory, this rank's first."""
+        base, stride = self._peers
+        return base, stride * self.config.world
 
     @staticmethod
     def buffers(config: TransportConfig) -> Iterator[BufferSpec]:

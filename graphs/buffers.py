@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 
 import torch
 
@@ -20,10 +19,10 @@ from capture_cache.layout import ArenaLayout, Entry
 from graphs.flashinfer_mla import FlashinferMla
 from graphs.keys import GraphKey, Ladder
 from graphs.model_config import ModelConfig
+from graphs.step_config import MAX_STOPS, StepConfig, mailbox_layout
 from graphs.weights import ITEM_BYTES, shared_joins, stored_table, weight_table
 from kernels.triton.draw_pipeline import row_tensors, scratch_tensors
 from kernels.triton.linear import linear_plan, linear_workspace_elems
-from kernels.triton.mla_decode import num_splits
 from kernels.triton.mla_query import fuses_query
 from kernels.triton.sample import num_chunks
 from kernels.triton.state import (
@@ -34,7 +33,6 @@ from kernels.triton.state import (
     PARAMS,
     REAL_PARAMS,
     RING_SLOTS,
-    MailboxLayout,
     RingLayout,
     mask_words,
     param_pitch,
@@ -46,73 +44,7 @@ IN_ARENA: dict[str, Callable[[TransportConfig], Iterator[BufferSpec]]] = {
     "deepep": DeepEpLowLatency.buffers,
     "deepep-normal": DeepEpNormal.buffers,
 }
-MAX_STOPS = 16
 STAMPS = 4096
-
-
-@dataclass(frozen=True)
-class StepConfig:
-    """Sizes a runtime is compiled for, per rank.
-
-    Attributes:
-        max_rows: concurrent requests of this rank (`bs / ep_size`).
-        max_seq_len: tokens, prompt and output together.
-        page_size: tokens a KV page.
-        num_pages: KV pages of this rank, the null page included.
-        cut: KV tokens a split of decode attention takes; fixes the reduction order.
-        ep_size, ep_rank: expert parallelism.
-        attention: "flashinfer" or "triton".
-        transport: how tokens reach the experts of other ranks; a name of `barriers.transport`.
-        pdl: how kernels overlap; a key of `kernels.triton.overlap.MODES`.
-        prefetch: ask L2 for the weights of later kernels while the memory is idle.
-        overlap: the shared expert runs beside the exchange and the routed experts.
-        logits_rows: requests that may have their logits returned at the same time.
-    """
-
-    max_rows: int
-    max_seq_len: int
-    num_pages: int
-    page_size: int = 64
-    cut: int = 1024
-    ep_size: int = 1
-    ep_rank: int = 0
-    attention: str = "triton"
-    transport: str = "local"
-    pdl: str = "off"
-    prefetch: bool = False
-    overlap: bool = False
-    logits_rows: int = 8
-
-    def __post_init__(self) -> None:
-        for name in ("max_rows", "max_seq_len", "page_size", "cut", "ep_size", "logits_rows"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.page_size & (self.page_size - 1) or self.cut % self.page_size:
-            raise ValueError(
-                f"page_size must be a power of two that divides the attention cut {self.cut}, "
-                f"got {self.page_size}"
-            )
-        if self.num_pages < 2:
-            raise ValueError(
-                f"num_pages must be at least 2 (the null page and one more), got {self.num_pages}"
-            )
-
-    @property
-    def max_pages(self) -> int:
-        """Pages of one row's table."""
-        return -(-self.max_seq_len // self.page_size)
-
-    @property
-    def splits(self) -> int:
-        return num_splits(self.max_pages * self.page_size, self.cut)
-
-
-def default_cut(max_seq_len: int) -> int:
-    """Attention cut in tokens: 1024, and longer where more than 16 splits would be needed."""
-    cut = 1024
-    while cut * 16 < max_seq_len:
-        cut *= 2
-    return cut
 
 
 def arena_layout(cfg: ModelConfig, step: StepConfig, ladder: Ladder) -> ArenaLayout:
@@ -173,10 +105,6 @@ def query_fuses(cfg: ModelConfig) -> bool:
         fp8=cfg.is_fp8,
         act_bytes=act_bytes,
     )
-
-
-def mailbox_layout(step: StepConfig, ladder: Ladder) -> MailboxLayout:
-    return MailboxLayout(step.max_rows, ladder.max_tokens, MAX_STOPS)
 
 
 def _weights(cfg: ModelConfig, step: StepConfig) -> Iterator[Entry]:

@@ -54,6 +54,7 @@ class Captured:
     """One captured key.
 
     Attributes:
+        graph: handle of the captured graph (CUgraph), as long as this lives; 0 on the CPU twin.
         nodes: graph nodes by type name (empty on the CPU twin).
         graph_bytes: device memory that instantiating the graph took.
         seconds: spent capturing and instantiating.
@@ -61,6 +62,7 @@ class Captured:
 
     key: GraphKey
     launch: Callable[[], None]
+    graph: int = 0
     nodes: dict[str, int] = field(default_factory=dict)
     graph_bytes: int = 0
     seconds: float = 0.0
@@ -183,6 +185,7 @@ class CudaBackend:
         captured = Captured(
             key,
             self._launcher(graph),
+            graph=int(graph.raw_cuda_graph()),
             nodes=graph_nodes(graph.raw_cuda_graph()),
             graph_bytes=max(0, free - memory_info()[0]),
             seconds=time.perf_counter() - start,

@@ -63,6 +63,7 @@ def load_checkpoint(
     *,
     ep_rank: int = 0,
     ep_size: int = 1,
+    replicated: bool = True,
     progress: Callable[[int, int], None] | None = None,
 ) -> LoadReport:
     """Fill the packed tensors from a directory of safetensors.
@@ -71,6 +72,7 @@ def load_checkpoint(
         views: every tensor of `weight_table(cfg, ep_size=ep_size)`, on any device; others in the
             mapping are left alone.
         ep_rank: which experts to read; everything else is the same on every rank.
+        replicated: read that too; else the experts alone.
         progress: called with (bytes read, bytes to read) after each tensor.
     Raises:
         CheckpointError: the directory is damaged, its tensors are not this model's, or one of
@@ -82,10 +84,14 @@ def load_checkpoint(
     check_views(cfg, views, ep_size=ep_size)
     checkpoint = open_checkpoint(Path(path))
     plan = plan_load(checkpoint, cfg)
-    parts = local_parts(plan, first, local_experts(cfg, ep_size))
+    parts = [
+        (part, stored)
+        for part, stored in local_parts(plan, first, local_experts(cfg, ep_size))
+        if replicated or part.expert is not None
+    ]
     todo = [_bytes_of(part, stored, checkpoint) for part, stored in parts]
     total, done = sum(todo), 0
-    for name, begin, end in padded_rows(cfg):
+    for name, begin, end in padded_rows(cfg) if replicated else ():
         views[name][begin:end].view(torch.uint8).zero_()
     with ExitStack() as files:
         loader = Loader(checkpoint, cfg, views, first, files)
@@ -94,7 +100,8 @@ def load_checkpoint(
             done += nbytes
             if progress is not None:
                 progress(done, total)
-        loader.check_tied_head()
+        if replicated:
+            loader.check_tied_head()
     read = {part.source for part, _ in parts}
     quantised = tuple(name for name in plan.quantised if name in read)
     return LoadReport(len(parts), total, plan.left_out, quantised)

@@ -7,11 +7,12 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from capture_cache.kernel import CompiledKernel
-from graphs.buffers import StepConfig, arena_layout, kv_bytes_per_token, scratch_bytes
+from graphs.buffers import arena_layout, kv_bytes_per_token, scratch_bytes
 from graphs.capture import Captured
 from graphs.keys import GraphKey, Ladder
 from graphs.model_config import ModelConfig
 from graphs.prove import Proof
+from graphs.step_config import StepConfig
 from kernels.triton.launch import KernelSpec
 
 # Buffers that exist because a row may ask for more than greedy tokens.

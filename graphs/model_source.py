@@ -14,6 +14,7 @@ from graphs.presets import PRESETS
 from graphs.safetensors_dir import (
     CONFIG_FILE,
     CheckpointError,
+    checkpoint_digest,
     open_checkpoint,
     read_config,
     read_json,
@@ -94,14 +95,31 @@ def model_digest(path: str | Path) -> str:
 
     It changes with every re-layout of the weights, but not with the bytes of a tensor alone.
 
+    Packed weights have the digest of the checkpoint that they were made from.
+
     Raises:
         CheckpointError: the directory is not a whole checkpoint.
+        CorruptBundle: it holds packed weights, and they are damaged.
     """
-    return open_checkpoint(Path(path)).digest
+    from capture_cache.packed import PackedWeights, is_packed  # a preset needs neither
+
+    if not is_packed(Path(path)):
+        return checkpoint_digest(Path(path))
+    packed = PackedWeights(path)
+    packed.check_small()
+    return str(dict(packed.index.identity.fields)["source"])
 
 
 def _stored_dtype(path: Path) -> str:
     """The embedding's type: what a config that names none was saved in."""
+    from capture_cache.packed import PackedWeights, is_packed
+
+    if is_packed(path):
+        stored = PackedWeights(path).index.stored_dtype
+        if stored is not None:
+            return stored
+        problem = f"{CONFIG_FILE}: expected dtype or torch_dtype, got neither"
+        raise CheckpointError(path, [problem], "pack the checkpoint again")
     embed = open_checkpoint(path).tensors.get("model.embed_tokens.weight")
     if embed is None:
         problem = f"{CONFIG_FILE}: expected dtype or torch_dtype, got neither"

@@ -15,13 +15,12 @@ import torch
 from barriers.transport import Received, Transport
 from graphs.attention import Attention
 from graphs.branch import Branch
-from graphs.buffers import StaticBuffers, StepConfig, query_fuses
+from graphs.buffers import StaticBuffers, query_fuses
 from graphs.keys import GraphKey
 from graphs.model_config import ModelConfig
 from graphs.ops import Ops
+from graphs.step_config import StepConfig
 from graphs.weights import shared_joins
-from kernels.triton.linear import linear_plan
-from kernels.triton.overlap import Ahead
 from kernels.triton.rows import RowState
 
 Buffers = Mapping[str, torch.Tensor]
@@ -29,8 +28,6 @@ Stamp = Callable[[str], None]
 
 
 LAYER_PARTS = ("attention", "mlp")
-AHEAD_BYTES = 30 << 20  # of weights that are asked for at once: L2 holds them till they are read
-AHEAD_GRAIN = 64  # elements
 
 
 def _no_stamp(_: str) -> None:
@@ -99,6 +96,11 @@ class DecodeStep:
         self.on_device = on_device
         self.shared_joins = shared_joins(cfg, config.transport)
         self._branch, self._beside = branch, ops.ordinary()
+
+    @property
+    def transport_or_none(self) -> Transport | None:
+        """As `transport`; None for a model without experts."""
+        return self._transport
 
     @property
     def transport(self) -> Transport:
@@ -196,15 +198,6 @@ class DecodeStep:
         else:
             ops.linear_fp8(x.q, x.scale, weight, scale, out=out, workspace=b[workspace])
 
-    def _ahead(self, weight: torch.Tensor, *, bands: int = 0) -> Ahead | None:
-        """The begin of `weight`, or of every row and band of it: AHEAD_BYTES at most."""
-        most = AHEAD_BYTES // weight.element_size()
-        span = min(weight.numel(), most)
-        if bands:
-            span = min(weight.shape[1] // bands, most // (weight.shape[0] * bands))
-        span -= span % AHEAD_GRAIN
-        return Ahead(weight, span, bands) if self.config.prefetch and span else None
-
     def _norm(
         self,
         b: Buffers,
@@ -212,7 +205,6 @@ class DecodeStep:
         delta: Delta | None,
         *,
         plain: bool,
-        ahead: Ahead | None = None,
     ) -> Activation:
         """x += delta, then RMSNorm, as the consumers want it."""
         norm = Activation.of(b, "norm")
@@ -225,15 +217,13 @@ class DecodeStep:
             self.weights[name],
             eps=self.cfg.rms_eps,
             choices=None if delta is None else delta.choices,
-            ahead=ahead,
             **outs,
         )
         return norm
 
     def _attention(self, b: Buffers, layer: int, delta: Delta | None) -> None:
         cfg, w, name = self.cfg, self.weights, f"layers.{layer}."
-        ahead = self._ahead(w[name + "qkv_a"])
-        x = self._norm(b, name + "attn_norm", delta, plain=False, ahead=ahead)
+        x = self._norm(b, name + "attn_norm", delta, plain=False)
         self._linear(b, name + "qkv_a", x, b["qkv"])
         compressed = cfg.q_lora_rank is not None
         q_norm = Activation.of(b, "q_norm")
@@ -248,7 +238,6 @@ class DecodeStep:
             eps=cfg.latent_rms_eps,
             kv_start=cfg.q_part_padded,
             interleave=cfg.rope_interleave,
-            ahead=self._ahead(w[name + "q_b"]) if compressed else None,
             kv_cache=b[f"kv.{layer}"],
             **(q_norm.quantised_only if compressed else {}),
         )
@@ -256,10 +245,7 @@ class DecodeStep:
         self.attention.run(b, b[f"kv.{layer}"])
         o = Activation.of(b, "o")
         if o.plain is None:
-            weight = w[name + "o"]
-            splits = linear_plan(*weight.shape, elem_bytes=weight.element_size()).splits
-            ahead = self._ahead(weight, bands=splits)
-            self.ops.absorb_v(b["o_latent"], w[name + "w_uv"], ahead=ahead, **o.quantised_only)
+            self.ops.absorb_v(b["o_latent"], w[name + "w_uv"], **o.quantised_only)
         else:
             self.ops.absorb_v(b["o_latent"], w[name + "w_uv"], out=o.plain)
             if o.q is not None:
@@ -274,9 +260,7 @@ class DecodeStep:
         if query_fuses(cfg):
             weight, scale = w[name + "q_b"], w[name + "q_b_scale"]
             x = (q_norm.q, q_norm.scale)
-            # Attention leaves the memory half idle: what follows it can come meanwhile.
-            ahead = self._ahead(w[name + "w_uv"].flatten(0, 1))
-            self.ops.latent_query(*x, weight, scale, w[name + "w_uk"], *places, ahead=ahead, **rest)
+            self.ops.latent_query(*x, weight, scale, w[name + "w_uk"], *places, **rest)
             return
         q = b["qkv"][:, : cfg.q_part_width]
         if cfg.q_lora_rank is not None:
@@ -308,8 +292,7 @@ class DecodeStep:
 
     def _dense(self, b: Buffers, layer: int) -> Delta:
         name = f"layers.{layer}."
-        ahead = self._ahead(self.weights[name + "gate_up"])
-        x = self._norm(b, name + "mlp_norm", Delta(b["o_out"]), plain=False, ahead=ahead)
+        x = self._norm(b, name + "mlp_norm", Delta(b["o_out"]), plain=False)
         out = b["delta" if self._is_last(layer) else "dense_out"]
         self._mlp(b, name, "dense", x, out)
         return Delta(out)
@@ -340,13 +323,8 @@ class DecodeStep:
 
     def _route(self, b: Buffers, name: str) -> Activation:
         """What goes to the experts; to which of them, is in `topk_ids` and `topk_weights`."""
-        cfg, w, ahead = self.cfg, self.weights, None
-        # Whatever is routed where, the shared expert is needed, and until then the memory is idle.
-        if self.shared_joins:
-            ahead = self._ahead(w[name + "all_gate_up"][-1])
-        elif self.config.overlap:
-            ahead = self._ahead(w[name + "shared_gate_up"])
-        x = self._norm(b, name + "mlp_norm", Delta(b["o_out"]), plain=True, ahead=ahead)
+        cfg, w = self.cfg, self.weights
+        x = self._norm(b, name + "mlp_norm", Delta(b["o_out"]), plain=True)
         self.ops.linear(
             x.plain, w[name + "router"], out=b["router_logits"], workspace=b["workspace"]
         )

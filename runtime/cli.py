@@ -100,6 +100,8 @@ def add_selection(parser: argparse.ArgumentParser) -> None:
     add("--override", action="append", default=[], metavar="KEY=VALUE", help="of the model config")
     add("--device", choices=DEVICES, default="auto", help="auto takes the GPU where there is one")
     add("--store", help="directory of compiled kernels and manifests")
+    add("--weights", help="packed weights (python -m runtime.pack); default: the store's, if any")
+    add("--verify-weights", action="store_true", help="compare every sha256 of packed weights")
     add("--ep-size", type=int, help="ranks that share the experts; default: torchrun's")
     add("--transport", choices=TRANSPORTS, default="auto", help="how tokens reach other ranks")
     add("--attention", choices=ATTENTION, default="auto", help="kernel; auto takes the faster one")
@@ -110,12 +112,6 @@ def add_selection(parser: argparse.ArgumentParser) -> None:
         help="keep full KV pages for later prompts that begin alike",
     )
     add("--prefill-budget", type=int, metavar="TOKENS", help="prompt tokens a step at most")
-    add(
-        "--prefetch",
-        action=argparse.BooleanOptionalAction,
-        default=None,
-        help="weights into L2 ahead of time; default: where the chip can",
-    )
     add(
         "--overlap",
         action=argparse.BooleanOptionalAction,
@@ -144,11 +140,12 @@ def selection(args: argparse.Namespace, **more: Any) -> RuntimeConfig:
         overrides=tuple(args.override),
         device=args.device,
         store=args.store,
+        weights=args.weights,
+        verify_weights=args.verify_weights,
         ep_size=args.ep_size,
         transport=args.transport,
         attention=args.attention,
         pdl=args.pdl,
-        prefetch=args.prefetch,
         overlap=args.overlap,
         seed=args.seed,
         prefix_cache=args.prefix_cache,

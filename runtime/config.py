@@ -45,16 +45,18 @@ class RuntimeConfig:
         ep_size: ranks that share the experts; None: as many as torchrun started.
         transport: how tokens reach other ranks' experts; a name of `barriers.transport`.
         attention: auto, flashinfer or triton.
+        weights: directory of packed weights (`python -m runtime.pack`); None: those in the
+            store, if any.
+        verify_weights: compare the sha256 of all packed weights before use.
         pdl: whether a kernel starts while the one before it ends (programmatic dependent launch):
             off, late (once that one has loaded its weights), early (at once); auto decides by chip.
-        prefetch: ask L2 for the weights of later kernels while the memory is idle; None: where the
-            chip can.
         overlap: the shared expert runs beside the exchange with other ranks; None: where there are
             both.
         seed: of a preset's random weights.
         verify: prove every key after capture.
         proof_replays: replays per key of that proof; None: 100 on a device, 2 on the CPU twin.
         deadline_s: longest wait for a step, seconds.
+        bundle: restore stored graphs, and store captured ones; False: capture, and store none.
         reservation, prefix_cache, prefill_budget, ageing_steps: see
             `runtime.scheduler.SchedulerConfig`.
         logits_rows: requests of a rank that may have their logits returned at the same time.
@@ -70,16 +72,18 @@ class RuntimeConfig:
     overrides: tuple[str, ...] = ()
     device: str = "auto"
     store: str | None = None
+    weights: str | None = None
+    verify_weights: bool = False
     ep_size: int | None = None
     transport: str = "auto"
     attention: str = "auto"
     pdl: str = "auto"
-    prefetch: bool | None = None
     overlap: bool | None = None
     seed: int = 0
     verify: bool = True
     proof_replays: int | None = None
     deadline_s: float = 10.0
+    bundle: bool = True
     reservation: str = "full"
     prefix_cache: bool = True
     prefill_budget: int | None = None

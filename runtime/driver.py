@@ -38,7 +38,8 @@ from runtime.stats import RuntimeStats
 
 if TYPE_CHECKING:
     from graphs.keys import GraphKey, Ladder
-    from runtime.engine import Engine
+    from runtime.opening import Opening
+    from runtime.replayer import Replayer
 
 MAX_IN_FLIGHT = 2  # the mailbox has two slots
 FAULTS = {
@@ -64,8 +65,8 @@ class Runtime:
             `add` are left, `launch` raises `OutOfPages`.
     """
 
-    def __init__(self, engine: Engine, scheduling: SchedulerConfig | None = None) -> None:
-        self.engine = engine
+    def __init__(self, engine: Replayer, scheduling: SchedulerConfig | None = None) -> None:
+        self.engine: Any = engine  # benchmarks and tests know which kind they gave
         self.config = engine.config
         self.model_config = engine.model_config
         rows = self.config.max_rows
@@ -112,6 +113,7 @@ class Runtime:
         num_pages: int | None = None,
         device: str = "auto",
         store: str | None = None,
+        opening: Opening | None = None,
         **config: Any,
     ) -> Runtime:
         """Load a model, capture its graphs (or take what the store holds), and be ready to step.
@@ -123,17 +125,32 @@ class Runtime:
             num_pages: KV pages of 64 tokens; default: what the rows can use, or what memory allows.
             device: "auto", "cuda" or "cpu" (the CPU twin: for correctness only).
             store: directory of compiled kernels and manifests.
+            opening: the device as it is being opened: begin with `runtime.opening.Opening()` before
+                other imports to have the first step sooner.
             **config: see `runtime.config.RuntimeConfig`.
         Raises:
             ValueError: an option, the model's config or its weights are not usable; says which.
+
+        A valid bundle is restored, without torch; else the graphs are captured, and stored.
+        `loaded_from` says which it was, and `load_reason` why.
         """
-        from runtime.build import build
         from runtime.config import RuntimeConfig
+        from runtime.load import load_engine
 
         named: dict[str, Any] = {"bs": bs, "max_seq_len": max_seq_len, "num_pages": num_pages}
         named |= {"device": device, "store": store}
         options = RuntimeConfig.of(model=model, defaults=named, **config)
-        return cls(build(options), options.scheduling)
+        return cls(load_engine(options, opening=opening), options.scheduling)
+
+    @property
+    def loaded_from(self) -> str:
+        """ "bundle" or "capture"."""
+        return str(self.engine.loaded_from)
+
+    @property
+    def load_reason(self) -> str:
+        """Why it was loaded from there, as a sentence."""
+        return str(self.engine.load_reason)
 
     # ------------------------------------------------------------------ requests
 

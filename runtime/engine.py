@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -15,7 +15,6 @@ from barriers.errors import RankError
 from capture_cache.fingerprint import Fingerprint
 from graphs.aot import AotLauncher
 from graphs.capture import GraphSet
-from graphs.fingerprint import fingerprint
 from graphs.keys import GraphKey
 from graphs.ledger import Ledger
 from graphs.prove import Proof
@@ -24,9 +23,16 @@ from kernels.triton.intake import admit
 from kernels.triton.rows import RowState
 from kernels.triton.state import DECODE, HEADER, MailboxLayout
 from runtime.config import RuntimeConfig
+from runtime.fingerprint import fingerprint
 from runtime.ranks import Ranks
 from runtime.row_params import Admission
 from runtime.selection import Selection
+from runtime.state import RESET
+
+
+class _Views(Protocol):
+    def __getitem__(self, name: str, /) -> torch.Tensor: ...
+
 
 UPDATE_TIMEOUT_S = 600.0  # how long a rank waits for the others to have read and checked weights
 
@@ -41,7 +47,10 @@ class Engine:
         mailbox: int32 [2, words]; ring: int32 [slots, words]; ring_step: int64 [slots].
         forced_tokens, masks, ring_top, ring_logits: beside them, see `kernels.triton.state`.
         stages: seconds of each stage of the build.
+        weights_note: where the weights came from, for people.
         proofs: one per key, empty if not verified.
+        loaded_from, load_reason: "capture", and why no bundle was used where one was looked for.
+        bundle_note: what became of the bundle: stored, or why there is none.
     """
 
     ring_header = HEADER
@@ -71,9 +80,13 @@ class Engine:
         self.forced_tokens: NDArray[np.int32] = buffers["forced_tokens"].numpy()
         self.masks: NDArray[np.int32] = buffers["masks"].numpy()
         self.stages: dict[str, float] = {}
+        self.weights_note = ""
+        self.bundle_note = ""
         self.proofs: dict[GraphKey, Proof] = {}
         self.ledger: Ledger | None = None
-        self.replay = graphs.replay
+        self.replay: Callable[[GraphKey], None] = graphs.replay
+        self.loaded_from = "capture"
+        self.load_reason = ""
 
     def check_ranks(self) -> None:
         """One read of host memory, after every step.
@@ -100,14 +113,13 @@ class Engine:
         return torch.cuda.get_device_name()
 
     def fingerprint(self) -> Fingerprint:
-        return fingerprint(
-            self.selection.source,
-            self.model_config,
-            self.config,
-            self.ladder,
-            self.selection.layout,
-            on_device=self.selection.on_device,
-        )
+        return fingerprint(self.options, on_device=self.selection.on_device)
+
+    def reset_state(self) -> None:
+        """Every row free, step 0, nothing published; waits. The null page keeps its contents."""
+        with self.graphs.backend.on_stream():
+            reset_state(self.graphs.step.buffers)
+            self.graphs.backend.synchronize()
 
     def adopt(self, length: int, rows: Mapping[int, tuple[Admission, list[int]]]) -> None:
         """Put rows into the decode phase with `length` tokens in their pages; waits.
@@ -174,3 +186,9 @@ class Engine:
     def close(self) -> None:
         """Release graphs, peer memory and arena. Idempotent."""
         self._resources.close()
+
+
+def reset_state(views: _Views) -> None:
+    """Fill the buffers of `RESET` on the current stream."""
+    for name, byte in RESET.items():
+        views[name].view(torch.uint8).fill_(byte)

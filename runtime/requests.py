@@ -81,7 +81,7 @@ class Request:
         return self.params.prompt_logprobs is not None and self.scored_to < len(self.prompt) - 1
 
     @property
-    def findable_pages_end(self) -> int:
+    def findable_tokens(self) -> int:
         """Tokens, from the first on, that the prefix cache may stand for.
 
         What a token leaves beside its KV is not in a page, so whoever needs it feeds the token: the

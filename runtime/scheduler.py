@@ -285,7 +285,7 @@ class Scheduler:
         """Named pages that begin like the request; its last token is always computed."""
         if not (self.cache.enabled and request.cacheable):
             return []
-        count = request.findable_pages_end // self.pages.page_size
+        count = request.findable_tokens // self.pages.page_size
         return self.cache.find(request.chain.upto(count, request.tokens, self.pages.page_size))
 
     def _find_again(self, request: Request) -> None:
@@ -482,7 +482,7 @@ class Scheduler:
             request.phase = PREFILLING
             self.since[request.row] = step
             if self.cache.enabled and request.cacheable:
-                pages = request.findable_pages_end // self.pages.page_size
+                pages = request.findable_tokens // self.pages.page_size
                 counters.count_lookup(request.matched, pages)
         for request, n in plan.fed:
             request.done += n

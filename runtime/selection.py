@@ -11,22 +11,17 @@ from barriers.deepep import check_sizes, load_buffer_class, outside_bytes
 from barriers.transport import DEEPEP
 from barriers.transport import resolve as resolve_transport
 from capture_cache.layout import ArenaLayout
-from graphs.buffers import (
-    StepConfig,
-    arena_layout,
-    default_cut,
-    kv_bytes_per_token,
-    transport_config,
-)
+from graphs.buffers import arena_layout, kv_bytes_per_token, transport_config
 from graphs.checkpoint import ModelSource, resolve_model
 from graphs.flashinfer_mla import FlashinferMla
 from graphs.keys import Ladder
 from graphs.model_config import ModelConfig, parse_overrides
+from graphs.step_config import StepConfig, default_cut
 from runtime.config import RuntimeConfig
 
 # Left for the driver, the graphs themselves and libraries when the KV cache takes what is free.
 RESERVED_BYTES = 3 << 30
-DEFAULT_PDL = "early"
+DEFAULT_PDL = "late"
 
 
 @dataclass(frozen=True)
@@ -88,7 +83,6 @@ def choose(options: RuntimeConfig, *, compile_only: bool = False) -> Selection:
         attention=attention,
         transport=transport,
         pdl=_pdl(options, on_device, compile_only=compile_only),
-        prefetch=_prefetch(options, on_device, compile_only=compile_only),
         overlap=_overlap(options, model, transport),
         logits_rows=min(rows, options.logits_rows),
     )
@@ -114,16 +108,6 @@ def _pdl(options: RuntimeConfig, on_device: bool, *, compile_only: bool) -> str:
             "at auto"
         )
     return options.pdl
-
-
-def _prefetch(options: RuntimeConfig, on_device: bool, *, compile_only: bool) -> bool:
-    """Whether weights are brought into L2 ahead of time."""
-    able = _is_sm90(on_device, compile_only=compile_only)
-    if options.prefetch and not able:
-        raise ValueError(
-            "--prefetch needs a CUDA device of compute capability 9.0 or later; leave it out"
-        )
-    return able if options.prefetch is None else options.prefetch
 
 
 def _overlap(options: RuntimeConfig, model: ModelConfig, transport: str) -> bool:

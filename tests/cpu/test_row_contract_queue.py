@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from runtime import SamplingParams
-from tests.contract import Ask, ask_all, everything, mask_of, random_prompt
+from runtime import Runtime, SamplingParams
+from tests.contract import Ask, Got, ask_all, collect, everything, mask_of, random_prompt
 from tests.cpu.twins import VOCAB, load_micro, micro_checkpoint
-from tests.queued import submit_all
+from tests.queued import by_request, submit_all
 
 ONE_KEY = "6+10"
 MORE = 30  # new tokens: rows outgrow the pages that they begin with
@@ -143,3 +143,43 @@ def test_seeds_from_the_operating_system_are_told_by_id(checkpoint: Path) -> Non
         assert np.array_equal(submit_all(runtime, [again])[0].logprobs, first.logprobs)
         with pytest.raises(ValueError, match="request 0 has ended"):
             runtime.seed_of_request(0)
+
+
+def preempted_at(runtime: Runtime, ask: Ask, steps: int) -> Got:
+    """What a request gets that loses its row after so many steps, its pages left in the cache."""
+    request = runtime.submit(ask.prompt, ask.params)
+    answers = {request: Got(-1)}
+    got = answers[request]
+    for step in range(200):
+        if step == steps:
+            runtime._scheduler._preempt(runtime._scheduler.by_id[request])
+        if not runtime.num_running:
+            assert runtime.stats().preemptions == 1
+            return got
+        collect(by_request(runtime.step()), answers)
+    raise AssertionError("never ends")
+
+
+def test_a_stop_sequence_is_seen_across_a_preemption(checkpoint: Path) -> None:
+    """Its first token lies in a page that is in the cache when the row comes back."""
+    # The token at position p is p + 2; positions 0 to 31 are the two pages that are kept.
+    settings: dict[str, Any] = {"max_tokens": 40, "forced_tokens": tuple(range(10, 50))}
+    params = SamplingParams(**settings, stop_sequences=[[33, 34, 35, 36]], ignore_eos=True)
+    with load_micro(checkpoint, ladder=ONE_KEY) as runtime:
+        got = preempted_at(runtime, Ask(random_prompt(8, 1, VOCAB), params), 25)
+    assert (got.tokens, got.reason) == (list(range(10, 37)), "stop")
+
+
+@pytest.mark.parametrize("steps", [1, 3, 6])
+def test_a_prompt_is_scored_once_though_its_row_is_lost_halfway(
+    steps: int, checkpoint: Path
+) -> None:
+    """Six tokens are scored a step; `collect` asserts that none comes twice."""
+    params = SamplingParams(max_tokens=3, prompt_logprobs=2, ignore_eos=True)
+    ask = Ask(random_prompt(40, 2, VOCAB), params)
+    with load_micro(checkpoint, ladder=ONE_KEY, prefix_cache=False) as runtime:
+        want = ask_all(runtime, [ask])[0].bits
+    with load_micro(checkpoint, ladder=ONE_KEY) as runtime:
+        got = preempted_at(runtime, ask, steps)
+    assert len(got.prompt) == 39
+    assert got.bits == want
