@@ -65,6 +65,7 @@ def decode(transport: str, args: argparse.Namespace, store: str) -> tuple[Answer
         transport=transport,
         proof_replays=20,
         deadline_s=30.0,
+        bundle=False,  # the logits are read from the step's buffers
     ) as rt:
         params = SamplingParams(max_tokens=NEW_TOKENS, ignore_eos=True)
         answers: Answers = {rt.add(prompt, params): [] for prompt in prompts}
