@@ -101,7 +101,7 @@ def main(argv: list[str] | None = None) -> int:
 def _run(args: argparse.Namespace) -> dict[str, Any]:
     """One engine, measured; rank 0 shows it."""
     with Bar() as bar:
-        engine = build(selection(args, verify=False), bar)
+        engine = build(selection(args, verify=False, bundle=False), bar)
     model = engine.model_config
     if not engine.selection.on_device or model.first_k_dense_replace >= model.num_layers:
         engine.close()

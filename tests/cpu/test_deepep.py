@@ -55,6 +55,7 @@ from graphs.keys import GraphKey
 from graphs.ops import Ops
 from graphs.prove import Prover
 from graphs.rope import rope_table
+from graphs.weights import add_part_views
 from runtime.assemble import make_step
 from runtime.config import RuntimeConfig
 from runtime.ranks import Ranks
@@ -276,6 +277,7 @@ def graphs_of(
     selection: Selection, transport: Transport, views: dict[str, torch.Tensor], backend: TwinBackend
 ) -> GraphSet:
     views["rope_table"].copy_(rope_table(selection.model, selection.step.max_seq_len))
+    add_part_views(views)
     random_weights(selection.model, views, seed=0)
     for name in ("stop_ids", "mailbox"):
         views[name].fill_(-1)

@@ -65,6 +65,7 @@ def decode(transport: str, args: argparse.Namespace, store: str) -> tuple[Answer
         transport=transport,
         proof_replays=20,
         deadline_s=30.0,
+        bundle=False,  # the logits are read from the step's buffers
     ) as rt:
         params = SamplingParams(max_tokens=NEW_TOKENS, ignore_eos=True)
         answers: Answers = {rt.add(prompt, params): [] for prompt in prompts}
@@ -84,7 +85,8 @@ def decode(transport: str, args: argparse.Namespace, store: str) -> tuple[Answer
 
 def logprobs_by_row(rt: Runtime) -> dict[int, NDArray[np.float32]]:
     """Of the step that was collected last."""
-    buffers = rt.engine.graphs.step.buffers
+    assert rt.last_key is not None
+    buffers = rt.engine.graphs.step.buffers.for_key(rt.last_key)
     rows = buffers["sample_row"].tolist()
     live = [i for i, row in enumerate(rows) if row >= 0]
     logprobs = buffers["logits"][live].log_softmax(-1).cpu().numpy()
