@@ -21,7 +21,7 @@ from graphs.checkpoint_plan import plan_load
 from graphs.hf_layout import Part
 from graphs.model_config import ModelConfig
 from graphs.safetensors_dir import CheckpointDir, CheckpointError, Stored, open_checkpoint
-from graphs.weights import check_views, local_experts
+from graphs.weights import add_part_views, check_views, local_experts
 
 _NAMED = Path("given to update_weights")  # stands where a directory's errors name the directory
 
@@ -80,6 +80,8 @@ def prepare_update(
         ValueError: not pairs of that kind, or a name given twice.
     """
     first = first_local_expert(cfg, ep_rank, ep_size)
+    views = dict(views)
+    add_part_views(views)
     check_views(cfg, views, ep_size=ep_size)
     with ExitStack() as stack:
         if isinstance(source, str | Path):

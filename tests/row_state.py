@@ -169,7 +169,8 @@ def random_steps(device: Device, seed: int, steps: int = 4) -> None:
         ids = rng.integers(0, 5, size, dtype=np.int32)
         device.write(
             cancels=rng.integers(0, ROWS, int(rng.integers(0, 3))).tolist(),
-            admits=[(row, random_request(rng))],
+            # Of a chunk that is scored, at most one position is past the prompt: one token a row.
+            admits=[(row, random_request(rng, start + size if scored else 0))],
             masks={row: mask, 4: None} if size % 3 else {},
             chunks=[Chunk(row, start, ids, bool(size % 2), scored=scored)],
         )
@@ -180,11 +181,11 @@ def random_steps(device: Device, seed: int, steps: int = 4) -> None:
         device.settle()
 
 
-def random_request(rng: np.random.Generator) -> Admission:
+def random_request(rng: np.random.Generator, least_prompt: int = 0) -> Admission:
     """With stop sequences that random tokens below 5 complete often."""
     sequences = [rng.integers(0, 5, rng.integers(1, 3)).tolist() for _ in range(rng.integers(0, 4))]
     return request(
-        prompt=int(rng.integers(1, 8)),
+        prompt=max(least_prompt, int(rng.integers(1, 8))),
         stops=tuple(range(int(rng.integers(0, STOPS + 1)))),
         max_tokens=int(rng.integers(1, 9)),
         temperature=float(rng.choice([0.0, 0.7])),
