@@ -406,7 +406,7 @@ class PackedWeights:
             record.check(self._read(name, record.nbytes), self.path / name)
 
     def _read(self, name: str, max_bytes: int) -> bytes:
-        with open_dir(self.path, ()) as fd:
+        with open_dir(self.path, (), entry=False) as fd:
             if fd is None:
                 raise CorruptBundle(
                     f"{self.path}: expected a directory of packed weights, got nothing; "
