@@ -379,7 +379,7 @@ CASES: dict[str, Case] = {
         norm.add_rmsnorm, norm.add_rmsnorm_ref, norm_of_experts,
         {"x": 2**-7, "out": 2**-6, "out_scale": 2**-6, "out_q": 2**-3},
     ),
-    # Two products in a row, and what is between them is rounded to bf16: two limits.
+    # The query is rounded to bf16 between the two products.
     "latent_query": Case(
         mla_query.latent_query, mla_query.latent_query_ref, latent_query, {"out": 2**-6}
     ),
