@@ -11,7 +11,10 @@ import torch
 from barriers.rdep import Rdep
 from barriers.transport import Local, Transport
 from graphs.attention import Attention, FlashinferAttention, TritonAttention
+from graphs.attention_choice import run_every_cut
 from graphs.buffers import StaticBuffers, transport_config
+from graphs.calls import Call, Hook, RecordingOps
+from graphs.candidates import run_every
 from graphs.checkpoint import random_weights
 from graphs.compile import RecordingLauncher
 from graphs.devices import bind_views, torch_dtype
@@ -40,20 +43,26 @@ def make_step(
     )
 
 
-def list_kernels(selection: Selection, arch: str, attentions: Iterable[str]) -> RecordingLauncher:
+def list_kernels(
+    selection: Selection, arch: str, attentions: Iterable[str], *, every: bool = False
+) -> RecordingLauncher:
     """Every Triton kernel of a capture, random weights and timestamps included, run by nobody.
 
     Args:
         attentions: list for each of these.
+        every: list every candidate of each operation, too, and every cut of attention.
     """
     launcher = RecordingLauncher(arch)
+    ops = Ops(launcher)
+    if every:
+        ops = RecordingOps(ops, _run_every(ops, selection))
     meta = torch.device("meta")
     for attention in attentions:
         chosen = dataclasses.replace(
             selection, step=dataclasses.replace(selection.step, attention=attention)
         )
         views = bind_views(None, chosen.layout, meta)
-        step = make_step(chosen, Ops(launcher), views, _listed_transport(chosen, launcher))
+        step = make_step(chosen, ops, views, _listed_transport(chosen, launcher))
         for key in chosen.ladder.keys:
             step.run(key)
         stamp(launcher, views["stamps"], 0)
@@ -63,6 +72,17 @@ def list_kernels(selection: Selection, arch: str, attentions: Iterable[str]) -> 
                 chosen.model, views, seed=0, launch=launcher, ep_size=chosen.step.ep_size
             )
     return launcher
+
+
+def _run_every(ops: Ops, selection: Selection) -> Hook:
+    run = run_every(ops)
+
+    def hook(call: Call) -> None:
+        run(call)
+        if call.op == "mla_decode":
+            run_every_cut(ops, selection.model, call)
+
+    return hook
 
 
 class _Unlaunched:
