@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -25,6 +26,14 @@ from kernels.triton.launch import Launcher
 _ALL_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
+class Meeting(Protocol):
+    """Ranks come together before collectives (`barriers.host_meeting.HostMeeting`)."""
+
+    def collectives(
+        self, layer: int, operation: str, *, opens_step: bool
+    ) -> AbstractContextManager[None]: ...
+
+
 class AllGather:
     """Every token to every rank, every partial sum back.
 
@@ -34,6 +43,7 @@ class AllGather:
         buffers: tensors by the names of `AllGather.buffers`.
         group: a torch process group of config.world ranks, in rank order.
         launch: None runs the kernels' oracles.
+        meeting: names the rank that does not come; without it a collective's own time-out speaks.
     """
 
     name = "allgather"
@@ -44,6 +54,7 @@ class AllGather:
         buffers: Mapping[str, torch.Tensor],
         group: Any,
         launch: Launcher | None,
+        meeting: Meeting | None = None,
     ) -> None:
         size, rank = dist.get_world_size(group), dist.get_rank(group)
         if (size, rank) != (config.world, config.rank):
@@ -53,6 +64,7 @@ class AllGather:
             )
         self.config = config
         self._buffers, self._group, self._launch = buffers, group, launch
+        self._meeting = meeting
         self._out = wire_views(buffers)
 
     @staticmethod
@@ -89,9 +101,10 @@ class AllGather:
                 b["ep_send_scale"][:tokens].copy_(scale)
         b["ep_send_ids"].fill_(-1)[:tokens].copy_(ids)
         b["ep_send_weights"][:tokens].copy_(weights)
-        for part in ("x", "scale", "ids", "weights"):
-            if f"ep_send_{part}" in b:
-                self._gather(b[f"ep_recv_{part}"], b[f"ep_send_{part}"])
+        with self._met(layer, "dispatch", opens_step=opens_step):
+            for part in ("x", "scale", "ids", "weights"):
+                if f"ep_send_{part}" in b:
+                    self._gather(b[f"ep_recv_{part}"], b[f"ep_send_{part}"])
         self._renumber(b["ep_recv_ids"])
         return self._out
 
@@ -108,7 +121,9 @@ class AllGather:
         check_combine(self.config, out, y, received, shared)
         b, tokens = self._buffers, out.shape[0]
         weighted_sum(self._launch, y, received.ids, received.weights, None, b["ep_partial"])
-        dist.all_to_all_single(_bytes(b["ep_returned"]), _bytes(b["ep_partial"]), group=self._group)
+        with self._met(layer, "combine", opens_step=False):
+            returned, partial = _bytes(b["ep_returned"]), _bytes(b["ep_partial"])
+            dist.all_to_all_single(returned, partial, group=self._group)
         total = b["ep_total"][:tokens].zero_()
         for of_rank in b["ep_returned"].view(self.config.world, self.config.capacity, -1):
             # A rank without an expert of the token returns zeros, which leave the sum's bits alone.
@@ -116,6 +131,11 @@ class AllGather:
         if shared is not None:
             total.add_(shared)
         out.copy_(total)
+
+    def _met(self, layer: int, operation: str, *, opens_step: bool) -> AbstractContextManager[None]:
+        if self._meeting is None:
+            return nullcontext()
+        return self._meeting.collectives(layer, operation, opens_step=opens_step)
 
     def _gather(self, out: torch.Tensor, mine: torch.Tensor) -> None:
         _ALL_GATHER(_bytes(out), _bytes(mine), group=self._group)

@@ -199,8 +199,10 @@ def _route(call: Call) -> list[Result]:
         picked = sorted(open_, key=lambda e: (-choice[e], e))[:top_k]
         wide = score.double()[picked]
         total = wide.sum() if call["normalize"] else 1.0
-        ids[t] = torch.tensor(picked, dtype=torch.int32)
-        weights[t] = wide / total * call["scaling"]
+        ids[t, :top_k] = torch.tensor(picked, dtype=torch.int32)
+        weights[t, :top_k] = wide / total * call["scaling"]
+        if call.kwargs.get("shared_id") is not None:
+            ids[t, top_k], weights[t, top_k] = call["shared_id"], 1.0
     return [Result("out_ids", ids), Result("out_weights", weights)]
 
 

@@ -171,8 +171,8 @@ class Machine:
             self._views[name].copy_(was)
 
     def _route(self, call: Call, routing: str) -> None:
-        ids = call.args[0]
         cfg = self.engine.model_config
+        ids = call.args[0][:, : cfg.experts_per_token]  # a shared expert behind them stays
         if routing == "even":
             flat = torch.arange(ids.numel()) % cfg.num_experts
             chosen = flat.view(ids.shape).to(torch.int32)

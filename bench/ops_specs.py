@@ -115,7 +115,7 @@ class Floors:
         if call.op in ("grouped_gate_up", "grouped_down"):
             offsets = call.args[4]
             touched = int((offsets[1:] > offsets[:-1]).sum())
-            return read * touched // (offsets.shape[0] - 1)
+            return read * touched // int(offsets.shape[0] - 1)
         return read
 
 

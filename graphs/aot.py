@@ -15,6 +15,7 @@ from capture_cache.launch import Loader
 from graphs.compile import KernelCompiler
 from graphs.triton_compile import require_compilable
 from kernels.triton.launch import Arg, KernelSpec, TensorMap, kernel_spec
+from kernels.triton.overlap import OFF
 
 _NO_SCRATCH = (0, 0)  # Triton's two hidden pointers
 
@@ -47,6 +48,7 @@ class AotLauncher:
     Args:
         compiler: finds kernels in the store and compiles what is missing.
         num_sms: multiprocessors of the device.
+        pdl: how kernels overlap; a mode of `kernels.triton.overlap`.
         backend: loads and launches; by default torch's current device.
         stream: handle of the stream to launch on; by default torch's current one.
         visible: whether kernels may be given a tensor; by default, on the GPU or in pinned memory.
@@ -57,12 +59,13 @@ class AotLauncher:
         compiler: KernelCompiler,
         *,
         num_sms: int,
+        pdl: int = OFF,
         backend: Backend | None = None,
         stream: Callable[[], int] | None = None,
         visible: Callable[[torch.Tensor], bool] | None = None,
     ) -> None:
         self.compiler = compiler
-        self.arch, self.num_sms = compiler.arch, num_sms
+        self.arch, self.num_sms, self.pdl = compiler.arch, num_sms, pdl
         self.frozen = False
         self._given_backend = backend
         self._stream = stream or _current_stream

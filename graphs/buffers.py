@@ -19,7 +19,7 @@ from capture_cache.layout import ArenaLayout, Entry
 from graphs.flashinfer_mla import FlashinferMla
 from graphs.keys import GraphKey, Ladder
 from graphs.model_config import ModelConfig
-from graphs.weights import weight_table
+from graphs.weights import shared_joins, stored_table, weight_table
 from kernels.triton.linear import linear_workspace_elems
 from kernels.triton.mla_decode import num_splits
 from kernels.triton.sample import num_chunks
@@ -42,6 +42,7 @@ class StepConfig:
         ep_size, ep_rank: expert parallelism.
         attention: "flashinfer" or "triton".
         transport: how tokens reach the experts of other ranks; a name of `barriers.transport`.
+        pdl: how kernels overlap; a key of `kernels.triton.overlap.MODES`.
     """
 
     max_rows: int
@@ -53,6 +54,7 @@ class StepConfig:
     ep_rank: int = 0
     attention: str = "triton"
     transport: str = "local"
+    pdl: str = "off"
 
     def __post_init__(self) -> None:
         for name in ("max_rows", "max_seq_len", "page_size", "cut", "ep_size"):
@@ -122,11 +124,16 @@ def transport_config(cfg: ModelConfig, step: StepConfig, capacity: int) -> Trans
         world=step.ep_size,
         capacity=capacity,
         hidden=cfg.hidden_size,
-        num_experts=cfg.num_experts,
-        top_k=cfg.experts_per_token,
+        num_experts=cfg.num_experts + shared_joins(cfg, step.transport),
+        top_k=choices(cfg, step),
         act_dtype=cfg.act_dtype,
         fp8=cfg.is_fp8,
     )
+
+
+def choices(cfg: ModelConfig, step: StepConfig) -> int:
+    """Experts a token goes to: those it is routed to, and the shared one where that joins them."""
+    return cfg.experts_per_token + shared_joins(cfg, step.transport)
 
 
 def mailbox_layout(step: StepConfig, ladder: Ladder) -> MailboxLayout:
@@ -134,7 +141,8 @@ def mailbox_layout(step: StepConfig, ladder: Ladder) -> MailboxLayout:
 
 
 def _weights(cfg: ModelConfig, step: StepConfig) -> Iterator[Entry]:
-    for name, spec in weight_table(cfg, ep_size=step.ep_size).items():
+    table = stored_table(cfg, ep_size=step.ep_size, transport=step.transport)
+    for name, spec in table.items():
         yield Entry("weights", name, spec.shape, spec.dtype)
     yield Entry("weights", "rope_table", (step.max_seq_len, cfg.qk_rope_head_dim), "float32")
 
@@ -238,15 +246,16 @@ def _mlp_scratch(
         yield from mlp("dense", cfg.intermediate_size)
     if cfg.first_k_dense_replace >= cfg.num_layers:
         return
-    pairs = received * cfg.experts_per_token
+    joins, top_k = shared_joins(cfg, step.transport), choices(cfg, step)
+    pairs = received * top_k
     yield entry("router_logits", (tokens, cfg.num_experts), "float32")
-    yield entry("topk_ids", (tokens, cfg.experts_per_token), "int32")
-    yield entry("topk_weights", (tokens, cfg.experts_per_token), "float32")
-    yield entry("offsets", (cfg.num_experts // step.ep_size + 1,), "int32")
+    yield entry("topk_ids", (tokens, top_k), "int32")
+    yield entry("topk_weights", (tokens, top_k), "float32")
+    yield entry("offsets", (cfg.num_experts // step.ep_size + joins + 1,), "int32")
     yield entry("pairs", (pairs,), "int32")
     yield from activation("expert_h", pairs, cfg.moe_intermediate_size, plain=False)
     yield entry("expert_y", (pairs, cfg.hidden_size), cfg.act_dtype)
-    if cfg.num_shared_experts:
+    if cfg.num_shared_experts and not joins:
         yield from mlp("shared", cfg.shared_intermediate_size)
         yield entry("shared_out", (tokens, cfg.hidden_size), cfg.act_dtype)
 

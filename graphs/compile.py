@@ -25,6 +25,7 @@ from capture_cache.kernel import CUBIN, RECORD, CompiledKernel
 from capture_cache.store import Store
 from graphs.triton_compile import compile_kernel, require_compilable, toolchain
 from kernels.triton.launch import Arg, KernelSpec, kernel_spec, source_hash
+from kernels.triton.overlap import OFF
 
 
 class KernelCompiler:
@@ -159,8 +160,8 @@ class RecordingLauncher:
     Run the step on `meta` tensors with it to learn what has to be compiled.
     """
 
-    def __init__(self, arch: str = "sm_90", num_sms: int = 132) -> None:
-        self.arch, self.num_sms = arch, num_sms
+    def __init__(self, arch: str = "sm_90", num_sms: int = 132, pdl: int = OFF) -> None:
+        self.arch, self.num_sms, self.pdl = arch, num_sms, pdl
         self._requests: dict[KernelSpec, CompileRequest] = {}
 
     @property

@@ -49,6 +49,7 @@ def fingerprint(
         "attention": step.attention,
         "attention cut": step.cut,
         "ep size": step.ep_size,
+        "pdl": step.pdl,
         "arena": layout.digest,
     }
     return Fingerprint.of(facts)

@@ -18,6 +18,7 @@ from graphs.buffers import StaticBuffers, StepConfig
 from graphs.keys import GraphKey
 from graphs.model_config import ModelConfig
 from graphs.ops import Ops
+from graphs.weights import shared_joins
 
 Buffers = Mapping[str, torch.Tensor]
 Stamp = Callable[[str], None]
@@ -54,7 +55,7 @@ class DecodeStep:
     """The whole step of one rank over its static buffers.
 
     Args:
-        weights: packed tensors by the names of `graphs.weights.weight_table`, plus `rope_table`.
+        weights: packed tensors by the names of `graphs.weights.stored_table`, plus `rope_table`.
         transport: None for a model without experts.
     """
 
@@ -74,12 +75,17 @@ class DecodeStep:
         self.ops, self.buffers, self.weights = ops, buffers, weights
         self.attention, self._transport = attention, transport
         self.on_device = on_device
+        self.shared_joins = shared_joins(cfg, config.transport)
 
     @property
     def transport(self) -> Transport:
         """Carries tokens to experts; a model without experts has none."""
         assert self._transport is not None
         return self._transport
+
+    def replace_transport(self, transport: Transport) -> None:
+        """For measurements: what is captured from now on goes through `transport`."""
+        self._transport = transport
 
     def run(self, key: GraphKey, stamp: Stamp = _no_stamp) -> None:
         """Launch one step for `key` on the current stream.
@@ -220,6 +226,7 @@ class DecodeStep:
             top_k=cfg.experts_per_token,
             normalize=cfg.norm_topk_prob,
             scaling=cfg.routed_scaling_factor,
+            shared_id=cfg.num_experts if self.shared_joins else None,
             out_ids=b["topk_ids"],
             out_weights=b["topk_weights"],
         )
@@ -236,7 +243,7 @@ class DecodeStep:
         )
         self._experts(b, name, received)
         shared = None
-        if cfg.num_shared_experts:
+        if cfg.num_shared_experts and not self.shared_joins:
             shared = b["shared_out"]
             self._mlp(b, name + "shared_", "shared", x, shared)
         self.transport.combine(
@@ -246,24 +253,25 @@ class DecodeStep:
     def _experts(self, b: Buffers, name: str, received: Received) -> None:
         """This rank's experts over the received rows; `expert_y` gets a line per (row, choice)."""
         w, h = self.weights, Activation.of(b, "expert_h")
+        name += "all_" if self.shared_joins else "experts_"
         self.ops.align(received.ids, expert_start=0, offsets=b["offsets"], pairs=b["pairs"])
         hidden = h.plain if h.q is None else h.q
         self.ops.grouped_gate_up(
             received.x,
             received.scale,
-            w[name + "experts_gate_up"],
-            w.get(name + "experts_gate_up_scale"),
+            w[name + "gate_up"],
+            w.get(name + "gate_up_scale"),
             b["offsets"],
             b["pairs"],
-            top_k=self.cfg.experts_per_token,
+            top_k=received.ids.shape[1],
             out=hidden,
             out_scale=h.scale,
         )
         self.ops.grouped_down(
             hidden,
             h.scale,
-            w[name + "experts_down"],
-            w.get(name + "experts_down_scale"),
+            w[name + "down"],
+            w.get(name + "down_scale"),
             b["offsets"],
             b["pairs"],
             out=b["expert_y"],

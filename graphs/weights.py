@@ -80,6 +80,41 @@ def weight_table(cfg: ModelConfig, *, ep_size: int = 1) -> dict[str, TensorSpec]
     return table
 
 
+def shared_joins(cfg: ModelConfig, transport: str) -> bool:
+    """Whether the shared expert runs as one more routed expert, which every token chooses.
+
+    Then it costs its bytes and no kernel of its own. It must be as wide as a routed one, and the
+    experts must read the tokens where they lie: other transports bring other ranks' tokens, too.
+    """
+    whole = not cfg.is_fp8 or cfg.moe_intermediate_size % FP8_BLOCK == 0
+    return transport == "local" and cfg.num_shared_experts == 1 and whole
+
+
+def stored_table(cfg: ModelConfig, *, ep_size: int, transport: str) -> dict[str, TensorSpec]:
+    """`weight_table` as it lies in memory: where the shared expert joins, `layers.{i}.all_{part}`
+    [E + 1, ...] takes the place of `experts_{part}` and `shared_{part}`; see `add_part_views`."""
+    table = weight_table(cfg, ep_size=ep_size)
+    if not shared_joins(cfg, transport):
+        return table
+    stored = {}
+    for name, spec in table.items():
+        layer, _, leaf = name.rpartition(".")
+        if leaf.startswith("experts_"):
+            shape = (spec.shape[0] + 1, *spec.shape[1:])
+            stored[f"{layer}.all_{leaf.removeprefix('experts_')}"] = TensorSpec(shape, spec.dtype)
+        elif not leaf.startswith("shared_"):
+            stored[name] = spec
+    return stored
+
+
+def add_part_views(views: dict[str, torch.Tensor]) -> None:
+    """Add `experts_{part}` and `shared_{part}`, which loading knows, where they lie joined."""
+    for name in [n for n in views if ".all_" in n]:
+        layer, _, leaf = name.rpartition(".all_")
+        views[f"{layer}.experts_{leaf}"] = views[name][:-1]
+        views[f"{layer}.shared_{leaf}"] = views[name][-1]
+
+
 def check_views(cfg: ModelConfig, views: Mapping[str, torch.Tensor], *, ep_size: int) -> None:
     """Refuse tensors that are not those of `weight_table`; more may be in the mapping.
 

@@ -20,7 +20,8 @@ from graphs.compile import RecordingLauncher
 from graphs.devices import bind_views, torch_dtype
 from graphs.ops import Ops
 from graphs.step import DecodeStep
-from graphs.weights import weight_table
+from graphs.weights import add_part_views, stored_table
+from kernels.triton.overlap import MODES
 from kernels.triton.settle import stamp
 from runtime.selection import Selection
 
@@ -33,7 +34,8 @@ def make_step(
 ) -> DecodeStep:
     """The step over bound views; on `meta` views it can be listed but not run."""
     model, step = selection.model, selection.step
-    names = [*weight_table(model, ep_size=step.ep_size), "rope_table"]
+    stored = stored_table(model, ep_size=step.ep_size, transport=step.transport)
+    names = [*stored, "rope_table"]
     weights = MappingProxyType({name: views[name] for name in names})
     buffers = StaticBuffers(model, step, selection.ladder, views)
     kind = FlashinferAttention if step.attention == "flashinfer" else TritonAttention
@@ -52,7 +54,7 @@ def list_kernels(
         attentions: list for each of these.
         every: list every candidate of each operation, too, and every cut of attention.
     """
-    launcher = RecordingLauncher(arch)
+    launcher = RecordingLauncher(arch, pdl=MODES[selection.step.pdl])
     ops = Ops(launcher)
     if every:
         ops = RecordingOps(ops, _run_every(ops, selection))
@@ -62,6 +64,7 @@ def list_kernels(
             selection, step=dataclasses.replace(selection.step, attention=attention)
         )
         views = bind_views(None, chosen.layout, meta)
+        add_part_views(views)
         step = make_step(chosen, ops, views, _listed_transport(chosen, launcher))
         for key in chosen.ladder.keys:
             step.run(key)

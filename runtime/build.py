@@ -27,6 +27,8 @@ from graphs.ledger import make_ledger
 from graphs.ops import Ops
 from graphs.prove import Prover
 from graphs.rope import rope_table
+from graphs.weights import add_part_views
+from kernels.triton.overlap import MODES
 from runtime.assemble import list_kernels, make_step
 from runtime.config import RuntimeConfig
 from runtime.engine import Engine
@@ -81,7 +83,8 @@ class _Builder:
             arena = self._map(selection)
             device = torch.device("cuda" if selection.on_device else "cpu")
             views = bind_views(arena, selection.layout, device)
-        launcher = _launcher(self.store) if selection.on_device else None
+            add_part_views(views)
+        launcher = _launcher(self.store, selection) if selection.on_device else None
         with self._timed("compile"):
             self._compile(selection, launcher, ranks)
         backend: GraphBackend = CudaBackend(device) if selection.on_device else TwinBackend()
@@ -114,6 +117,7 @@ class _Builder:
             "page size": str(step.page_size),
             "attention": step.attention,
             "transport": step.transport,
+            "pdl": step.pdl,
             "verify": f"{options.verify} {options.proof_replays}",
         }
         ranks = Ranks(options.ranks, fields, deadline_s=options.deadline_s)
@@ -223,11 +227,13 @@ class _Builder:
         self.store.publish(facts, manifest, {}, replace_existing=True)
 
 
-def _launcher(store: Store) -> AotLauncher:
+def _launcher(store: Store, selection: Selection) -> AotLauncher:
     major, minor = torch.cuda.get_device_capability()
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())
     return AotLauncher(
-        KernelCompiler(store, f"sm_{major}{minor}"), num_sms=properties.multi_processor_count
+        KernelCompiler(store, f"sm_{major}{minor}"),
+        num_sms=properties.multi_processor_count,
+        pdl=MODES[selection.step.pdl],
     )
 
 

@@ -24,7 +24,7 @@ from capture_cache.errors import (
     StoreError,
 )
 from graphs.keys import NotCaptured
-from runtime.config import ATTENTION, DEVICES, RuntimeConfig
+from runtime.config import ATTENTION, DEVICES, PDL, RuntimeConfig
 from runtime.driver import StepFailed
 from runtime.pages import OutOfPages
 
@@ -87,6 +87,7 @@ def add_selection(parser: argparse.ArgumentParser) -> None:
     add("--ep-size", type=int, help="ranks that share the experts; default: torchrun's")
     add("--transport", choices=TRANSPORTS, default="auto", help="how tokens reach other ranks")
     add("--attention", choices=ATTENTION, default="auto")
+    add("--pdl", choices=PDL, default="auto", help="overlap of kernels (dependent launch)")
     add("--seed", type=int, default=0, help="of a preset's random weights")
     add("--json", action="store_true", help="print one JSON object as the last line")
 
@@ -111,6 +112,7 @@ def selection(args: argparse.Namespace, **more: Any) -> RuntimeConfig:
         ep_size=args.ep_size,
         transport=args.transport,
         attention=args.attention,
+        pdl=args.pdl,
         seed=args.seed,
         **more,
     )

@@ -13,6 +13,7 @@ from barriers.config import GroupConfig
 
 DEVICES = ("auto", "cuda", "cpu")
 ATTENTION = ("auto", "flashinfer", "triton")
+PDL = ("auto", "off", "late", "early")
 # Spellings of other engines for the same thing.
 ALIASES = {
     "model_path": "model",
@@ -42,6 +43,8 @@ class RuntimeConfig:
         ep_size: ranks that share the experts; None: as many as torchrun started.
         transport: how tokens reach other ranks' experts; a name of `barriers.transport`.
         attention: auto, flashinfer or triton.
+        pdl: whether a kernel starts while the one before it ends (programmatic dependent launch):
+            off, late (once that one has loaded its weights), early (at once); auto decides by chip.
         seed: of a preset's random weights.
         verify: prove every key after capture.
         proof_replays: replays per key of that proof; None: 100 on a device, 2 on the CPU twin.
@@ -61,13 +64,18 @@ class RuntimeConfig:
     ep_size: int | None = None
     transport: str = "auto"
     attention: str = "auto"
+    pdl: str = "auto"
     seed: int = 0
     verify: bool = True
     proof_replays: int | None = None
     deadline_s: float = 10.0
 
     def __post_init__(self) -> None:
-        for name, choices in (("device", DEVICES), ("attention", ATTENTION)):
+        for name, choices in (
+            ("device", DEVICES),
+            ("attention", ATTENTION),
+            ("pdl", PDL),
+        ):
             if getattr(self, name) not in choices:
                 raise ValueError(
                     f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}"

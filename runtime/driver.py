@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -299,7 +300,7 @@ class Runtime:
                 pages=pages,
                 chunks=plan.chunks,
             )
-        self.engine.replay(key)
+        self._check(partial(self.engine.replay, key))  # the twin meets other ranks in here
         self.last_key = key
         self._commit(plan, step)
         return step
@@ -410,6 +411,7 @@ class Runtime:
         Raises:
             RuntimeError: nothing is in flight.
             StepFailed: nothing within the deadline.
+            BarrierTimeout, StepMismatch: other ranks did not come to the step; names them.
         """
         self._check_open()
         if not self._in_flight:
@@ -420,12 +422,14 @@ class Runtime:
         while not self._ring.ready(step):
             spins += 1
             if spins % 4096 == 0:
-                self._check_alive()
+                self._check(self.engine.check_alive)
                 if time.monotonic() > deadline:
                     raise self._fail(
                         f"step {step} did not finish within {self.engine.deadline_s} s; "
                         "close this runtime"
                     )
+        # A device that gave up waiting for a peer finishes the step with whatever is there.
+        self._check(self.engine.check_ranks)
 
     def _request(self, row: int) -> _Request:
         request = self._requests[row]
@@ -434,9 +438,9 @@ class Runtime:
 
     # ------------------------------------------------------------------ end
 
-    def _check_alive(self) -> None:
+    def _check(self, check: Callable[[], None]) -> None:
         try:
-            self.engine.check_alive()
+            check()
         except Exception as error:
             self._failure = f"{type(error).__name__}: {error}"
             raise

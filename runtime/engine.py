@@ -60,6 +60,14 @@ class Engine:
         self.ledger: Ledger | None = None
         self.replay = graphs.replay
 
+    def check_ranks(self) -> None:
+        """One read of host memory, after every step.
+
+        Raises:
+            BarrierTimeout, StepMismatch: a wait of this device ended without its peers.
+        """
+        self.ranks.check()
+
     def check_alive(self) -> None:
         """Cheap enough for a poll.
 

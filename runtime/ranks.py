@@ -18,12 +18,15 @@ from barriers.allgather import AllGather
 from barriers.config import GroupConfig
 from barriers.device_barrier import DeviceWatch
 from barriers.group import RankGroup
+from barriers.host_meeting import HostMeeting
 from barriers.rdep import Rdep, load_rdep, peer_layout, peer_views
 from barriers.symmetric_device import DeviceMemory
 from barriers.transport import Local, Transport, TransportConfig
 from capture_cache.driver import Device
 from capture_cache.store import Store
 from kernels.triton.launch import Launcher
+
+CONNECT_S = 60.0  # for a process group to come up; hosts are busy then
 
 
 class Ranks:
@@ -69,12 +72,34 @@ class Ranks:
         self, config: TransportConfig, views: Mapping[str, torch.Tensor], launch: Launcher | None
     ) -> Transport:
         if not dist.is_initialized():
-            dist.init_process_group(
-                "gloo" if launch is None else "nccl",
-                timeout=datetime.timedelta(seconds=self.deadline_s),
+            self._connect("gloo" if launch is None else "nccl")
+        meeting = None
+        if launch is None:
+            step = views["step"]
+            deadline_ms = round(self.deadline_s * 1e3)
+            meeting = HostMeeting(self.group, deadline_ms=deadline_ms, step=lambda: int(step[0]))
+            self._open.callback(meeting.close)
+        return AllGather(config, views, dist.group.WORLD, launch, meeting)
+
+    def _connect(self, backend: str) -> None:
+        """Make torch's process group, over a store of its own: an earlier runtime of this process
+        may have left entries in the one that `MASTER_PORT` names."""
+        timeout = datetime.timedelta(seconds=max(self.deadline_s, CONNECT_S))
+        mine = None
+        if self.rank == 0:
+            mine = dist.TCPStore(  # type: ignore[attr-defined]
+                "127.0.0.1", 0, None, True, timeout, wait_for_workers=False
             )
-            self._open.callback(dist.destroy_process_group)
-        return AllGather(config, views, dist.group.WORLD, launch)
+        port = self.group.allgather("torch store", mine.port if mine else 0)[0].value
+        store = mine or dist.TCPStore(  # type: ignore[attr-defined]
+            "127.0.0.1", port, None, False, timeout
+        )
+        dist.init_process_group(
+            backend, store=store, rank=self.rank, world_size=self.world, timeout=timeout
+        )
+        self._open.callback(dist.destroy_process_group)
+        # torch has one time-out for connecting and for every collective after it.
+        dist.distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=self.deadline_s))
 
     def _rdep(
         self, config: TransportConfig, views: Mapping[str, torch.Tensor], store: Store

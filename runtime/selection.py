@@ -18,6 +18,7 @@ from runtime.config import RuntimeConfig
 
 # Left for the driver, the graphs themselves and libraries when the KV cache takes what is free.
 RESERVED_BYTES = 3 << 30
+DEFAULT_PDL = "early"
 
 
 @dataclass(frozen=True)
@@ -78,12 +79,27 @@ def choose(options: RuntimeConfig, *, compile_only: bool = False) -> Selection:
         transport=resolve_transport(
             options.transport, world=options.num_ranks, on_device=on_device
         ),
+        pdl=_pdl(options, on_device, compile_only=compile_only),
     )
     pages = options.num_pages
     if pages is None:
         pages = _default_pages(model, step, ladder, on_device and not compile_only)
     step = dataclasses.replace(step, num_pages=pages)
     return Selection(source, model, step, ladder, on_device, reason)
+
+
+def _pdl(options: RuntimeConfig, on_device: bool, *, compile_only: bool) -> str:
+    """How kernels overlap: where the chip can, unless asked otherwise."""
+    # Compiling ahead is for sm_90 and later only.
+    able = on_device and (compile_only or torch.cuda.get_device_capability() >= (9, 0))
+    if options.pdl == "auto":
+        return DEFAULT_PDL if able else "off"
+    if options.pdl != "off" and not able:
+        raise ValueError(
+            f"--pdl {options.pdl} needs a CUDA device of compute capability 9.0 or later; leave it "
+            "at auto"
+        )
+    return options.pdl
 
 
 def _on_device(options: RuntimeConfig) -> bool:

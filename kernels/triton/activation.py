@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from kernels.triton.launch import Launcher
+from kernels.triton.overlap import await_inputs, overlap
 from kernels.triton.tiles import sigmoid_rows
 
 GROUP = 128  # elements that share an FP8 scale
@@ -41,7 +42,9 @@ def _quantize(
     scale_pitch,
     K: tl.constexpr,
     GROUPS: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    await_inputs(PDL)
     t = tl.program_id(0).to(tl.int64)
     group = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
     col = group[:, None] * 128 + tl.arange(0, 128)[None, :]
@@ -66,7 +69,9 @@ def _silu_mul(
     GROUPS: tl.constexpr,
     HAS_OUT: tl.constexpr,
     HAS_Q: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    await_inputs(PDL)
     t = tl.program_id(0).to(tl.int64)
     group = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
     col = group[:, None] * 128 + tl.arange(0, 128)[None, :]
@@ -108,6 +113,7 @@ def quantize(
         K=x.shape[1],
         GROUPS=GROUPS_PER_CTA,
         num_warps=4,
+        **overlap(launch),
     )
 
 
@@ -163,6 +169,7 @@ def silu_mul(
         HAS_OUT=out is not None,
         HAS_Q=out_q is not None,
         num_warps=4,
+        **overlap(launch),
     )
 
 

@@ -19,6 +19,13 @@ import triton
 import triton.language as tl
 
 from kernels.triton.launch import Arg, Launcher, TensorMap
+from kernels.triton.overlap import (
+    OFF,
+    await_inputs_streaming,
+    overlap,
+    prefetch_rows,
+    release_dependents,
+)
 from kernels.triton.tiles import (
     BLOCK_K_BYTES,
     FP8_GROUP,
@@ -41,6 +48,34 @@ BLOCK_N = 128  # weight rows of a tile; one quantisation group of the experts' h
 PAIR_BLOCKS = (16, 32, 64)  # pairs of a tile; an expert's own count chooses, on the device
 FP8_MAX = 448.0
 FP8_MIN_AMAX = 1e-4
+
+_FIRST_WAVE = tl.constexpr(264)  # programs that may begin before their inputs are there
+
+
+@dataclass(frozen=True)
+class GroupedPlan:
+    """How the experts' products are cut; changes no bit.
+
+    Attributes:
+        block_n: weight rows of a tile: 64 or 128; FP8 gate_up takes 128, a quantisation group.
+        per_sm: programs that are to share an SM; decides how deep each is pipelined.
+        prefetch: blocks of K whose weights are asked for before the inputs are there.
+    """
+
+    block_n: int = BLOCK_N
+    per_sm: int = 2
+    prefetch: int = 4
+
+    def __post_init__(self) -> None:
+        if self.block_n not in (64, 128) or self.per_sm < 1:
+            raise ValueError(f"expected block_n 64 or 128 and at least one program, got {self}")
+        if self.prefetch & (self.prefetch - 1):
+            raise ValueError(f"prefetch must be 0 or a power of two, got {self.prefetch}")
+
+
+# Two fp32 accumulators and a partial product leave registers for one program on an SM.
+GATE_UP_PLAN = GroupedPlan(per_sm=1)
+DOWN_PLAN = GroupedPlan()
 
 
 @triton.jit
@@ -114,6 +149,7 @@ def _gate_up_tiles(
     EVEN_N: tl.constexpr,
     EVEN_K: tl.constexpr,
     STAGES: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """One gate tile and one up tile of an expert against all its pairs, BLOCK_P at a time."""
     blocks: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
@@ -147,6 +183,7 @@ def _gate_up_tiles(
             else:
                 gate = tl.dot(gt, xt, gate, input_precision="ieee")
                 up = tl.dot(ut, xt, up, input_precision="ieee")
+        release_dependents(PDL)
         h = gate / (1.0 + tl.exp(-gate)) * up
         if FP8:
             if not EVEN_N:
@@ -163,6 +200,7 @@ def _gate_up_kernel(
     x_scale,  # f32 [T, K/128]
     w,  # as x [E, 2*INTER, K]: gate rows, then up rows
     w_scale,  # f32 [E, 2*(INTER/128), K/128]
+    w_rows,  # w behind a plain pointer
     offsets,  # i32 [E+1]
     pairs,  # i32 [T*TOP_K]
     out,  # act or e4m3 [T*TOP_K, INTER]
@@ -184,24 +222,39 @@ def _gate_up_kernel(
     STAGES_16: tl.constexpr,
     STAGES_32: tl.constexpr,
     STAGES_64: tl.constexpr,
+    PREFETCH: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     # The host does not know how many pairs an expert has, so one kernel holds every tile height.
     n_tile = tl.program_id(0)
-    expert, first, end = _expert_of(offsets, tl.program_id(1), E, E_POW2, COMPACT)
+    slot = tl.program_id(1)
+    if not COMPACT:
+        slot = E - 1 - slot  # a shared expert is the last and has the most to do: it goes first
+    if PREFETCH > 0 and tl.program_id(1) * tl.num_programs(0) + n_tile < _FIRST_WAVE:
+        slot_end = (slot + 1) * (2 * INTER)
+        row = slot_end - INTER + n_tile * BLOCK_N
+        prefetch_rows(w_rows, row, 0, slot_end, K, K, BLOCK_N, PREFETCH * BLOCK_K)
+        row -= INTER
+        prefetch_rows(w_rows, row, 0, slot_end - INTER, K, K, BLOCK_N, PREFETCH * BLOCK_K)
+    await_inputs_streaming(PDL)
+    expert, first, end = _expert_of(offsets, slot, E, E_POW2, COMPACT)
     if not ADAPT or end - first <= 16:
         _gate_up_tiles(
             x, x_scale, w, w_scale, pairs, out, out_scale, expert, n_tile, first, end,
-            TOP_K, INTER, K, X_PITCH, 16, BLOCK_N, BLOCK_K, FP8, W_TMA, EVEN_N, EVEN_K, STAGES_16,
+            TOP_K, INTER, K, X_PITCH, 16, BLOCK_N, BLOCK_K, FP8, W_TMA, EVEN_N, EVEN_K,
+            STAGES_16, PDL,
         )  # fmt: skip
     elif end - first <= 32:
         _gate_up_tiles(
             x, x_scale, w, w_scale, pairs, out, out_scale, expert, n_tile, first, end,
-            TOP_K, INTER, K, X_PITCH, 32, BLOCK_N, BLOCK_K, FP8, W_TMA, EVEN_N, EVEN_K, STAGES_32,
+            TOP_K, INTER, K, X_PITCH, 32, BLOCK_N, BLOCK_K, FP8, W_TMA, EVEN_N, EVEN_K,
+            STAGES_32, PDL,
         )  # fmt: skip
     else:
         _gate_up_tiles(
             x, x_scale, w, w_scale, pairs, out, out_scale, expert, n_tile, first, end,
-            TOP_K, INTER, K, X_PITCH, 64, BLOCK_N, BLOCK_K, FP8, W_TMA, EVEN_N, EVEN_K, STAGES_64,
+            TOP_K, INTER, K, X_PITCH, 64, BLOCK_N, BLOCK_K, FP8, W_TMA, EVEN_N, EVEN_K,
+            STAGES_64, PDL,
         )  # fmt: skip
 
 
@@ -228,6 +281,7 @@ def _down_tiles(
     EVEN_N: tl.constexpr,
     EVEN_K: tl.constexpr,
     STAGES: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """One weight tile of an expert against all its pairs, BLOCK_P at a time."""
     blocks: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
@@ -253,6 +307,7 @@ def _down_tiles(
                 acc += tl.dot(wt, ht) * scale[None, :]
             else:
                 acc = tl.dot(wt, ht, acc, input_precision="ieee")
+        release_dependents(PDL)
         _store_pairs(out, acc, pair, live, n, N)
 
 
@@ -262,6 +317,7 @@ def _down_kernel(
     h_scale,  # f32 [P, K/128]
     w,  # as h [E, N, K]
     w_scale,  # f32 [E, N/128, K/128]
+    w_rows,  # w behind a plain pointer
     offsets,  # i32 [E+1]
     pairs,  # i32 [P]
     out,  # act [P, N]
@@ -281,24 +337,34 @@ def _down_kernel(
     STAGES_16: tl.constexpr,
     STAGES_32: tl.constexpr,
     STAGES_64: tl.constexpr,
+    PREFETCH: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     # The host does not know how many pairs an expert has, so one kernel holds every tile height.
     n_tile = tl.program_id(0)
-    expert, first, end = _expert_of(offsets, tl.program_id(1), E, E_POW2, COMPACT)
+    slot = tl.program_id(1)
+    if not COMPACT:
+        slot = E - 1 - slot  # a shared expert is the last and has the most to do: it goes first
+    if PREFETCH > 0 and tl.program_id(1) * tl.num_programs(0) + n_tile < _FIRST_WAVE:
+        slot_end = (slot + 1) * N
+        row = slot_end - N + n_tile * BLOCK_N
+        prefetch_rows(w_rows, row, 0, slot_end, K, K, BLOCK_N, PREFETCH * BLOCK_K)
+    await_inputs_streaming(PDL)
+    expert, first, end = _expert_of(offsets, slot, E, E_POW2, COMPACT)
     if not ADAPT or end - first <= 16:
         _down_tiles(
             h, h_scale, w, w_scale, pairs, out, expert, n_tile, first, end,
-            N, K, H_PITCH, 16, BLOCK_N, BLOCK_K, FP8, W_TMA, EVEN_N, EVEN_K, STAGES_16,
+            N, K, H_PITCH, 16, BLOCK_N, BLOCK_K, FP8, W_TMA, EVEN_N, EVEN_K, STAGES_16, PDL,
         )  # fmt: skip
     elif end - first <= 32:
         _down_tiles(
             h, h_scale, w, w_scale, pairs, out, expert, n_tile, first, end,
-            N, K, H_PITCH, 32, BLOCK_N, BLOCK_K, FP8, W_TMA, EVEN_N, EVEN_K, STAGES_32,
+            N, K, H_PITCH, 32, BLOCK_N, BLOCK_K, FP8, W_TMA, EVEN_N, EVEN_K, STAGES_32, PDL,
         )  # fmt: skip
     else:
         _down_tiles(
             h, h_scale, w, w_scale, pairs, out, expert, n_tile, first, end,
-            N, K, H_PITCH, 64, BLOCK_N, BLOCK_K, FP8, W_TMA, EVEN_N, EVEN_K, STAGES_64,
+            N, K, H_PITCH, 64, BLOCK_N, BLOCK_K, FP8, W_TMA, EVEN_N, EVEN_K, STAGES_64, PDL,
         )  # fmt: skip
 
 
@@ -314,6 +380,7 @@ def grouped_gate_up(
     top_k: int,
     out: torch.Tensor,
     out_scale: torch.Tensor | None,
+    plan: GroupedPlan = GATE_UP_PLAN,
 ) -> None:
     """out[p] = silu(x[t] @ gate.T) * (x[t] @ up.T) for every pair p of each expert, t = p // top_k.
 
@@ -329,6 +396,7 @@ def grouped_gate_up(
         pairs: int32 [T*top_k]; what lies past offsets[E] is not read.
         out: e4m3 or act dtype [T*top_k, I].
         out_scale: fp32 [T*top_k, ceil(I/128)].
+        plan: for measurements and pinned choices.
     Raises:
         ValueError: shapes or dtypes that do not fit.
     Capture-safe: no sync, no allocation.
@@ -345,7 +413,7 @@ def grouped_gate_up(
         check_scale("x_scale", x_scale, (x.shape[0], groups))
         check_scale("w_scale", w_scale, (num_experts, 2 * rows, groups))
         check_scale("out_scale", out_scale, (num_pairs, rows))
-    tiles = _Tiles.of(w, inter, 2, num_pairs, fp8=fp8)
+    tiles = _Tiles.of(launch, plan, w, inter, 2, num_pairs, fp8=fp8)
     launch(
         _gate_up_kernel,
         tiles.grid,
@@ -353,6 +421,7 @@ def grouped_gate_up(
         _or(x_scale, x),
         tiles.w,
         _or(w_scale, x),
+        w.view(-1, k),
         offsets,
         pairs,
         out,
@@ -363,6 +432,7 @@ def grouped_gate_up(
         **tiles.constexprs,
         num_warps=tiles.num_warps,
         num_stages=tiles.stages[0],
+        **overlap(launch),
     )
 
 
@@ -376,6 +446,7 @@ def grouped_down(
     pairs: torch.Tensor,
     *,
     out: torch.Tensor,
+    plan: GroupedPlan = DOWN_PLAN,
 ) -> None:
     """out[p] = h[p] @ w[e].T for every pair p of each expert e.
 
@@ -387,6 +458,7 @@ def grouped_down(
         offsets: int32 [E+1]; expert e has pairs[offsets[e]:offsets[e+1]].
         pairs: int32 [P]; what lies past offsets[E] is not read.
         out: act dtype [P, N].
+        plan: for measurements and pinned choices.
     Raises:
         ValueError: shapes or dtypes that do not fit.
     Capture-safe: no sync, no allocation.
@@ -401,7 +473,7 @@ def grouped_down(
         check_fp8("h", h)
         check_scale("h_scale", h_scale, (num_pairs, groups))
         check_scale("w_scale", w_scale, (num_experts, triton.cdiv(n, FP8_GROUP), groups))
-    tiles = _Tiles.of(w, n, 1, num_pairs, fp8=fp8)
+    tiles = _Tiles.of(launch, plan, w, n, 1, num_pairs, fp8=fp8)
     launch(
         _down_kernel,
         tiles.grid,
@@ -409,6 +481,7 @@ def grouped_down(
         _or(h_scale, h),
         tiles.w,
         _or(w_scale, h),
+        w.view(-1, k),
         offsets,
         pairs,
         out,
@@ -417,6 +490,7 @@ def grouped_down(
         **tiles.constexprs,
         num_warps=tiles.num_warps,
         num_stages=tiles.stages[0],
+        **overlap(launch),
     )
 
 
@@ -431,17 +505,31 @@ class _Tiles:
     num_warps: int
 
     @classmethod
-    def of(cls, w: torch.Tensor, rows: int, halves: int, num_pairs: int, *, fp8: bool) -> _Tiles:
+    def of(
+        cls,
+        launch: Launcher,
+        plan: GroupedPlan,
+        w: torch.Tensor,
+        rows: int,
+        halves: int,
+        num_pairs: int,
+        *,
+        fp8: bool,
+    ) -> _Tiles:
         """Cut w [E, halves * rows, K]; a program takes the same tile of each half."""
         num_experts, _, k = w.shape
         flat = w.view(-1, k)
-        block_n = FP32_BLOCK_N if w.dtype == torch.float32 else BLOCK_N
+        block_n = FP32_BLOCK_N if w.dtype == torch.float32 else plan.block_n
+        if fp8 and halves == 2 and block_n != FP8_GROUP:
+            raise ValueError(f"FP8 gate_up needs block_n {FP8_GROUP}, got {plan}")
         block_k = BLOCK_K_BYTES // w.element_size()
         source = flat if w.dtype == torch.float32 else tile_source(flat, (block_n, block_k))
-        # Two fp32 accumulators and a partial product leave registers for one program on an SM.
-        budget = SINGLE_BUDGET_BYTES if fp8 and halves == 2 else SHARED_BUDGET_BYTES
+        budget = SINGLE_BUDGET_BYTES if fp8 and plan.per_sm == 1 else SHARED_BUDGET_BYTES
         stages = tuple(pipeline_stages(halves * block_n, height, budget) for height in PAIR_BLOCKS)
         bulk = isinstance(source, TensorMap)
+        compact = num_pairs < num_experts
+        # Which expert a slot of a compact grid takes is known only once the lists are there.
+        ahead = bulk and not compact and launch.pdl != OFF
         return cls(
             w=source,
             # No more experts can have pairs than there are pairs: idle programs cost a step, too.
@@ -449,7 +537,7 @@ class _Tiles:
             constexprs={
                 "E": num_experts,
                 "E_POW2": triton.next_power_of_2(num_experts),
-                "COMPACT": num_pairs < num_experts,
+                "COMPACT": compact,
                 "K": k,
                 "BLOCK_N": block_n,
                 "BLOCK_K": block_k,
@@ -461,9 +549,10 @@ class _Tiles:
                 "STAGES_16": stages[0],
                 "STAGES_32": stages[1],
                 "STAGES_64": stages[2],
+                "PREFETCH": plan.prefetch if ahead else 0,
             },
             stages=stages,
-            num_warps=4 * halves,  # as many as there are tiles of 128 rows in flight
+            num_warps=max(4, block_n * halves // 32),  # a warp group for each tile of 128 rows
         )
 
 

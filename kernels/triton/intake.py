@@ -14,6 +14,7 @@ import triton.language as tl
 from triton.language.extra.cuda import globaltimer
 
 from kernels.triton.launch import Launcher
+from kernels.triton.overlap import await_inputs, overlap
 from kernels.triton.state import (
     DECODE,
     FAULT_NONE,
@@ -57,7 +58,9 @@ def _intake(
     IDS: tl.constexpr,
     BLOCK: tl.constexpr,
     ON_DEVICE: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    await_inputs(PDL)
     if ON_DEVICE:
         tl.store(begin_ns, globaltimer())
     step = tl.load(step_ptr)
@@ -216,6 +219,7 @@ def intake(
         BLOCK=256,
         ON_DEVICE=on_device,
         num_warps=4,
+        **overlap(launch),
     )
 
 
@@ -295,7 +299,9 @@ def _advance(
     max_pages,
     page_size,
     BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    await_inputs(PDL)
     t = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     row = tl.load(tok_row + t, mask=t < T, other=-1)
     pos = tl.load(tok_pos + t, mask=t < T, other=0)
@@ -343,6 +349,7 @@ def advance(
         page_table.shape[1],
         page_size,
         BLOCK=128,
+        **overlap(launch),
     )
 
 

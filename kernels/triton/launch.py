@@ -21,6 +21,8 @@ import torch
 import triton
 import triton.language as tl
 
+from kernels.triton.overlap import OFF
+
 TRITON_TYPES: dict[torch.dtype, str] = {
     torch.bool: "i1",
     torch.uint8: "u8",
@@ -61,10 +63,12 @@ class Launcher(Protocol):
     Attributes:
         arch: of the device, such as "sm_90".
         num_sms: multiprocessors of the device.
+        pdl: how kernels overlap; a mode of `kernels.triton.overlap`.
     """
 
     arch: str
     num_sms: int
+    pdl: int
 
     def __call__(
         self,
@@ -82,8 +86,8 @@ class JitLauncher:
     """Triton's own launcher: the interpreter in tests (`TRITON_INTERPRET=1`), JIT in
     experiments."""
 
-    def __init__(self, num_sms: int = 132, arch: str = "sm_90") -> None:
-        self.num_sms, self.arch = num_sms, arch
+    def __init__(self, num_sms: int = 132, arch: str = "sm_90", pdl: int = OFF) -> None:
+        self.num_sms, self.arch, self.pdl = num_sms, arch, pdl
 
     def __call__(
         self,

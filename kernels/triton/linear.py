@@ -16,6 +16,14 @@ import triton
 import triton.language as tl
 
 from kernels.triton.launch import Arg, Launcher, TensorMap
+from kernels.triton.overlap import (
+    OFF,
+    await_inputs,
+    await_inputs_streaming,
+    overlap,
+    prefetch_rows,
+    release_dependents,
+)
 from kernels.triton.tiles import (
     BLOCK_K_BYTES,
     FP8_GROUP,
@@ -62,6 +70,7 @@ def _store_tokens_major(dst, acc, n, t, num_tokens, N: tl.constexpr, PITCH: tl.c
 def _linear_kernel(
     x,  # bf16 or f16 [T, K], pitch X_PITCH
     w,  # as x [N, K], pitch W_PITCH
+    w_rows,  # w behind a plain pointer
     dst,  # out [T, N], pitch OUT_PITCH; with splits f32 [SPLITS, T, N]
     num_tokens,
     N: tl.constexpr,
@@ -78,18 +87,24 @@ def _linear_kernel(
     EVEN_N: tl.constexpr,
     EVEN_K: tl.constexpr,
     STAGES: tl.constexpr,
+    PREFETCH: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     t0 = tl.program_id(0) * BLOCK_T
     n0 = tl.program_id(1) * BLOCK_N
     split = tl.program_id(2)
     blocks: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
     begin, end = _split_range(split, blocks, SPLITS)
+    if PREFETCH > 0:
+        prefetch_rows(w_rows, n0, begin * BLOCK_K, N, K, W_PITCH, BLOCK_N, PREFETCH * BLOCK_K)
+    await_inputs_streaming(PDL)
     acc = tl.zeros([BLOCK_N, BLOCK_T], tl.float32)
     for kb in tl.range(begin, end, num_stages=STAGES):
         k = kb * BLOCK_K
         wt = load_tile(w, n0, k, N, K, W_PITCH, BLOCK_N, BLOCK_K, W_TMA, EVEN_N, EVEN_K)
         xt = load_tile(x, t0, k, num_tokens, K, X_PITCH, BLOCK_T, BLOCK_K, X_TMA, False, EVEN_K)
         acc = tl.dot(wt, tl.trans(xt), acc)
+    release_dependents(PDL)
     t = t0 + tl.arange(0, BLOCK_T)
     n = n0 + tl.arange(0, BLOCK_N)
     if SPLITS > 1:
@@ -101,6 +116,7 @@ def _linear_kernel(
 def _linear_fp32_kernel(
     x,  # act [T, K], pitch X_PITCH
     w,  # f32 [N, K], pitch W_PITCH
+    w_rows,  # w behind a plain pointer
     dst,  # out [T, N], pitch OUT_PITCH; with splits f32 [SPLITS, T, N]
     num_tokens,
     N: tl.constexpr,
@@ -115,12 +131,17 @@ def _linear_fp32_kernel(
     EVEN_N: tl.constexpr,
     EVEN_K: tl.constexpr,
     STAGES: tl.constexpr,
+    PREFETCH: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     t0 = tl.program_id(0) * BLOCK_T
     n0 = tl.program_id(1) * BLOCK_N
     split = tl.program_id(2)
     blocks: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
     begin, end = _split_range(split, blocks, SPLITS)
+    if PREFETCH > 0:
+        prefetch_rows(w_rows, n0, begin * BLOCK_K, N, K, W_PITCH, BLOCK_N, PREFETCH * BLOCK_K)
+    await_inputs_streaming(PDL)
     acc = tl.zeros([BLOCK_N, BLOCK_T], tl.float32)
     # The widened tokens pass through the loop's carried values, one block ahead. Where Triton 3.6
     # sees a 16-bit load behind an fp32 operand it takes TF32 tensor cores on sm_100, "ieee" or not.
@@ -135,6 +156,7 @@ def _linear_fp32_kernel(
         ).to(tl.float32)
         acc = tl.dot(wt, tl.trans(xt), acc, input_precision="ieee")
         xt = next_xt
+    release_dependents(PDL)
     t = t0 + tl.arange(0, BLOCK_T)
     n = n0 + tl.arange(0, BLOCK_N)
     if SPLITS > 1:
@@ -148,6 +170,7 @@ def _linear_fp8_kernel(
     x_scale,  # f32 [T, K/128], pitch SCALE_PITCH
     w,  # e4m3 [N, K], pitch W_PITCH
     w_scale,  # f32 [N/128, K/128]
+    w_rows,  # w behind a plain pointer
     dst,  # out [T, N], pitch OUT_PITCH; with splits f32 [SPLITS, T, N]
     num_tokens,
     N: tl.constexpr,
@@ -164,6 +187,9 @@ def _linear_fp8_kernel(
     EVEN_N: tl.constexpr,
     EVEN_K: tl.constexpr,
     STAGES: tl.constexpr,
+    UNROLL: tl.constexpr,  # blocks of K in one turn of the loop
+    PREFETCH: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     t0 = tl.program_id(0) * BLOCK_T
     n0 = tl.program_id(1) * BLOCK_N
@@ -171,14 +197,25 @@ def _linear_fp8_kernel(
     blocks: tl.constexpr = (K + 127) // 128
     t = t0 + tl.arange(0, BLOCK_T)
     begin, end = _split_range(split, blocks, SPLITS)
+    if PREFETCH > 0:
+        prefetch_rows(w_rows, n0, begin * 128, N, K, W_PITCH, BLOCK_N, PREFETCH * 128)
+    await_inputs_streaming(PDL)
     acc = tl.zeros([BLOCK_N, BLOCK_T], tl.float32)
-    for kb in tl.range(begin, end, num_stages=STAGES):
-        k = kb * 128
-        scale = load_scale(x_scale, t, t < num_tokens, kb, blocks, SCALE_PITCH, BLOCK_T)
-        scale *= tl.load(w_scale + (n0 // 128) * blocks + kb)
-        wt = load_tile(w, n0, k, N, K, W_PITCH, BLOCK_N, 128, W_TMA, EVEN_N, EVEN_K)
-        xt = load_tile(x, t0, k, num_tokens, K, X_PITCH, BLOCK_T, 128, X_TMA, False, EVEN_K)
-        acc += tl.dot(wt, tl.trans(xt)) * scale[None, :]
+    for first in tl.range(begin, end, UNROLL, num_stages=STAGES):
+        for i in tl.static_range(UNROLL):
+            kb = first + i
+            if UNROLL > 1:
+                kb = tl.minimum(kb, end - 1)
+            k = kb * 128
+            scale = load_scale(x_scale, t, t < num_tokens, kb, blocks, SCALE_PITCH, BLOCK_T)
+            scale *= tl.load(w_scale + (n0 // 128) * blocks + kb)
+            if UNROLL > 1:
+                # A turn that is not full takes the last block again, and adds nothing.
+                scale *= tl.where(first + i < end, 1.0, 0.0)
+            wt = load_tile(w, n0, k, N, K, W_PITCH, BLOCK_N, 128, W_TMA, EVEN_N, EVEN_K)
+            xt = load_tile(x, t0, k, num_tokens, K, X_PITCH, BLOCK_T, 128, X_TMA, False, EVEN_K)
+            acc += tl.dot(wt, tl.trans(xt)) * scale[None, :]
+    release_dependents(PDL)
     n = n0 + tl.arange(0, BLOCK_N)
     if SPLITS > 1:
         dst += tl.cast(split, tl.int64) * num_tokens * N
@@ -194,7 +231,9 @@ def _sum_splits_kernel(
     OUT_PITCH: tl.constexpr,
     SPLITS: tl.constexpr,
     BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    await_inputs(PDL)
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     size = tl.cast(num_tokens, tl.int64) * N
     acc = tl.load(partial + i, mask=i < size, other=0.0)
@@ -206,8 +245,35 @@ def _sum_splits_kernel(
     tl.store(out + at, acc.to(out.dtype.element_ty), mask=i < size)
 
 
-def linear_plan(n: int, k: int, *, elem_bytes: int) -> tuple[int, int]:
-    """Rows of a weight tile and number of K splits, from the weight's shape and format alone.
+@dataclass(frozen=True)
+class LinearPlan:
+    """How a product is cut; the number of tokens has no say in it.
+
+    Attributes:
+        block_n: weight rows of a tile: 64 or 128.
+        splits: parts that K is cut into, added up in order. The one choice that changes bits.
+        unroll: blocks of K that one turn of the loop takes (FP8 only).
+        per_sm: programs that are to share an SM; decides how deep each is pipelined.
+        prefetch: blocks of K whose weights are asked for before the inputs are there.
+    """
+
+    block_n: int
+    splits: int
+    unroll: int = 1
+    per_sm: int = 2
+    prefetch: int = 4
+
+    def __post_init__(self) -> None:
+        if self.block_n not in (64, 128) or min(self.splits, self.unroll, self.per_sm) < 1:
+            raise ValueError(
+                f"expected block_n 64 or 128 and at least one split, block and program, got {self}"
+            )
+        if self.prefetch & (self.prefetch - 1):
+            raise ValueError(f"prefetch must be 0 or a power of two, got {self.prefetch}")
+
+
+def linear_plan(n: int, k: int, *, elem_bytes: int) -> LinearPlan:
+    """The plan for a weight's shape and format.
 
     Wide weights fill the chip by themselves. Narrow ones are cut along K, unless tiles of half the
     height are enough and the product is so short that a second launch would cost more. fp32 weights
@@ -218,20 +284,21 @@ def linear_plan(n: int, k: int, *, elem_bytes: int) -> tuple[int, int]:
     """
     if elem_bytes == 4:
         tall = triton.cdiv(n, FP32_BLOCK_N)
-        return FP32_BLOCK_N, min(triton.cdiv(2 * MIN_PROGRAMS, tall), max(1, k // 64))
+        splits = min(triton.cdiv(2 * MIN_PROGRAMS, tall), max(1, k // 64))
+        return LinearPlan(FP32_BLOCK_N, splits, prefetch=2)
     min_split_k = 512 // elem_bytes
     wide = triton.cdiv(n, 128)
     if wide >= UNSPLIT_PROGRAMS:
-        return 128, 1
+        return LinearPlan(128, 1)
     if triton.cdiv(n, 64) >= UNSPLIT_PROGRAMS and n * k * elem_bytes <= SHORT_PRODUCT_BYTES:
-        return 64, 1
+        return LinearPlan(64, 1)
     splits = min(triton.cdiv(MIN_PROGRAMS, wide), max(1, k // min_split_k))
-    return (128, splits) if splits > 1 else (64, 1)
+    return LinearPlan(128, splits) if splits > 1 else LinearPlan(64, 1)
 
 
 def linear_workspace_elems(num_tokens: int, n: int, k: int, *, elem_bytes: int) -> int:
     """fp32 elements of workspace that one product needs: 0 where K is not split."""
-    splits = linear_plan(n, k, elem_bytes=elem_bytes)[1]
+    splits = linear_plan(n, k, elem_bytes=elem_bytes).splits
     return splits * num_tokens * n if splits > 1 else 0
 
 
@@ -242,6 +309,7 @@ def linear(
     *,
     out: torch.Tensor,
     workspace: torch.Tensor | None = None,
+    plan: LinearPlan | None = None,
 ) -> None:
     """out = x @ w.T, accumulated in fp32.
 
@@ -250,6 +318,7 @@ def linear(
         w: [N, K] of x's dtype, or fp32: then x is widened and the product is IEEE fp32.
         out: act dtype or fp32 [T, N].
         workspace: fp32, at least `linear_workspace_elems` elements; its contents are lost.
+        plan: instead of `linear_plan`'s, for measurements and pinned choices.
     Raises:
         ValueError: shapes or dtypes that do not fit, or too little workspace.
     Capture-safe: no sync, no allocation.
@@ -257,12 +326,12 @@ def linear(
     _check_product(x, w, out)
     if w.dtype not in (x.dtype, torch.float32) or x.element_size() == 1:
         raise ValueError(f"linear takes w of x's dtype {x.dtype} or float32, got {w.dtype}")
-    block_n, splits = linear_plan(w.shape[0], w.shape[1], elem_bytes=w.element_size())
+    plan = plan or linear_plan(w.shape[0], w.shape[1], elem_bytes=w.element_size())
     if w.dtype == torch.float32:
-        tiles = _Tiles.of(x, w, block_n, splits, token_blocks=FP32_TOKEN_BLOCKS, bulk=False)
+        tiles = _Tiles.of(x, w, plan, token_blocks=FP32_TOKEN_BLOCKS, bulk=False)
         kernel, sources = _linear_fp32_kernel, {}
     else:
-        tiles = _Tiles.of(x, w, block_n, splits)
+        tiles = _Tiles.of(x, w, plan)
         kernel, sources = _linear_kernel, tiles.sources
     dst = tiles.destination(out, workspace)
     launch(
@@ -270,13 +339,15 @@ def linear(
         tiles.grid,
         tiles.x,
         tiles.w,
+        w,
         dst,
         x.shape[0],
-        **tiles.constexprs(dst),
+        **tiles.constexprs(dst, launch),
         **sources,
         BLOCK_K=tiles.block_k,
         num_warps=tiles.num_warps,
         num_stages=tiles.stages,
+        **overlap(launch),
     )
     tiles.sum_splits(launch, dst, out)
 
@@ -290,6 +361,7 @@ def linear_fp8(
     *,
     out: torch.Tensor,
     workspace: torch.Tensor | None = None,
+    plan: LinearPlan | None = None,
 ) -> None:
     """out = (xq * xs) @ (w * ws).T with scales per 128 of K (x) and per 128x128 block (w).
 
@@ -302,6 +374,7 @@ def linear_fp8(
         ws: fp32 [ceil(N/128), ceil(K/128)].
         out: act dtype or fp32 [T, N].
         workspace: fp32, at least `linear_workspace_elems` elements; its contents are lost.
+        plan: instead of `linear_plan`'s, for measurements and pinned choices.
     Raises:
         ValueError: shapes or dtypes that do not fit, or too little workspace.
     Capture-safe: no sync, no allocation.
@@ -312,7 +385,7 @@ def linear_fp8(
     groups = triton.cdiv(w.shape[1], FP8_GROUP)
     check_scale("xs", xs, (xq.shape[0], groups), pitched=True)
     check_scale("ws", ws, (triton.cdiv(w.shape[0], FP8_GROUP), groups))
-    tiles = _Tiles.of(xq, w, *linear_plan(w.shape[0], w.shape[1], elem_bytes=1))
+    tiles = _Tiles.of(xq, w, plan or linear_plan(w.shape[0], w.shape[1], elem_bytes=1))
     dst = tiles.destination(out, workspace)
     launch(
         _linear_fp8_kernel,
@@ -321,13 +394,16 @@ def linear_fp8(
         xs,
         tiles.w,
         ws,
+        w,
         dst,
         xq.shape[0],
-        **tiles.constexprs(dst),
+        **tiles.constexprs(dst, launch),
         **tiles.sources,
+        UNROLL=tiles.plan.unroll,
         SCALE_PITCH=xs.stride(0),
         num_warps=tiles.num_warps,
         num_stages=tiles.stages,
+        **overlap(launch),
     )
     tiles.sum_splits(launch, dst, out)
 
@@ -343,10 +419,9 @@ class _Tiles:
     k: int
     x_pitch: int
     w_pitch: int
-    block_n: int
+    plan: LinearPlan
     block_t: int
     block_k: int
-    splits: int
     stages: int
 
     @classmethod
@@ -354,8 +429,7 @@ class _Tiles:
         cls,
         x: torch.Tensor,
         w: torch.Tensor,
-        block_n: int,
-        splits: int,
+        plan: LinearPlan,
         *,
         token_blocks: tuple[int, ...] = TOKEN_BLOCKS,
         bulk: bool = True,
@@ -363,23 +437,20 @@ class _Tiles:
         num_tokens, (n, k) = x.shape[0], w.shape
         block_t = next((b for b in token_blocks if b >= num_tokens), token_blocks[-1])
         block_k = BLOCK_K_BYTES // w.element_size()
+        share = plan.per_sm > 1 and block_t < 128
+        budget = SHARED_BUDGET_BYTES if share else SINGLE_BUDGET_BYTES
         return cls(
             x=tile_source(x, (block_t, block_k)) if bulk else x,
-            w=tile_source(w, (block_n, block_k)) if bulk else w,
+            w=tile_source(w, (plan.block_n, block_k)) if bulk else w,
             num_tokens=num_tokens,
             n=n,
             k=k,
             x_pitch=x.stride(0),
             w_pitch=w.stride(0),
-            block_n=block_n,
+            plan=plan,
             block_t=block_t,
             block_k=block_k,
-            splits=splits,
-            stages=pipeline_stages(
-                block_n,
-                block_t,
-                SHARED_BUDGET_BYTES if block_t < 128 else SINGLE_BUDGET_BYTES,
-            ),
+            stages=max(2, pipeline_stages(plan.block_n, block_t, budget) // plan.unroll),
         )
 
     @property
@@ -387,28 +458,37 @@ class _Tiles:
         # Token tiles first: programs that share a weight tile run together, and HBM is read once.
         return (
             triton.cdiv(self.num_tokens, self.block_t),
-            triton.cdiv(self.n, self.block_n),
-            self.splits,
+            triton.cdiv(self.n, self.plan.block_n),
+            self.plan.splits,
         )
 
     @property
     def num_warps(self) -> int:
-        return self.block_n // 16  # a warp group for each 64 weight rows
+        return self.plan.block_n // 16  # a warp group for each 64 weight rows
 
-    def constexprs(self, dst: torch.Tensor) -> dict[str, Any]:
+    def constexprs(self, dst: torch.Tensor, launch: Launcher) -> dict[str, Any]:
+        block_n, splits = self.plan.block_n, self.plan.splits
         return {
             "N": self.n,
             "K": self.k,
             "X_PITCH": self.x_pitch,
             "W_PITCH": self.w_pitch,
-            "OUT_PITCH": self.n if self.splits > 1 else dst.stride(0),
-            "SPLITS": self.splits,
-            "BLOCK_N": self.block_n,
+            "OUT_PITCH": self.n if splits > 1 else dst.stride(0),
+            "SPLITS": splits,
+            "BLOCK_N": block_n,
             "BLOCK_T": self.block_t,
-            "EVEN_N": self.n % self.block_n == 0,
+            "EVEN_N": self.n % block_n == 0,
             "EVEN_K": self.k % self.block_k == 0,
             "STAGES": self.stages,
+            "PREFETCH": self._prefetch(launch),
         }
+
+    def _prefetch(self, launch: Launcher) -> int:
+        """Blocks of K to ask L2 for ahead; it takes whole 16 bytes only, odd shapes go without."""
+        pitch_bytes = self.w_pitch * BLOCK_K_BYTES // self.block_k
+        if launch.pdl == OFF or pitch_bytes % 16 or self.k * BLOCK_K_BYTES // self.block_k % 16:
+            return 0
+        return self.plan.prefetch
 
     @property
     def sources(self) -> dict[str, Any]:
@@ -416,20 +496,21 @@ class _Tiles:
 
     def destination(self, out: torch.Tensor, workspace: torch.Tensor | None) -> torch.Tensor:
         """Where the product kernel writes: `out`, or the workspace if K is split."""
-        if self.splits == 1:
+        if self.plan.splits == 1:
             return out
-        need = self.splits * self.num_tokens * self.n
+        need = self.plan.splits * self.num_tokens * self.n
         if workspace is None or workspace.numel() < need or workspace.dtype != torch.float32:
             got = "none" if workspace is None else f"{workspace.numel()} of {workspace.dtype}"
             raise ValueError(
-                f"a {self.n}x{self.k} product of {self.num_tokens} tokens is split in {self.splits}"
+                f"a {self.n}x{self.k} product of {self.num_tokens} tokens is split in "
+                f"{self.plan.splits}"
                 f" along K and needs {need} float32 elements of workspace, got {got};"
                 " size it with linear_workspace_elems"
             )
         return workspace
 
     def sum_splits(self, launch: Launcher, dst: torch.Tensor, out: torch.Tensor) -> None:
-        if self.splits == 1:
+        if self.plan.splits == 1:
             return
         launch(
             _sum_splits_kernel,
@@ -439,9 +520,10 @@ class _Tiles:
             self.num_tokens,
             N=self.n,
             OUT_PITCH=out.stride(0),
-            SPLITS=self.splits,
+            SPLITS=self.plan.splits,
             BLOCK=SUM_BLOCK,
             num_warps=4,
+            **overlap(launch),
         )
 
 

@@ -17,6 +17,7 @@ import triton.language as tl
 from kernels.triton.activation import check_quantized, quantize_groups, quantize_ref
 from kernels.triton.launch import Launcher
 from kernels.triton.mla_prep import rope_pair, rope_ref
+from kernels.triton.overlap import OFF, await_inputs, overlap, prefetch_rows
 from kernels.triton.tiles import einsum_rows
 
 MIN_TOKENS, MAX_TOKENS = 16, 64  # of one tile; the narrow side of a tensor-core instruction
@@ -51,6 +52,7 @@ def _absorb_q(
     PAIRS: tl.constexpr,
     INTERLEAVE: tl.constexpr,
     PRECISION: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     C_TILES: tl.constexpr = (DC + BLOCK_C - 1) // BLOCK_C
     head = tl.program_id(0) // (C_TILES + 1)
@@ -67,6 +69,7 @@ def _absorb_q(
             mask=(n[:, None] < DN) & (c[None, :] < DC),
             other=0.0,
         )
+        await_inputs(PDL)
         for t0 in range(first_t, last_t, BLOCK_T):
             t = t0 + tl.arange(0, BLOCK_T)
             real = tl.load(tok_row + t, mask=t < T, other=-1) >= 0
@@ -79,6 +82,7 @@ def _absorb_q(
             at = out_head + t.to(tl.int64)[:, None] * out_pitch + c[None, :]
             tl.store(at, tl.trans(y), mask=(t[:, None] < T) & (c[None, :] < DC))
     else:
+        await_inputs(PDL)
         pair = tl.arange(0, PAIRS)[None, :]
         for t0 in range(first_t, last_t, BLOCK_T):
             t = (t0 + tl.arange(0, BLOCK_T))[:, None]
@@ -117,6 +121,8 @@ def _absorb_v(
     HAS_OUT: tl.constexpr,
     HAS_Q: tl.constexpr,
     PRECISION: tl.constexpr,
+    PREFETCH: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     V_TILES: tl.constexpr = (DV + BLOCK_V - 1) // BLOCK_V
     head = tl.program_id(0) // V_TILES
@@ -125,6 +131,10 @@ def _absorb_v(
     c = tl.arange(0, BLOCK_C)
     w_at = w_uv + head.to(tl.int64) * (DV * DC) + v[:, None] * DC + c[None, :]
     x_at = o_latent + head * DC + t.to(tl.int64)[None, :] * o_pitch + c[:, None]
+    if PREFETCH:
+        v0 = head * DV + (tl.program_id(0) % V_TILES) * BLOCK_V
+        prefetch_rows(w_uv, v0, 0, (head + 1) * DV, DC, DC, BLOCK_V, DC)
+    await_inputs(PDL)
     acc = tl.zeros([BLOCK_V, BLOCK_T], tl.float32)
     for c0 in range(0, DC, BLOCK_C):
         w = tl.load(w_at + c0, mask=(v[:, None] < DV) & (c[None, :] + c0 < DC), other=0.0)
@@ -203,6 +213,7 @@ def absorb_q(
         num_warps=4,
         # A second buffer for tokens would only take room from other CTAs where there is one tile.
         num_stages=1 if q.shape[0] <= block_t else 2,
+        **overlap(launch),
     )
 
 
@@ -274,8 +285,10 @@ def absorb_v(
         HAS_OUT=out is not None,
         HAS_Q=out_q is not None,
         PRECISION=_precision(o_latent),
+        PREFETCH=launch.pdl != OFF and dc * w_uv.element_size() % 32 == 0,
         num_warps=4,
         num_stages=4,  # deep enough that one head's whole weight is in flight
+        **overlap(launch),
     )
 
 

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from kernels.triton.launch import Launcher, TensorMap
+from kernels.triton.overlap import await_inputs, await_inputs_streaming, overlap
 
 MERGE_HEADS = 4  # heads of one merge CTA
 HOPPER = "sm_90"
@@ -86,7 +87,9 @@ def _mla_decode(
     BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    await_inputs_streaming(PDL)
     HEAD_TILES: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
     t = (tl.program_id(0) // HEAD_TILES).to(tl.int64)
     split = tl.program_id(1)
@@ -152,7 +155,9 @@ def _merge(
     SPLITS: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    await_inputs(PDL)
     t = tl.program_id(0).to(tl.int64)
     used = (tl.load(kv_len + t) + CUT - 1) // CUT
     if used == 1:
@@ -252,6 +257,7 @@ def mla_decode(
         STAGES=tile.stages,
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
         num_warps=tile.warps,
+        **overlap(launch),
     )
     if splits > 1:
         merge(launch, kv_len, part_o, part_lse, cut=cut, out=out)
@@ -340,6 +346,7 @@ def merge(
         BLOCK_H=MERGE_HEADS,
         BLOCK_C=_pow2(dc),
         num_warps=4,
+        **overlap(launch),
     )
 
 

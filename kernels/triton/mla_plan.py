@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 
 from kernels.triton.launch import Launcher
+from kernels.triton.overlap import await_inputs, overlap
 
 TILE_Q = 64  # heads that one CTA of the FA3 kernel takes
 TILE_KV = 64  # KV tokens of one of its iterations
@@ -173,7 +174,9 @@ def _mla_plan(
     BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,
     TILE: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    await_inputs(PDL)
     t = tl.arange(0, BLOCK_T)
     length = tl.load(kv_len + t, mask=t < T, other=0)
     row = tl.load(tok_row + t, mask=t < T, other=0)
@@ -248,6 +251,7 @@ def mla_plan(
         BLOCK_C=int(triton.next_power_of_2(layout.num_sms + 1)),
         TILE=TILE_KV,
         num_warps=4 if layout.tokens <= 256 else 16,
+        **overlap(launch),
     )
 
 

@@ -12,7 +12,8 @@ import triton.language as tl
 
 from kernels.triton.activation import GROUP, check_quantized, quantize_groups, quantize_ref
 from kernels.triton.launch import Launcher
-from kernels.triton.norm import _rmsnorm, _rmsnorm_ref
+from kernels.triton.norm import _norm_weight, _rmsnorm, _rmsnorm_ref
+from kernels.triton.overlap import await_inputs, overlap
 
 
 @triton.jit
@@ -65,16 +66,18 @@ def _mla_prep(
     INTERLEAVE: tl.constexpr,
     HAS_OUT: tl.constexpr,
     HAS_Q: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     t = tl.program_id(0).to(tl.int64)
-    real = tl.load(tok_row + t) >= 0
     row = qkv + t * qkv_pitch
     if tl.program_id(1) == 0:
-        if real:
+        kv_col = tl.arange(0, KV_GROUPS)[:, None] * 128 + tl.arange(0, 128)[None, :]
+        kv_w = _norm_weight(kv_norm_weight, kv_col, DC)
+        await_inputs(PDL)
+        if tl.load(tok_row + t) >= 0:
             slot = kv_cache + tl.load(kv_slot + t) * kv_pitch
-            col = tl.arange(0, KV_GROUPS)[:, None] * 128 + tl.arange(0, 128)[None, :]
-            latent = tl.load(row + kv_start + col, mask=col < DC, other=0.0)
-            tl.store(slot + col, _rmsnorm(latent, kv_norm_weight, col, eps, DC), mask=col < DC)
+            latent = tl.load(row + kv_start + kv_col, mask=kv_col < DC, other=0.0)
+            tl.store(slot + kv_col, _rmsnorm(latent, kv_w, eps, DC), mask=kv_col < DC)
             pair = tl.arange(0, PAIRS)
             angles = rope_table + tl.load(tok_pos + t).to(tl.int64) * (2 * HALF)
             key = row + kv_start + DC
@@ -85,8 +88,11 @@ def _mla_prep(
         # A padded token's row may hold anything, NaN included; its query is zeros.
         group = tl.arange(0, Q_GROUPS)
         col = group[:, None] * 128 + tl.arange(0, 128)[None, :]
+        w = _norm_weight(q_norm_weight, col, QW)
+        await_inputs(PDL)
+        real = tl.load(tok_row + t) >= 0
         value = tl.load(row + col, mask=(col < QW) & real, other=0.0)
-        y = _rmsnorm(value, q_norm_weight, col, eps, QW)
+        y = _rmsnorm(value, w, eps, QW)
         if HAS_OUT:
             tl.store(out + t * out_pitch + col, y, mask=col < QW)
         if HAS_Q:
@@ -172,6 +178,7 @@ def mla_prep(
         HAS_OUT=out is not None,
         HAS_Q=out_q is not None,
         num_warps=4,
+        **overlap(launch),
     )
 
 

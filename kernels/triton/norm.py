@@ -12,6 +12,7 @@ import triton.language as tl
 
 from kernels.triton.activation import GROUP, check_quantized, quantize_groups, quantize_ref
 from kernels.triton.launch import Launcher
+from kernels.triton.overlap import await_inputs, overlap
 
 MAX_WIDTH = 16384  # a row is held in registers
 EMBED_BLOCK = 1024
@@ -25,7 +26,9 @@ def _embed(
     out,  # act [T, H]
     H: tl.constexpr,
     BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    await_inputs(PDL)
     t = tl.program_id(0).to(tl.int64)
     col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     token = tl.load(tok_id + t).to(tl.int64)
@@ -38,13 +41,18 @@ def _embed(
 
 
 @triton.jit
-def _rmsnorm(value, weight, col, eps, H: tl.constexpr):
-    """act [G, 128] from value, an act row held as [G, 128] and zero past H; weight is a pointer."""
+def _norm_weight(weight, col, H: tl.constexpr):
+    """fp32 [G, 128], zero past H. No step writes it, so it is loaded before `await_inputs`."""
+    return tl.load(weight + col, mask=col < H, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _rmsnorm(value, w, eps, H: tl.constexpr):
+    """act [G, 128] from value, an act row held as [G, 128] and zero past H, and its weights."""
     x = value.to(tl.float32)
     mean = tl.sum(tl.sum(x * x, axis=1), axis=0) / H
     # Rounded before the weight is applied, as the published model does.
     normed = (x * tl.rsqrt(mean + eps)).to(value.dtype).to(tl.float32)
-    w = tl.load(weight + col, mask=col < H, other=0.0).to(tl.float32)
     return (w * normed).to(value.dtype)
 
 
@@ -67,17 +75,20 @@ def _add_rmsnorm(
     HAS_DELTA: tl.constexpr,
     HAS_OUT: tl.constexpr,
     HAS_Q: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     t = tl.program_id(0).to(tl.int64)
     group = tl.arange(0, GROUPS)
     col = group[:, None] * 128 + tl.arange(0, 128)[None, :]
+    w = _norm_weight(weight, col, H)
+    await_inputs(PDL)
     row = x + t * x_pitch + col
     value = tl.load(row, mask=col < H, other=0.0)
     if HAS_DELTA:
         add = tl.load(delta + t * delta_pitch + col, mask=col < H, other=0.0)
         value = (value.to(tl.float32) + add.to(tl.float32)).to(value.dtype)
         tl.store(row, value, mask=col < H)
-    y = _rmsnorm(value, weight, col, eps, H)
+    y = _rmsnorm(value, w, eps, H)
     if HAS_OUT:
         tl.store(out + t * out_pitch + col, y, mask=col < H)
     if HAS_Q:
@@ -100,9 +111,12 @@ def _gather_add_rmsnorm(
     H: tl.constexpr,
     GROUPS: tl.constexpr,
     HAS_DELTA: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     s = tl.program_id(0).to(tl.int64)
     col = tl.arange(0, GROUPS)[:, None] * 128 + tl.arange(0, 128)[None, :]
+    w = _norm_weight(weight, col, H)
+    await_inputs(PDL)
     t = tl.load(index + s).to(tl.int64)
     if t < 0:
         tl.store(out + s * out_pitch + col, tl.zeros([GROUPS, 128], tl.float32), mask=col < H)
@@ -111,7 +125,7 @@ def _gather_add_rmsnorm(
     if HAS_DELTA:
         add = tl.load(delta + t * delta_pitch + col, mask=col < H, other=0.0)
         value = (value.to(tl.float32) + add.to(tl.float32)).to(value.dtype)
-    y = _rmsnorm(value, weight, col, eps, H)
+    y = _rmsnorm(value, w, eps, H)
     tl.store(out + s * out_pitch + col, y, mask=col < H)
 
 
@@ -152,6 +166,7 @@ def embed(
         H=want[1],
         BLOCK=EMBED_BLOCK,
         num_warps=4,
+        **overlap(launch),
     )
 
 
@@ -212,6 +227,7 @@ def add_rmsnorm(
         HAS_OUT=out is not None,
         HAS_Q=out_q is not None,
         num_warps=_num_warps(x.shape[1]),
+        **overlap(launch),
     )
 
 
@@ -276,6 +292,7 @@ def gather_add_rmsnorm(
         GROUPS=_num_groups(x.shape[1]),
         HAS_DELTA=delta is not None,
         num_warps=_num_warps(x.shape[1]),
+        **overlap(launch),
     )
 
 

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from kernels.triton.launch import Launcher
+from kernels.triton.overlap import await_inputs, overlap
 from kernels.triton.tiles import sigmoid_rows
 
 ALIGN_BLOCK = 2048
@@ -66,8 +67,8 @@ def _route(
     logits,  # fp32 [T, E], row pitch logits_pitch
     bias,  # fp32 [E], or unused
     tok_row,  # int32 [T]
-    out_ids,  # int32 [T, K]
-    out_weights,  # fp32 [T, K]
+    out_ids,  # int32 [T, COLS]
+    out_weights,  # fp32 [T, COLS]
     logits_pitch,
     scaling,
     E: tl.constexpr,
@@ -78,16 +79,20 @@ def _route(
     TOPK_GROUPS: tl.constexpr,
     K: tl.constexpr,
     K2: tl.constexpr,
+    COLS: tl.constexpr,  # K, and one more for the shared expert
+    SHARED_ID: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     NORMALIZE: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    await_inputs(PDL)
     t = tl.program_id(0).to(tl.int64)
     k = tl.arange(0, K2)
-    ids_at = out_ids + t * K + k
-    weights_at = out_weights + t * K + k
+    ids_at = out_ids + t * COLS + k
+    weights_at = out_weights + t * COLS + k
     if tl.load(tok_row + t) < 0:
-        tl.store(ids_at, tl.full([K2], -1, tl.int32), mask=k < K)
-        tl.store(weights_at, tl.zeros([K2], tl.float32), mask=k < K)
+        tl.store(ids_at, tl.full([K2], -1, tl.int32), mask=k < COLS)
+        tl.store(weights_at, tl.zeros([K2], tl.float32), mask=k < COLS)
         return
     g = tl.arange(0, G2)[:, None]
     s = tl.arange(0, S2)[None, :]
@@ -109,8 +114,8 @@ def _route(
     weight = tl.sigmoid(tl.load(logits + t * logits_pitch + ids, mask=k < K, other=0.0))
     if NORMALIZE:
         weight = tl.div_rn(weight, tl.sum(tl.where(k < K, weight, 0.0), axis=0) + _EPSILON)
-    tl.store(ids_at, ids, mask=k < K)
-    tl.store(weights_at, weight * scaling, mask=k < K)
+    tl.store(ids_at, tl.where(k < K, ids, SHARED_ID), mask=k < COLS)
+    tl.store(weights_at, tl.where(k < K, weight * scaling, 1.0), mask=k < COLS)
 
 
 @triton.jit
@@ -122,8 +127,10 @@ def _align(
     expert_start,
     BLOCK: tl.constexpr,
     NUM_BLOCKS: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """CTA e reads all ids twice, so that it needs nothing from its neighbours."""
+    await_inputs(PDL)
     e = tl.program_id(0)
     lane = tl.arange(0, BLOCK)
     lower = tl.zeros([BLOCK], tl.int32)
@@ -161,7 +168,9 @@ def _combine(
     K: tl.constexpr,
     BLOCK: tl.constexpr,
     HAS_SHARED: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    await_inputs(PDL)
     t = tl.program_id(0).to(tl.int64)
     col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float32)
@@ -188,6 +197,7 @@ def route(
     top_k: int,
     normalize: bool,
     scaling: float,
+    shared_id: int | None = None,
     out_ids: torch.Tensor,
     out_weights: torch.Tensor,
 ) -> None:
@@ -204,14 +214,16 @@ def route(
         top_k: experts a token.
         normalize: divide the weights by their sum.
         scaling: multiplies the weights.
-        out_ids: int32 [T, top_k], by descending choice.
-        out_weights: fp32 [T, top_k].
+        shared_id: of an expert that every real token goes to as well, with weight 1 and last.
+        out_ids: int32 [T, top_k], by descending choice; with shared_id [T, top_k + 1].
+        out_weights: fp32, as out_ids.
     Raises:
         ValueError: counts that do not divide or do not suffice, or shapes that do not fit.
     Capture-safe.
     Source: `DeepseekV3TopkRouter` of transformers; DeepSeek-V3 report, section 2.1.2.
     """
-    size = _check_route(logits, bias, num_groups, topk_groups, top_k, out_ids, out_weights)
+    columns = top_k + (shared_id is not None)
+    size = _check_route(logits, bias, num_groups, topk_groups, top_k, columns, out_ids, out_weights)
     launch(
         _route,
         (logits.shape[0],),
@@ -229,10 +241,13 @@ def route(
         S2=triton.next_power_of_2(size),
         TOPK_GROUPS=topk_groups,
         K=top_k,
-        K2=triton.next_power_of_2(top_k),
+        K2=triton.next_power_of_2(columns),
+        COLS=columns,
+        SHARED_ID=-1 if shared_id is None else shared_id,
         HAS_BIAS=bias is not None,
         NORMALIZE=normalize,
         num_warps=1,  # every reduction stays inside the warp
+        **overlap(launch),
     )
 
 
@@ -246,11 +261,13 @@ def route_ref(
     top_k: int,
     normalize: bool,
     scaling: float,
+    shared_id: int | None = None,
     out_ids: torch.Tensor,
     out_weights: torch.Tensor,
 ) -> None:
     """`route` in plain torch."""
-    size = _check_route(logits, bias, num_groups, topk_groups, top_k, out_ids, out_weights)
+    columns = top_k + (shared_id is not None)
+    size = _check_route(logits, bias, num_groups, topk_groups, top_k, columns, out_ids, out_weights)
     scores = sigmoid_rows(logits)
     choice = scores if bias is None else scores + bias
     grouped = choice.view(-1, num_groups, size)
@@ -263,9 +280,13 @@ def route_ref(
     weights = scores.gather(1, ids)
     if normalize:
         weights = weights / (weights.sum(1, keepdim=True) + EPSILON)
+    weights = weights * scaling
+    if shared_id is not None:
+        ids = torch.nn.functional.pad(ids, (0, 1), value=shared_id)
+        weights = torch.nn.functional.pad(weights, (0, 1), value=1.0)
     padded = (tok_row < 0)[:, None]
     out_ids.copy_(ids.masked_fill(padded, -1))
-    out_weights.copy_((weights * scaling).masked_fill(padded, 0.0))
+    out_weights.copy_(weights.masked_fill(padded, 0.0))
 
 
 def align(
@@ -301,6 +322,7 @@ def align(
         BLOCK=block,
         NUM_BLOCKS=triton.cdiv(num_pairs, block),
         num_warps=max(1, min(8, block // 256)),
+        **overlap(launch),
     )
 
 
@@ -356,6 +378,7 @@ def combine(
         BLOCK=COMBINE_BLOCK,
         HAS_SHARED=shared is not None,
         num_warps=4,
+        **overlap(launch),
     )
 
 
@@ -385,6 +408,7 @@ def _check_route(
     num_groups: int,
     topk_groups: int,
     top_k: int,
+    columns: int,
     out_ids: torch.Tensor,
     out_weights: torch.Tensor,
 ) -> int:
@@ -406,9 +430,9 @@ def _check_route(
             f"got {logits.dtype} and {None if bias is None else bias.dtype}"
         )
     for name, t in (("out_ids", out_ids), ("out_weights", out_weights)):
-        if tuple(t.shape) != (rows, top_k) or not t.is_contiguous():
+        if tuple(t.shape) != (rows, columns) or not t.is_contiguous():
             raise ValueError(
-                f"{name} must be [{rows}, {top_k}] and contiguous, "
+                f"{name} must be [{rows}, {columns}] and contiguous, "
                 f"got {list(t.shape)}, strides {t.stride()}"
             )
     return int(size)

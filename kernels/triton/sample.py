@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from kernels.triton.launch import Launcher
+from kernels.triton.overlap import await_inputs, overlap
 
 CHUNK = 2048  # enough CTAs to fill the device with one row, little to merge with many
 
@@ -32,7 +33,9 @@ def _greedy_chunk(
     V: tl.constexpr,
     C: tl.constexpr,
     CHUNK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    await_inputs(PDL)
     s = tl.program_id(1).to(tl.int64)
     if tl.load(sample_tok + s) < 0:
         return
@@ -61,7 +64,9 @@ def _greedy_merge(
     V: tl.constexpr,
     C: tl.constexpr,
     C2: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    await_inputs(PDL)
     s = tl.program_id(0).to(tl.int64)
     if tl.load(sample_tok + s) < 0:
         tl.store(out_token + s, -1)
@@ -119,6 +124,7 @@ def greedy(
         C=chunks,
         CHUNK=CHUNK,
         num_warps=4,
+        **overlap(launch),
     )
     launch(
         _greedy_merge,
@@ -131,6 +137,7 @@ def greedy(
         C=chunks,
         C2=triton.next_power_of_2(chunks),
         num_warps=1,
+        **overlap(launch),
     )
 
 

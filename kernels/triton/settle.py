@@ -15,6 +15,7 @@ import triton.language as tl
 from triton.language.extra.cuda import globaltimer
 
 from kernels.triton.launch import Launcher
+from kernels.triton.overlap import await_inputs, overlap
 from kernels.triton.state import DECODE, ERROR, FREE, HEADER, LENGTH, RING_SLOTS, RUNNING, STOP
 
 
@@ -57,7 +58,9 @@ def _settle(
     SLOTS: tl.constexpr,
     HEAD: tl.constexpr,
     ON_DEVICE: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    await_inputs(PDL)
     step = tl.load(step_ptr)
     s = tl.arange(0, S2)
     row = tl.load(sample_row + s, mask=s < S, other=-1)
@@ -152,6 +155,7 @@ def settle(
         HEAD=HEADER,
         ON_DEVICE=on_device,
         num_warps=4,
+        **overlap(launch),
     )
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from barriers.errors import BarrierTimeout
 from graphs.keys import GraphKey, Ladder, NotCaptured
 from kernels.triton.state import HEADER, RING_SLOTS, MailboxLayout, RingLayout
 from runtime import OutOfPages, OutOfRows, Runtime, SamplingParams, StepFailed
@@ -616,11 +617,13 @@ class FakeEngine:
         answers: False never publishes.
         fault: of every step.
         dead: raised by `check_alive`.
+        late: raised by `check_ranks`.
     """
 
     answers: bool = True
     fault: int = 0
     dead: Exception | None = None
+    late: Exception | None = None
     deadline_s: float = 0.05
     closed: int = 0
     config: FakeConfig = field(default_factory=FakeConfig)
@@ -646,6 +649,10 @@ class FakeEngine:
         if self.dead:
             raise self.dead
 
+    def check_ranks(self) -> None:
+        if self.late:
+            raise self.late
+
     def close(self) -> None:
         self.closed += 1
 
@@ -660,6 +667,18 @@ def test_a_silent_device_is_given_up_after_the_deadline() -> None:
     runtime.add([1])
     with pytest.raises(StepFailed, match="step 0 did not finish within 0.05 s; close this runtime"):
         runtime.step()
+
+
+def test_a_step_that_a_peer_missed_gives_no_tokens() -> None:
+    """The device gives up its wait and finishes the step; what it published is worth nothing."""
+    runtime, engine = fake(answers=True)
+    runtime.add([1])
+    runtime.step()
+    engine.late = BarrierTimeout("rank 1 is late", (1,))
+    with pytest.raises(BarrierTimeout, match="rank 1 is late"):
+        runtime.step()
+    with pytest.raises(StepFailed, match="BarrierTimeout: rank 1 is late"):
+        runtime.launch()
 
 
 def test_a_device_error_is_raised_instead_of_waiting_for_the_deadline() -> None:

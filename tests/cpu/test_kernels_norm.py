@@ -227,6 +227,7 @@ class _Lister:
     """A launcher that only remembers what would be launched."""
 
     num_sms = 132
+    pdl = 0
 
     def __init__(self) -> None:
         self.seen: dict[str, tuple[Any, KernelSpec]] = {}

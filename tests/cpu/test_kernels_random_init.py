@@ -95,6 +95,7 @@ def test_seeds_do_not_make_new_kernels() -> None:
 
     class Recorder:
         num_sms = 132
+        pdl = 0
 
         def __call__(self, kernel: Any, grid: Any, *args: Any, **options: Any) -> None:
             numbers = [a for a in args if not isinstance(a, torch.Tensor)]

@@ -170,6 +170,7 @@ def test_on_meta_tensors_only_our_kernels_are_launched() -> None:
 
     class Lister:
         num_sms = 132
+        pdl = 0
 
         def __call__(self, kernel: Any, grid: tuple[int, ...], *args: Any, **kw: Any) -> None:
             launched.append(kernel.fn.__name__)

@@ -186,36 +186,36 @@ def test_dispatch_names_the_wrong_argument() -> None:
         transport.combine(torch.empty(3, 144), x, received, case.ids[0], None)
 
 
-# -- allgather: three processes, every scenario in one start -------------------------------------
+# -- allgather: eight processes, every scenario in one start -------------------------------------
+
+WORLDS = (2, 3, 4, 8)
+FORMATS = ((True, "bfloat16"), (False, "bfloat16"), (False, "float32"), (True, "float16"))
 
 
+@pytest.mark.slow
 def test_allgather_ranks(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(_rank_main, args=(str(tmp_path / "store"),), nprocs=3)
+    torch.multiprocessing.spawn(_rank_main, args=(str(tmp_path / "store"),), nprocs=max(WORLDS))
 
 
 def _rank_main(rank: int, store: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=3)
-    pair = dist.new_group([0, 1])
-    world = dist.group.WORLD
-    for fp8, act in (
-        (True, "bfloat16"),
-        (False, "bfloat16"),
-        (False, "float32"),
-        (True, "float16"),
-    ):
-        config = replace(SMALL, rank=rank, world=3, fp8=fp8, act_dtype=act)
-        _check_all(config, world)
-        if rank < 2:
-            _check_all(replace(config, world=2), pair)
-    _check_refusals(replace(SMALL, rank=rank, world=3), world)
+    ranks = max(WORLDS)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
+    groups = {world: dist.new_group(list(range(world))) for world in WORLDS}
+    for world, group in groups.items():
+        if rank >= world:
+            continue
+        for fp8, act in FORMATS if world == 3 else FORMATS[:1]:
+            config = replace(SMALL, rank=rank, world=world, num_experts=24, fp8=fp8, act_dtype=act)
+            _check_all(config, group)
+    _check_refusals(replace(SMALL, rank=rank, world=ranks, num_experts=24), dist.group.WORLD)
     dist.barrier()
     dist.destroy_process_group()
 
 
 def _check_all(config: TransportConfig, group: object) -> None:
     transport = AllGather(config, zeros(config, AllGather), group, None)
-    full = [6, 4, 5][: config.world]
+    full = [6, 4, 5, 1, 0, 6, 3, 2][: config.world]
     for step, tokens in enumerate(
         [full, [0] * config.world, [1] + [0] * (config.world - 1), [0, *full[1:]], full]
     ):
@@ -279,7 +279,7 @@ def _check_neighbours(transport: AllGather) -> None:
 
 
 def _check_refusals(config: TransportConfig, group: object) -> None:
-    with pytest.raises(ValueError, match=f"this is rank {config.rank} of 3"):
+    with pytest.raises(ValueError, match=f"this is rank {config.rank} of {config.world}"):
         AllGather(replace(config, rank=0, world=2), {}, group, None)
 
 

@@ -80,10 +80,13 @@ def launcher(store: Path, arch: str) -> AotLauncher:
     from capture_cache.store import Store
     from graphs.aot import AotLauncher
     from graphs.compile import KernelCompiler
+    from kernels.triton.overlap import MODES
+    from runtime.selection import DEFAULT_PDL
 
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())
     compiler = KernelCompiler(Store(store), arch)
-    return AotLauncher(compiler, num_sms=properties.multi_processor_count)
+    sms, mode = properties.multi_processor_count, MODES[DEFAULT_PDL]
+    return AotLauncher(compiler, num_sms=sms, pdl=mode)
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,100 @@
+"""Programmatic dependent launch: a kernel's start overlaps the end of the one before it.
+
+A kernel that is launched so may begin while its predecessor still runs. The invariant that makes
+it correct: **every CTA of every such kernel calls `await_inputs` before it touches memory that any
+kernel of the step writes**, be it to read or to overwrite. Before that it may read only what no
+step writes: weights, scales of weights, the rope table. `await_inputs` returns when the
+predecessor has completed and its writes are visible; that one had waited for its own predecessor,
+so all earlier kernels are complete, too, and a dependent may be let go as early as one likes.
+
+Kernels that are launched in the ordinary way (other libraries', the transports') wait for the
+completion of what comes before them, and what comes after them waits for theirs.
+
+The mode is a constexpr of every kernel: OFF also serves the interpreter and chips before sm_90.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+OFF, LATE, EARLY = 0, 1, 2
+MODES = {"off": OFF, "late": LATE, "early": EARLY}
+
+_LATE = tl.constexpr(LATE)
+_EARLY = tl.constexpr(EARLY)
+
+
+class Overlapping(Protocol):
+    """What of a launcher decides the mode: `kernels.triton.launch.Launcher` has it."""
+
+    pdl: int
+
+
+def overlap(launch: Overlapping) -> dict[str, Any]:
+    """The launch options of a kernel that calls `await_inputs`."""
+    return {"PDL": launch.pdl, "pdl": launch.pdl != OFF}
+
+
+@triton.jit
+def await_inputs(PDL: tl.constexpr):
+    """Let the next kernel start, and wait for the previous ones; for kernels that are short."""
+    if PDL != 0:
+        gdc_launch_dependents()
+        gdc_wait()
+
+
+@triton.jit
+def await_inputs_streaming(PDL: tl.constexpr):
+    """As `await_inputs`, for kernels that stream weights: those of the next kernel would compete.
+
+    In mode LATE the next kernel is let go by `release_dependents`, once the stream is through.
+    """
+    if PDL == _EARLY:
+        gdc_launch_dependents()
+    if PDL != 0:
+        gdc_wait()
+
+
+@triton.jit
+def release_dependents(PDL: tl.constexpr):
+    """Let the next kernel start, if `await_inputs_streaming` did not; nothing is left to load."""
+    if PDL == _LATE:
+        gdc_launch_dependents()
+
+
+@triton.jit
+def prefetch_rows(
+    src,  # [rows, …] of 1, 2 or 4 bytes, 16-byte aligned rows
+    row,
+    col,
+    end_row,
+    COLS: tl.constexpr,
+    PITCH: tl.constexpr,
+    ROWS: tl.constexpr,
+    SPAN: tl.constexpr,  # elements of a row, a multiple of 32 bytes
+):
+    """Ask L2 for src[row : row + ROWS, col : col + SPAN]; what lies outside the matrix is left out.
+
+    Nothing waits for it. Two requests a row, so that a thread issues one.
+    """
+    HALF: tl.constexpr = SPAN // 2
+    i = tl.arange(0, 2 * ROWS)
+    r = i // 2
+    c = col + (i % 2) * HALF
+    left = tl.minimum(COLS - c, HALF)
+    wanted = (r < end_row - row) & (left > 0)
+    num_bytes = tl.where(wanted, left * (src.dtype.element_ty.primitive_bitwidth // 8), 0)
+    at = src + (tl.cast(row, tl.int64) + r) * PITCH + c
+    tl.inline_asm_elementwise(
+        "{ .reg .pred p; setp.ne.s32 p, $2, 0;"
+        " @p cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0; }",
+        "=r,l,r",
+        [at, num_bytes],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )

@@ -1,0 +1,163 @@
+"""Dependent launch: every kernel of a step waits for its inputs before it uses them."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from kernels.triton.overlap import MODES, OFF
+from runtime.config import RuntimeConfig
+from runtime.selection import choose
+
+ROOT = Path(__file__).resolve().parents[2]
+# Launched in the ordinary way: it must see the step up to itself complete.
+ORDINARY = {"_stamp", "_fill_kernel"}
+
+
+@pytest.fixture(scope="module")
+def listed() -> dict[str, list[dict[str, Any]]]:
+    """The kernels of a step by mode, with their PTX, from a process without the interpreter."""
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    run = subprocess.run(
+        [sys.executable, "-m", "tests.cpu.test_overlap"],
+        cwd=ROOT,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr[-4000:]
+    found: dict[str, list[dict[str, Any]]] = json.loads(run.stdout.splitlines()[-1])
+    return found
+
+
+@pytest.mark.parametrize("mode", ["late", "early"])
+def test_every_kernel_of_a_step_waits_before_it_touches_what_steps_write(
+    listed: dict[str, list[dict[str, Any]]], mode: str
+) -> None:
+    names = {k["name"] for k in listed[mode]}
+    assert {"_add_rmsnorm", "_linear_fp8_kernel", "_gate_up_kernel", "_route", "_merge"} <= names
+    for kernel in listed[mode]:
+        if kernel["name"] in ORDINARY:
+            assert not kernel["pdl"], kernel["name"]
+            continue
+        assert kernel["pdl"], f"{kernel['name']} is launched without overlap"
+        assert kernel["waits"], f"{kernel['name']} never waits"
+        assert kernel["stores_before_wait"] == 0, kernel["name"]
+        assert kernel["exits_before_wait"] == 0, kernel["name"]
+
+
+def test_off_has_no_trace_of_it(listed: dict[str, list[dict[str, Any]]]) -> None:
+    assert not [k["name"] for k in listed["off"] if k["pdl"] or k["waits"] or k["releases"]]
+
+
+def test_early_lets_dependents_go_and_late_does_so_after_the_stream(
+    listed: dict[str, list[dict[str, Any]]],
+) -> None:
+    for mode, first in (("early", True), ("late", False)):
+        for kernel in listed[mode]:
+            if kernel["name"] in ("_linear_fp8_kernel", "_gate_up_kernel", "_down_kernel"):
+                assert kernel["releases"], kernel["name"]
+                assert kernel["release_first"] is first, (mode, kernel["name"])
+
+
+def test_before_the_wait_only_what_no_step_writes_is_loaded() -> None:
+    """By source: the loads above `await_inputs` name weights and nothing else."""
+    allowed = {"weight", "w_uk", "w_rows", "w_uv", "q_norm_weight", "kv_norm_weight"}
+    checked = 0
+    for path in sorted((ROOT / "kernels" / "triton").glob("*.py")):
+        for function in ast.parse(path.read_text()).body:
+            if not isinstance(function, ast.FunctionDef) or path.name == "overlap.py":
+                continue
+            calls = [n for n in ast.walk(function) if isinstance(n, ast.Call)]
+            waits = [c.lineno for c in calls if _callee(c).startswith("await_inputs")]
+            if not waits:
+                continue
+            checked += 1
+            arguments = {a.arg for a in function.args.args}
+            for call in calls:
+                touches = _callee(call) in ("load", "store", "prefetch_rows", "_norm_weight")
+                if touches and call.lineno < min(waits):
+                    used = {n.id for a in call.args[:1] for n in ast.walk(a) if _is_name(n)}
+                    assert used & arguments <= allowed | _sizes(function), (path.name, call.lineno)
+    assert checked >= 20
+
+
+def test_the_mode_is_settled_before_capture() -> None:
+    common = {"model": "tiny", "bs": 2, "max_seq_len": 256}
+    assert choose(RuntimeConfig.of(**common, device="cpu")).step.pdl == "off"
+    ahead = choose(RuntimeConfig.of(**common), compile_only=True)
+    assert MODES[ahead.step.pdl] != OFF
+    chosen = choose(RuntimeConfig.of(**common, pdl="late"), compile_only=True)
+    assert chosen.step.pdl == "late"
+    with pytest.raises(ValueError, match="--pdl early needs a CUDA device"):
+        choose(RuntimeConfig.of(**common, device="cpu", pdl="early"))
+    with pytest.raises(ValueError, match="pdl must be one of auto, off, late, early"):
+        RuntimeConfig.of(**common, pdl="yes")
+
+
+def _callee(call: ast.Call) -> str:
+    return call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
+
+
+def _is_name(node: ast.AST) -> bool:
+    return isinstance(node, ast.Name)
+
+
+def _sizes(function: ast.FunctionDef) -> set[str]:
+    """Constexprs: numbers that cannot be buffers."""
+    return {a.arg for a in function.args.args if a.annotation is not None}
+
+
+def _facts(spec: Any, ptx: str) -> dict[str, Any]:
+    wait = ptx.find("griddepcontrol.wait")
+    release = ptx.find("griddepcontrol.launch_dependents")
+    before = ptx[:wait] if wait >= 0 else ""
+    return {
+        "name": spec.name,
+        "pdl": spec.pdl,
+        "waits": wait >= 0,
+        "releases": release >= 0,
+        "release_first": 0 <= release < wait,
+        "stores_before_wait": before.count("st.global") + before.count("red.global"),
+        "exits_before_wait": before.count("\tret;"),
+    }
+
+
+def _report() -> dict[str, list[dict[str, Any]]]:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from runtime.assemble import list_kernels
+
+    found: dict[str, list[dict[str, Any]]] = {}
+    for mode in MODES:
+        options = {"layers": 4, "overrides": ("n_routed_experts=32",), "ladder": "32", "bs": 32}
+        chosen = RuntimeConfig.of(model="deepseek-v3", pdl=mode, **options)
+        selection = choose(chosen, compile_only=True)
+        found[mode] = []
+        for request in list_kernels(selection, "sm_90", ["triton"]).requests:
+            spec = request.spec
+            aligned: dict[Any, Any] = {(i,): [["tt.divisibility", 16]] for i in spec.aligned}
+            source = ASTSource(
+                request.resolve(), dict(spec.signature), dict(request.constexprs), aligned
+            )
+            options = {"num_warps": spec.num_warps, "num_stages": spec.num_stages}
+            made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+            found[mode].append(_facts(spec, made.asm["ptx"]))
+    return found
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    print(json.dumps(_report()))
