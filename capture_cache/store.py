@@ -2,6 +2,7 @@
 
     <store>/<fingerprint>/manifest.json, files…          one captured configuration
     <store>/kernels/<arch>/<digest>/meta.json, files…    device code, shared by all of them
+    <store>/records/<digest>/meta.json                   what was measured on this machine
     <store>/.tmp-…                                       unfinished or replaced; swept after a day
 
 An entry appears by one rename of a finished, synced directory, so a reader sees all of it or none.
@@ -196,6 +197,27 @@ class Store:
         loaded = self._load(_kernel_parts(arch, digest), META)
         return None if loaded is None else _kernel(loaded)
 
+    # -- measurements ----------------------------------------------------------------------------
+
+    def publish_record(self, digest: str, record: Mapping[str, Any]) -> None:
+        """Store a small record under what it is valid for; replaces an earlier one.
+
+        Raises:
+            StoreError: no space, no permission, an unsafe directory.
+            ValueError: something in it is not JSON.
+        """
+        self._publish(_record_parts(digest), META, {"meta": dict(record)}, {}, True)
+
+    def load_record(self, digest: str) -> Mapping[str, Any] | None:
+        """The record that was published; None if there is none.
+
+        Raises:
+            CorruptBundle: it is not what was written.
+            StoreError: the store cannot be read safely.
+        """
+        loaded = self._load(_record_parts(digest), META)
+        return None if loaded is None else dict(loaded.record["meta"])
+
     # -- entries ---------------------------------------------------------------------------------
 
     def _record(self, parts: tuple[str, ...], record_name: str) -> dict[str, Any] | None:
@@ -349,6 +371,12 @@ def _manifest(record: Mapping[str, Any], path: Path) -> Manifest:
 
 def _kernel(loaded: Loaded) -> Loaded:
     return replace(loaded, record=loaded.record["meta"])
+
+
+def _record_parts(digest: str) -> tuple[str, ...]:
+    if not _HEX.fullmatch(digest):
+        raise ValueError(f"expected 64 hex digits, got {digest!r}")
+    return ("records", digest)
 
 
 def _kernel_parts(arch: str, digest: str) -> tuple[str, ...]:

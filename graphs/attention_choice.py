@@ -6,11 +6,14 @@ depend on the choice; times on the lengths and on how many rows there are.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 
 import torch
 
+from graphs.buffers import StepConfig
 from graphs.calls import Call
 from graphs.flashinfer_mla import FlashinferMla
 from graphs.model_config import ModelConfig
@@ -118,3 +121,78 @@ def run_every_cut(ops: Ops, model: ModelConfig, call: Call) -> None:
     for backend in backends:
         for cut in cuts_for(longest, call["page_size"]):
             AttentionCut(backend, cut).bind(ops, model, call)()
+
+
+def points_for(max_seq_len: int) -> list[tuple[int, int]]:
+    """(rows, context) at which choices are compared; they do not follow the ladder, for two
+    runtimes of one model are to give the same bits."""
+    longest = max_seq_len - 1
+    found = [(rows, min(2000, longest)) for rows in (1, 8, 32, 64)]
+    if longest > 8192:
+        found += [(1, min(longest, 131072)), (8, min(longest, 32768))]
+    return found
+
+
+def example(
+    model: ModelConfig, step: StepConfig, rows: int, context: int, device: torch.device, copies: int
+) -> list[Call]:
+    """Recorded-like calls of `mla_decode`: so many times other pages of one random cache."""
+    dtype = getattr(torch, model.act_dtype)
+    heads, dc, width = model.num_heads, model.kv_lora_rank, model.latent_dim
+    used = -(-context // step.page_size)
+    num_pages = rows * copies * used + 1
+    cache = torch.empty((num_pages * step.page_size, width), dtype=dtype, device=device)
+    q = torch.empty((rows, heads, width), dtype=dtype, device=device)
+    table = torch.zeros((rows * copies, step.max_pages), dtype=torch.int32, device=device)
+    if device.type != "meta":
+        cache.normal_()
+        q.normal_()
+        pages = torch.arange(1, num_pages, dtype=torch.int32, device=device)
+        table[:, :used] = pages.view(rows * copies, used)
+    calls = []
+    for i in range(copies):
+        row = torch.arange(i * rows, (i + 1) * rows, dtype=torch.int32, device=device)
+        args = (q, cache, table, row, torch.full_like(row, context))
+        kwargs = {
+            "page_size": step.page_size,
+            "softmax_scale": model.softmax_scale,
+            "cut": step.cut,
+            "out": torch.empty((rows, heads, dc), dtype=dtype, device=device),
+            "part_o": None,
+            "part_lse": None,
+        }
+        calls.append(Call("mla_decode", args, kwargs))
+    return calls
+
+
+def copies_for(model: ModelConfig, rows: int, context: int, cache_bytes: int) -> int:
+    """Copies of the KV that no cache holds together."""
+    itemsize = torch.empty((), dtype=getattr(torch, model.act_dtype)).element_size()
+    kv_bytes = rows * context * model.latent_dim * itemsize
+    return max(1, min(32, math.ceil(2 * cache_bytes / kv_bytes)))
+
+
+def choose_attention(
+    found: Sequence[AttentionCut],
+    points: Sequence[tuple[int, int]],
+    measure: Callable[[AttentionCut, int, int], float],
+    *,
+    margin: float = 0.05,
+) -> tuple[AttentionCut, dict[str, list[float]]]:
+    """The choice that is fastest over all points, the first one unless another is clearly faster.
+
+    Args:
+        measure: (choice, rows, context) → microseconds.
+    Returns:
+        The choice, and the times of each by `str`, in the order of the points.
+    """
+    times = {str(c): [measure(c, rows, context) for rows, context in points] for c in found}
+    fastest = [min(column) for column in zip(*times.values(), strict=True)]
+    slowdown = {
+        name: fmean(us / best for us, best in zip(column, fastest, strict=True))
+        for name, column in times.items()
+    }
+    winner = min(found, key=lambda c: slowdown[str(c)])
+    if slowdown[str(winner)] * (1 + margin) >= slowdown[str(found[0])]:
+        winner = found[0]
+    return winner, times

@@ -15,6 +15,8 @@ import torch
 
 from barriers.transport import Received, Transport
 from graphs.ops import Op, Ops
+from kernels.triton.launch import Arg
+from kernels.triton.overlap import OFF
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,6 +108,15 @@ class RecordingTransport:
         """As `Transport.combine`."""
         args = (y, received.ids, received.weights, shared)
         self._hook(Call("combine", args, {"out": out}))
+
+
+class NoLauncher:
+    """Launches nothing: a step is recorded with it, on whatever machine."""
+
+    arch, num_sms, pdl = "none", 0, OFF
+
+    def __call__(self, kernel: Any, grid: tuple[int, ...], *args: Arg, **options: Any) -> None:
+        """Forget it."""
 
 
 def op_names(ops: Ops) -> list[str]:

@@ -8,13 +8,28 @@ order, and then all keys and ranks must take the same.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any
+
+import torch
 
 from graphs.calls import Call, Hook
 from graphs.ops import Ops
+from kernels.triton.grouped import DOWN_PLAN, GATE_UP_PLAN, GroupedPlan
+from kernels.triton.linear import LinearPlan, linear_plan
+from kernels.triton.tiles import FP8_GROUP
 
-OURS = "triton"
+Plan = LinearPlan | GroupedPlan
+PLANS: dict[str, type[Plan]] = {
+    "linear": LinearPlan,
+    "linear_fp8": LinearPlan,
+    "grouped_gate_up": GroupedPlan,
+    "grouped_down": GroupedPlan,
+}
+TORCH_MM = "torch.mm"
+# Programs that a narrow product is cut into, beside the default: so many SMs, at most so many.
+SPLIT_PROGRAMS = (132, 264)
+MIN_SPLIT_BLOCKS = 4  # blocks of K that a split has at least
 
 
 @dataclass(frozen=True)
@@ -22,18 +37,24 @@ class Candidate:
     """One way to do an operation.
 
     Attributes:
-        name: unique within the operation and shape.
+        name: unique within the operation and shape; a plan's fields in words, or a library's call.
         bits: its order of additions; equal names, equal bits.
         exact: bits of a token do not depend on how many tokens there are.
-        plan: what the launcher takes as `plan=`; None leaves it its own choice.
-        other: another library's kernel, with the operation's own parameters.
+        plan: what the launcher takes as `plan=`; None where another library's kernel runs.
+        other: that kernel, with the operation's own parameters.
     """
 
     name: str
     bits: str = ""
     exact: bool = True
-    plan: Any = None
+    plan: Plan | None = None
     other: Callable[[Call], None] | None = None
+
+    @classmethod
+    def of(cls, plan: Plan) -> Candidate:
+        """Our kernel with a plan; of its fields only the splits change bits."""
+        bits = f"splits={plan.splits}" if isinstance(plan, LinearPlan) else "one order"
+        return cls(plan_name(plan), bits, plan=plan)
 
     def run(self, ops: Ops, call: Call) -> None:
         """Launch it with the arguments of `call`."""
@@ -45,13 +66,44 @@ class Candidate:
             getattr(ops, call.op)(*call.args, **call.kwargs, plan=self.plan)
 
 
-DEFAULT = Candidate("default")
+ONLY = Candidate("the only one")
 Candidates = Callable[[Call], list[Candidate]]
 
 
 def candidates(call: Call) -> list[Candidate]:
     """Every candidate for a call, the launcher's own choice first."""
-    return [DEFAULT]
+    if call.op in ("linear", "linear_fp8"):
+        return [*(Candidate.of(p) for p in _linear_plans(call)), *_libraries(call)]
+    if call.op in PLANS:
+        return [Candidate.of(p) for p in _grouped_plans(call)]
+    return [ONLY]
+
+
+def named(call: Call, name: str) -> Candidate:
+    """The candidate of that name; any valid plan has one, listed above or not.
+
+    Raises:
+        ValueError: no such candidate; says what there is.
+    """
+    for found in candidates(call):
+        if found.name == name:
+            return found
+    kind = PLANS.get(call.op)
+    try:
+        if kind is None:
+            raise ValueError(f"{call.op} has no plans")
+        plan = _parse(kind, name)
+        if isinstance(plan, GroupedPlan) and not _fits(plan, call):
+            raise ValueError("FP8 gate_up takes block_n 128")
+        return Candidate.of(plan)
+    except ValueError as error:
+        known = "; ".join(c.name for c in candidates(call))
+        raise ValueError(f"{call.op} has no kernel {name!r} ({error}); known: {known}") from error
+
+
+def plan_name(plan: Plan) -> str:
+    """A plan in words, as `named` reads them."""
+    return " ".join(f"{f.name}={getattr(plan, f.name)}" for f in fields(plan))
 
 
 def run_every(ops: Ops, found: Candidates = candidates) -> Hook:
@@ -63,3 +115,74 @@ def run_every(ops: Ops, found: Candidates = candidates) -> Hook:
                 candidate.run(ops, call)
 
     return run
+
+
+def _parse(kind: type[Plan], text: str) -> Plan:
+    known = {f.name for f in fields(kind)}
+    given: dict[str, int] = {}
+    for word in text.split():
+        key, _, value = word.partition("=")
+        if key not in known or not value.isdigit():
+            raise ValueError(f"expected words such as block_n=128, got {word!r}")
+        given[key] = int(value)
+    try:
+        return kind(**given)
+    except TypeError as error:
+        raise ValueError(f"expected all of {', '.join(sorted(known))}") from error
+
+
+def _linear_plans(call: Call) -> list[LinearPlan]:
+    """The default; the same order of additions cut otherwise; two other numbers of splits."""
+    w = call.args[1 if call.op == "linear" else 2]
+    n, k = w.shape
+    default = linear_plan(n, k, elem_bytes=w.element_size())
+    if w.element_size() == 4:
+        halves = (default.splits // 2, default.splits * 2)
+        others = [replace(default, splits=s) for s in halves if 1 <= s <= k // 64]
+        return [default, *others]
+    other = 64 if default.block_n == 128 else 128
+    plans = [default, replace(default, block_n=other), replace(default, per_sm=1)]
+    if call.op == "linear_fp8":
+        plans.append(replace(default, unroll=2))
+    blocks = k * w.element_size() // 128
+    for programs in SPLIT_PROGRAMS:
+        splits = max(1, round(programs / -(-n // 128)))
+        if splits != default.splits and blocks // splits >= MIN_SPLIT_BLOCKS:
+            plans.append(replace(default, block_n=128, splits=splits))
+    return list(dict.fromkeys(plans))
+
+
+def _grouped_plans(call: Call) -> list[GroupedPlan]:
+    default = GATE_UP_PLAN if call.op == "grouped_gate_up" else DOWN_PLAN
+    plans = [
+        default,
+        replace(default, per_sm=3 - min(2, default.per_sm)),
+        replace(default, prefetch=0),
+        replace(default, block_n=64),
+    ]
+    return [p for p in dict.fromkeys(plans) if _fits(p, call)]
+
+
+def _fits(plan: GroupedPlan, call: Call) -> bool:
+    """FP8 gate_up quantises a tile as one group."""
+    fp8 = call.args[2].element_size() == 1
+    return not (call.op == "grouped_gate_up" and fp8 and plan.block_n != FP8_GROUP)
+
+
+def _libraries(call: Call) -> list[Candidate]:
+    """cuBLAS picks its order of additions by the number of tokens."""
+    if call.op != "linear" or call.args[1].dtype != call.args[0].dtype:
+        return []
+    return [Candidate(TORCH_MM, exact=False, other=_mm)]
+
+
+def _mm(call: Call) -> None:
+    x, w, out = call.args[0], call.args[1], call.kwargs["out"]
+    if out.dtype == x.dtype:
+        torch.mm(x, w.T, out=out)
+    else:
+        _mm_widened(x, w, out)
+
+
+def _mm_widened(x: torch.Tensor, w: torch.Tensor, out: torch.Tensor) -> Any:
+    return torch.mm(x, w.T, out_dtype=out.dtype, out=out)

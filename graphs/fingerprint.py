@@ -33,9 +33,14 @@ def fingerprint(
     layout: ArenaLayout,
     *,
     on_device: bool,
+    kernels: str = "default",
 ) -> Fingerprint:
-    """Every field is compared on load and shown, stored against current, when it differs."""
-    facts: dict[str, Value] = {"schema": SCHEMA, **_machine(on_device)}
+    """Every field is compared on load and shown, stored against current, when it differs.
+
+    Args:
+        kernels: digest of the choices.
+    """
+    facts: dict[str, Value] = {"schema": SCHEMA, **machine_facts(on_device)}
     facts |= {package: _version(package) for package in PACKAGES}
     facts |= {
         "sources": source_digest(),
@@ -50,12 +55,20 @@ def fingerprint(
         "attention cut": step.cut,
         "ep size": step.ep_size,
         "pdl": step.pdl,
+        "kernels": kernels,
         "arena": layout.digest,
     }
     return Fingerprint.of(facts)
 
 
-def _machine(on_device: bool) -> dict[str, Value]:
+def toolchain_facts(on_device: bool) -> dict[str, Value]:
+    """The machine, the libraries and our own sources: what any measurement here depends on."""
+    facts = machine_facts(on_device) | {package: _version(package) for package in PACKAGES}
+    return facts | {"sources": source_digest()}
+
+
+def machine_facts(on_device: bool) -> dict[str, Value]:
+    """The device, or the processor of a twin."""
     if not on_device:
         return {"device": "cpu twin", "processor": platform.machine()}
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())

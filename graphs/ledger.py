@@ -9,6 +9,7 @@ from typing import Any
 from capture_cache.kernel import CompiledKernel
 from graphs.buffers import StepConfig, arena_layout, kv_bytes_per_token, scratch_bytes
 from graphs.capture import Captured
+from graphs.choices import KernelChoices
 from graphs.keys import GraphKey, Ladder
 from graphs.model_config import ModelConfig
 from graphs.prove import Proof
@@ -74,6 +75,8 @@ class Ledger:
         section_bytes: of the arena.
         kv_capacity_tokens: KV tokens that the cache holds.
         kernels: empty on the CPU twin.
+        choices: which plan each operation took, its time and the runner-up's; see
+            `graphs.choices.KernelChoices`.
     """
 
     section_bytes: dict[str, int]
@@ -82,6 +85,7 @@ class Ledger:
     attention: str
     keys: tuple[KeyCost, ...]
     kernels: tuple[KernelUse, ...]
+    choices: dict[str, Any]
 
     @property
     def general_kernels(self) -> list[str]:
@@ -99,6 +103,7 @@ def make_ledger(
     graphs: Mapping[GraphKey, Captured],
     proofs: Mapping[GraphKey, Proof],
     kernels: Mapping[KernelSpec, CompiledKernel],
+    choices: KernelChoices,
 ) -> Ledger:
     """Sum up a capture."""
     need = {key: scratch_bytes(cfg, step, key) for key in ladder.keys}
@@ -130,4 +135,5 @@ def make_ledger(
         attention=step.attention,
         keys=tuple(costs),
         kernels=tuple(KernelUse.of(*used) for used in kernels.items()),
+        choices=choices.to_json(),
     )

@@ -16,11 +16,13 @@ from graphs.buffers import StaticBuffers, transport_config
 from graphs.calls import Call, Hook, RecordingOps
 from graphs.candidates import run_every
 from graphs.checkpoint import random_weights
+from graphs.choices import ChosenOps, KernelChoices
 from graphs.compile import RecordingLauncher
 from graphs.devices import bind_views, torch_dtype
 from graphs.ops import Ops
 from graphs.step import DecodeStep
 from graphs.weights import add_part_views, stored_table
+from kernels.triton.launch import Launcher
 from kernels.triton.overlap import MODES
 from kernels.triton.settle import stamp
 from runtime.selection import Selection
@@ -46,16 +48,22 @@ def make_step(
 
 
 def list_kernels(
-    selection: Selection, arch: str, attentions: Iterable[str], *, every: bool = False
+    selection: Selection,
+    arch: str,
+    attentions: Iterable[str],
+    *,
+    every: bool = False,
+    choices: KernelChoices | None = None,
 ) -> RecordingLauncher:
     """Every Triton kernel of a capture, random weights and timestamps included, run by nobody.
 
     Args:
         attentions: list for each of these.
         every: list every candidate of each operation, too, and every cut of attention.
+        choices: list the kernels that these choose.
     """
     launcher = RecordingLauncher(arch, pdl=MODES[selection.step.pdl])
-    ops = Ops(launcher)
+    ops: Ops = ChosenOps(Ops(launcher), choices or KernelChoices())
     if every:
         ops = RecordingOps(ops, _run_every(ops, selection))
     meta = torch.device("meta")
@@ -65,7 +73,7 @@ def list_kernels(
         )
         views = bind_views(None, chosen.layout, meta)
         add_part_views(views)
-        step = make_step(chosen, ops, views, _listed_transport(chosen, launcher))
+        step = make_step(chosen, ops, views, listed_transport(chosen, launcher))
         for key in chosen.ladder.keys:
             step.run(key)
         stamp(launcher, views["stamps"], 0)
@@ -97,7 +105,8 @@ class _Unlaunched:
         """CUDA C++ kernels are listed by their module, not by their launches."""
 
 
-def _listed_transport(selection: Selection, launcher: RecordingLauncher) -> Transport | None:
+def listed_transport(selection: Selection, launcher: Launcher) -> Transport | None:
+    """A transport that moves nothing and waits for nobody, to list what a step calls."""
     model, step = selection.model, selection.step
     if model.first_k_dense_replace >= model.num_layers:
         return None

@@ -18,22 +18,26 @@ from capture_cache.errors import CorruptBundle, CudaError
 from capture_cache.manifest import Manifest
 from capture_cache.store import Store
 from graphs.aot import AotLauncher
+from graphs.attention_choice import AttentionCut
 from graphs.buffers import transport_config
 from graphs.capture import CudaBackend, GraphBackend, GraphSet, TwinBackend
 from graphs.checkpoint import load_checkpoint, random_weights
+from graphs.choices import ChosenOps, KernelChoices
 from graphs.compile import KernelCompiler, compile_all
 from graphs.devices import bind_views
 from graphs.ledger import make_ledger
 from graphs.ops import Ops
 from graphs.prove import Prover
 from graphs.rope import rope_table
+from graphs.timing import GraphTimer
 from graphs.weights import add_part_views
 from kernels.triton.overlap import MODES
 from runtime.assemble import list_kernels, make_step
 from runtime.config import RuntimeConfig
 from runtime.engine import Engine
 from runtime.ranks import Ranks
-from runtime.selection import Selection, choose
+from runtime.selection import Selection, choose, with_attention
+from runtime.tuning import AttentionTuner, Tuner, check_kernels, pinned, record_calls, share
 
 # (kind of work, pieces in all, piece)
 Progress = Callable[[str, int, object], None]
@@ -78,13 +82,16 @@ class _Builder:
     def run(self) -> Engine:
         with self._timed("select"):
             selection = choose(self.options)
+            check_kernels(self.options, selection)
             ranks, selection = self._meet(selection)
+        launcher = _launcher(self.store, selection) if selection.on_device else None
+        with self._timed("tune attention"):
+            selection = self._tune_attention(selection, launcher, ranks)
         with self._timed("arena"):
             arena = self._map(selection)
             device = torch.device("cuda" if selection.on_device else "cpu")
             views = bind_views(arena, selection.layout, device)
             add_part_views(views)
-        launcher = _launcher(self.store, selection) if selection.on_device else None
         with self._timed("compile"):
             self._compile(selection, launcher, ranks)
         backend: GraphBackend = CudaBackend(device) if selection.on_device else TwinBackend()
@@ -96,6 +103,11 @@ class _Builder:
             graphs = self._make_graphs(selection, views, launcher, backend, ranks)
         self.resources.callback(graphs.close)
         engine = Engine(selection, self.options, ranks, graphs, launcher, self.resources)
+        if isinstance(backend, CudaBackend) and launcher is not None:
+            with self._timed("tune"):
+                engine.choices = self._tune(selection, views, launcher, backend, ranks)
+            assert isinstance(graphs.step.ops, ChosenOps)
+            graphs.step.ops.choices = engine.choices
         self._capture(engine)
         with backend.on_stream():
             _reset_state(views)
@@ -118,13 +130,17 @@ class _Builder:
             "attention": step.attention,
             "transport": step.transport,
             "pdl": step.pdl,
+            "kernels": f"{options.kernels} {options.allow_inexact}",
             "verify": f"{options.verify} {options.proof_replays}",
         }
         ranks = Ranks(options.ranks, fields, deadline_s=options.deadline_s)
         self.resources.callback(ranks.close)
+        return ranks, self._common_pages(selection, ranks)
+
+    def _common_pages(self, selection: Selection, ranks: Ranks) -> Selection:
+        step = selection.step
         pages = min(part.value for part in ranks.group.allgather("pages", step.num_pages))
-        step = dataclasses.replace(step, num_pages=pages)
-        return ranks, dataclasses.replace(selection, step=step)
+        return dataclasses.replace(selection, step=dataclasses.replace(step, num_pages=pages))
 
     def _map(self, selection: Selection) -> Arena:
         arena: Arena
@@ -180,10 +196,61 @@ class _Builder:
             transport = ranks.transport(
                 selection.step.transport, sizes, views, launcher, self.store
             )
-        step = make_step(selection, Ops(launcher), views, transport)
+        ops = ChosenOps(Ops(launcher), KernelChoices())
+        step = make_step(selection, ops, views, transport)
         if launcher is None:
             return GraphSet(step, selection.ladder, backend)  # the twin compiles nothing
         return GraphSet(step, selection.ladder, backend, forbid_compile=launcher.freeze)
+
+    def _tune_attention(
+        self, selection: Selection, launcher: AotLauncher | None, ranks: Ranks
+    ) -> Selection:
+        """Choose kernel and cut on rank 0, for all; the KV cache is then sized again."""
+        options = self.options
+        if launcher is None or options.kernels == "default":
+            return selection
+        chosen = ""
+        if ranks.rank == 0:
+            pins = pinned(options)
+            if pins is None:
+                backend = CudaBackend(torch.device("cuda"))
+                timer = GraphTimer(backend.stream, target_us=300.0, replays=5)
+                tuner = AttentionTuner(
+                    selection, options, self.store, launcher, backend, timer, self.progress
+                )
+                chosen = str(tuner.choose())
+                torch.cuda.empty_cache()
+            else:
+                chosen = pins.attention or ""
+        parts = ranks.group.allgather("attention", chosen, timeout_s=COMPILE_TIMEOUT_S)
+        if not parts[0].value:
+            return selection
+        selection = with_attention(options, selection, AttentionCut.parse(parts[0].value))
+        return self._common_pages(selection, ranks)
+
+    def _tune(
+        self,
+        selection: Selection,
+        views: dict[str, torch.Tensor],
+        launcher: AotLauncher,
+        backend: CudaBackend,
+        ranks: Ranks,
+    ) -> KernelChoices:
+        """Choose kernels on rank 0, for all."""
+        if self.options.kernels == "default":
+            return KernelChoices()
+        choices = None
+        if ranks.rank == 0:
+            timer = GraphTimer(backend.stream, target_us=300.0, replays=5)
+            tuner = Tuner(
+                selection, self.options, self.store, launcher, backend, timer, self.progress
+            )
+            choices = dataclasses.replace(
+                tuner.choose(record_calls(selection, views)),
+                attention=str(AttentionCut(selection.step.attention, selection.step.cut)),
+            )
+            torch.cuda.empty_cache()  # inputs of measurements lay outside the arena
+        return share(ranks, choices)
 
     def _capture(self, engine: Engine) -> None:
         graphs, total = engine.graphs, len(engine.ladder.keys)
@@ -212,6 +279,7 @@ class _Builder:
             engine.graphs.graphs,
             engine.proofs,
             launcher.kernels if launcher else {},
+            engine.choices,
         )
         if engine.ranks.rank:
             return  # one bundle serves all ranks

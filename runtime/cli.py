@@ -88,6 +88,18 @@ def add_selection(parser: argparse.ArgumentParser) -> None:
     add("--transport", choices=TRANSPORTS, default="auto", help="how tokens reach other ranks")
     add("--attention", choices=ATTENTION, default="auto")
     add("--pdl", choices=PDL, default="auto", help="overlap of kernels (dependent launch)")
+    add(
+        "--kernels",
+        default="auto",
+        metavar="auto|tune|default|FILE",
+        help="measure the kernel of each operation, take the default, or what a file pins",
+    )
+    add(
+        "--allow-inexact",
+        action="store_true",
+        help="let kernels in whose bits depend on the number of tokens",
+    )
+    add("--tune-seconds", type=float, default=120.0, help="of measuring at most")
     add("--seed", type=int, default=0, help="of a preset's random weights")
     add("--json", action="store_true", help="print one JSON object as the last line")
 
@@ -113,6 +125,9 @@ def selection(args: argparse.Namespace, **more: Any) -> RuntimeConfig:
         transport=args.transport,
         attention=args.attention,
         pdl=args.pdl,
+        kernels=args.kernels,
+        allow_inexact=args.allow_inexact,
+        tune_s=args.tune_seconds,
         seed=args.seed,
         **more,
     )

@@ -46,6 +46,11 @@ class RuntimeConfig:
         pdl: whether a kernel starts while the one before it ends (programmatic dependent launch):
             off, late (once that one has loaded its weights), early (at once); auto decides by chip.
         seed: of a preset's random weights.
+        kernels: how the kernel of each operation is chosen: "tune" measures on the device and keeps
+            the result in the store, "default" measures nothing, a file pins; "auto" tunes on a
+            device.
+        allow_inexact: let kernels in whose bits depend on how many tokens there are.
+        tune_s: seconds of measuring at most; what is left over then takes the default.
         verify: prove every key after capture.
         proof_replays: replays per key of that proof; None: 100 on a device, 2 on the CPU twin.
         deadline_s: longest wait for a step, seconds.
@@ -66,6 +71,9 @@ class RuntimeConfig:
     attention: str = "auto"
     pdl: str = "auto"
     seed: int = 0
+    kernels: str = "auto"
+    allow_inexact: bool = False
+    tune_s: float = 120.0
     verify: bool = True
     proof_replays: int | None = None
     deadline_s: float = 10.0
@@ -87,6 +95,16 @@ class RuntimeConfig:
             raise ValueError(
                 f"max_seq_len must be at least 2 (a prompt token and a new one), got "
                 f"{self.max_seq_len}"
+            )
+        if self.tune_s <= 0:
+            raise ValueError(
+                f"--tune-seconds {self.tune_s}: expected more than 0; --kernels default measures "
+                "nothing"
+            )
+        if self.allow_inexact and self.kernels == "default":
+            raise ValueError(
+                "--allow-inexact goes with kernels that are measured or pinned; --kernels default "
+                "takes exact ones only"
             )
         if self.deadline_s <= 0:
             raise ValueError(f"deadline_s must be more than 0 seconds, got {self.deadline_s}")

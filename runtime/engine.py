@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from capture_cache.fingerprint import Fingerprint
 from graphs.aot import AotLauncher
 from graphs.capture import GraphSet
+from graphs.choices import KernelChoices
 from graphs.fingerprint import fingerprint
 from graphs.keys import GraphKey
 from graphs.ledger import Ledger
@@ -31,6 +32,7 @@ class Engine:
         mailbox: int32 [2, words]; ring: int32 [slots, words]; ring_step: int64 [slots].
         stages: seconds of each stage of the build.
         proofs: one per key, empty if not verified.
+        choices: kernels that the graphs were captured with.
     """
 
     ring_header = HEADER
@@ -58,6 +60,7 @@ class Engine:
         self.stages: dict[str, float] = {}
         self.proofs: dict[GraphKey, Proof] = {}
         self.ledger: Ledger | None = None
+        self.choices = KernelChoices()
         self.replay = graphs.replay
 
     def check_ranks(self) -> None:
@@ -92,6 +95,7 @@ class Engine:
             self.ladder,
             self.selection.layout,
             on_device=self.selection.on_device,
+            kernels=self.choices.digest,
         )
 
     def adopt(self, rows: list[int], length: int, limit: int, pages: list[list[int]]) -> None:
