@@ -201,7 +201,7 @@ def _down(t: int, experts: int) -> Case:
 
     def launch(launcher: Launcher, b: dict[str, torch.Tensor], plan: Plan) -> None:
         assert isinstance(plan, GroupedPlan)
-        grouped.grouped_down(launcher, **b, plan=plan)
+        grouped.grouped_down(launcher, **b, top_k=TOP_K, plan=plan)
 
     busy = min(experts, t * TOP_K)
     return Case("down", t, busy * INTER * HIDDEN, tuple(dict.fromkeys(plans)), make, launch)

@@ -22,6 +22,7 @@ from graphs.model_config import ModelConfig
 from graphs.weights import shared_joins, stored_table, weight_table
 from kernels.triton.linear import linear_workspace_elems
 from kernels.triton.mla_decode import num_splits
+from kernels.triton.mla_query import fuses_query
 from kernels.triton.sample import num_chunks
 from kernels.triton.state import RING_SLOTS, MailboxLayout, RingLayout
 
@@ -136,6 +137,18 @@ def choices(cfg: ModelConfig, step: StepConfig) -> int:
     return cfg.experts_per_token + shared_joins(cfg, step.transport)
 
 
+def query_fuses(cfg: ModelConfig) -> bool:
+    """Whether one kernel takes the compressed query to the latent space (`latent_query`)."""
+    act_bytes = torch.empty((), dtype=getattr(torch, cfg.act_dtype)).element_size()
+    return cfg.q_lora_rank is not None and fuses_query(
+        cfg.qk_nope_head_dim,
+        cfg.qk_rope_head_dim,
+        cfg.kv_lora_rank,
+        fp8=cfg.is_fp8,
+        act_bytes=act_bytes,
+    )
+
+
 def mailbox_layout(step: StepConfig, ladder: Ladder) -> MailboxLayout:
     return MailboxLayout(step.max_rows, ladder.max_tokens, MAX_STOPS)
 
@@ -209,7 +222,8 @@ def _scratch(
     yield entry("qkv", (tokens, cfg.q_part_padded + latent), act)
     if cfg.q_lora_rank is not None:
         yield from activation("q_norm", tokens, cfg.q_lora_rank, plain=False)
-        yield entry("q", (tokens, q_dim), act)
+        if not query_fuses(cfg):
+            yield entry("q", (tokens, q_dim), act)
     yield entry("q_latent", (tokens, heads, latent), act)
     yield entry("o_latent", (tokens, heads, cfg.kv_lora_rank), act)
     if step.attention == "flashinfer":

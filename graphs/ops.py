@@ -17,6 +17,7 @@ from kernels.triton import (
     mla_absorb,
     mla_decode,
     mla_prep,
+    mla_query,
     norm,
     routing,
     sample,
@@ -47,6 +48,7 @@ class Ops:
         self.linear = bind(linear.linear, linear.linear_ref)
         self.linear_fp8 = bind(linear.linear_fp8, linear.linear_fp8_ref)
         self.mla_prep = bind(mla_prep.mla_prep, mla_prep.mla_prep_ref)
+        self.latent_query = bind(mla_query.latent_query, mla_query.latent_query_ref)
         self.absorb_q = bind(mla_absorb.absorb_q, mla_absorb.absorb_q_ref)
         self.absorb_v = bind(mla_absorb.absorb_v, mla_absorb.absorb_v_ref)
         self.mla_decode = bind(mla_decode.mla_decode, mla_decode.mla_decode_ref)

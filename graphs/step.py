@@ -14,7 +14,7 @@ import torch
 
 from barriers.transport import Received, Transport
 from graphs.attention import Attention
-from graphs.buffers import StaticBuffers, StepConfig
+from graphs.buffers import StaticBuffers, StepConfig, query_fuses
 from graphs.keys import GraphKey
 from graphs.model_config import ModelConfig
 from graphs.ops import Ops
@@ -177,20 +177,7 @@ class DecodeStep:
             kv_cache=b[f"kv.{layer}"],
             **(q_norm.quantised_only if compressed else {}),
         )
-        if compressed:
-            self._linear(b, name + "q_b", q_norm, b["q"])
-            q = b["q"]
-        else:
-            q = b["qkv"][:, : cfg.q_part_width]
-        self.ops.absorb_q(
-            q,
-            w[name + "w_uk"],
-            b["tok_pos"],
-            b["tok_row"],
-            w["rope_table"],
-            interleave=cfg.rope_interleave,
-            out=b["q_latent"],
-        )
+        self._query(b, name, q_norm)
         self.attention.run(b, b[f"kv.{layer}"])
         o = Activation.of(b, "o")
         if o.plain is None:
@@ -200,6 +187,22 @@ class DecodeStep:
             if o.q is not None:
                 self.ops.quantize(o.plain, out_q=o.q, out_scale=o.scale)
         self._linear(b, name + "o", o, b["delta"])
+
+    def _query(self, b: Buffers, name: str, q_norm: Activation) -> None:
+        """From the normed, compressed query to that of every head in the latent space."""
+        cfg, w = self.cfg, self.weights
+        places = (b["tok_pos"], b["tok_row"], w["rope_table"])
+        rest = {"interleave": cfg.rope_interleave, "out": b["q_latent"]}
+        if query_fuses(cfg):
+            weight, scale = w[name + "q_b"], w[name + "q_b_scale"]
+            x = (q_norm.q, q_norm.scale)
+            self.ops.latent_query(*x, weight, scale, w[name + "w_uk"], *places, **rest)
+            return
+        q = b["qkv"][:, : cfg.q_part_width]
+        if cfg.q_lora_rank is not None:
+            q = b["q"]
+            self._linear(b, name + "q_b", q_norm, q)
+        self.ops.absorb_q(q, w[name + "w_uk"], *places, **rest)
 
     def _mlp(self, b: Buffers, name: str, buffer: str, x: Activation, out: torch.Tensor) -> None:
         h = Activation.of(b, f"{buffer}_h")
@@ -274,6 +277,7 @@ class DecodeStep:
             w.get(name + "down_scale"),
             b["offsets"],
             b["pairs"],
+            top_k=received.ids.shape[1],
             out=b["expert_y"],
         )
 

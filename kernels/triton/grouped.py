@@ -218,14 +218,14 @@ def _gate_up_kernel(
     W_TMA: tl.constexpr,
     EVEN_N: tl.constexpr,
     EVEN_K: tl.constexpr,
-    ADAPT: tl.constexpr,
+    HIGHEST: tl.constexpr,  # pairs of the tallest tile
     STAGES_16: tl.constexpr,
     STAGES_32: tl.constexpr,
     STAGES_64: tl.constexpr,
     PREFETCH: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    # The host does not know how many pairs an expert has, so one kernel holds every tile height.
+    # How many pairs an expert has is known on the device only: one kernel holds several heights.
     n_tile = tl.program_id(0)
     slot = tl.program_id(1)
     if not COMPACT:
@@ -238,13 +238,13 @@ def _gate_up_kernel(
         prefetch_rows(w_rows, row, 0, slot_end - INTER, K, K, BLOCK_N, PREFETCH * BLOCK_K)
     await_inputs_streaming(PDL)
     expert, first, end = _expert_of(offsets, slot, E, E_POW2, COMPACT)
-    if not ADAPT or end - first <= 16:
+    if HIGHEST == 16 or end - first <= 16:
         _gate_up_tiles(
             x, x_scale, w, w_scale, pairs, out, out_scale, expert, n_tile, first, end,
             TOP_K, INTER, K, X_PITCH, 16, BLOCK_N, BLOCK_K, FP8, W_TMA, EVEN_N, EVEN_K,
             STAGES_16, PDL,
         )  # fmt: skip
-    elif end - first <= 32:
+    elif HIGHEST == 32 or end - first <= 32:
         _gate_up_tiles(
             x, x_scale, w, w_scale, pairs, out, out_scale, expert, n_tile, first, end,
             TOP_K, INTER, K, X_PITCH, 32, BLOCK_N, BLOCK_K, FP8, W_TMA, EVEN_N, EVEN_K,
@@ -333,14 +333,14 @@ def _down_kernel(
     W_TMA: tl.constexpr,
     EVEN_N: tl.constexpr,
     EVEN_K: tl.constexpr,
-    ADAPT: tl.constexpr,
+    HIGHEST: tl.constexpr,  # pairs of the tallest tile
     STAGES_16: tl.constexpr,
     STAGES_32: tl.constexpr,
     STAGES_64: tl.constexpr,
     PREFETCH: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    # The host does not know how many pairs an expert has, so one kernel holds every tile height.
+    # How many pairs an expert has is known on the device only: one kernel holds several heights.
     n_tile = tl.program_id(0)
     slot = tl.program_id(1)
     if not COMPACT:
@@ -351,12 +351,12 @@ def _down_kernel(
         prefetch_rows(w_rows, row, 0, slot_end, K, K, BLOCK_N, PREFETCH * BLOCK_K)
     await_inputs_streaming(PDL)
     expert, first, end = _expert_of(offsets, slot, E, E_POW2, COMPACT)
-    if not ADAPT or end - first <= 16:
+    if HIGHEST == 16 or end - first <= 16:
         _down_tiles(
             h, h_scale, w, w_scale, pairs, out, expert, n_tile, first, end,
             N, K, H_PITCH, 16, BLOCK_N, BLOCK_K, FP8, W_TMA, EVEN_N, EVEN_K, STAGES_16, PDL,
         )  # fmt: skip
-    elif end - first <= 32:
+    elif HIGHEST == 32 or end - first <= 32:
         _down_tiles(
             h, h_scale, w, w_scale, pairs, out, expert, n_tile, first, end,
             N, K, H_PITCH, 32, BLOCK_N, BLOCK_K, FP8, W_TMA, EVEN_N, EVEN_K, STAGES_32, PDL,
@@ -413,7 +413,7 @@ def grouped_gate_up(
         check_scale("x_scale", x_scale, (x.shape[0], groups))
         check_scale("w_scale", w_scale, (num_experts, 2 * rows, groups))
         check_scale("out_scale", out_scale, (num_pairs, rows))
-    tiles = _Tiles.of(launch, plan, w, inter, 2, num_pairs, fp8=fp8)
+    tiles = _Tiles.of(launch, plan, w, inter, 2, num_pairs, x.shape[0], fp8=fp8)
     launch(
         _gate_up_kernel,
         tiles.grid,
@@ -445,6 +445,7 @@ def grouped_down(
     offsets: torch.Tensor,
     pairs: torch.Tensor,
     *,
+    top_k: int = 1,
     out: torch.Tensor,
     plan: GroupedPlan = DOWN_PLAN,
 ) -> None:
@@ -457,6 +458,7 @@ def grouped_down(
         w_scale: fp32 [E, ceil(N/128), ceil(I/128)].
         offsets: int32 [E+1]; expert e has pairs[offsets[e]:offsets[e+1]].
         pairs: int32 [P]; what lies past offsets[E] is not read.
+        top_k: choices of a token, for the height of tiles.
         out: act dtype [P, N].
         plan: for measurements and pinned choices.
     Raises:
@@ -473,7 +475,7 @@ def grouped_down(
         check_fp8("h", h)
         check_scale("h_scale", h_scale, (num_pairs, groups))
         check_scale("w_scale", w_scale, (num_experts, triton.cdiv(n, FP8_GROUP), groups))
-    tiles = _Tiles.of(launch, plan, w, n, 1, num_pairs, fp8=fp8)
+    tiles = _Tiles.of(launch, plan, w, n, 1, num_pairs, num_pairs // top_k, fp8=fp8)
     launch(
         _down_kernel,
         tiles.grid,
@@ -513,10 +515,16 @@ class _Tiles:
         rows: int,
         halves: int,
         num_pairs: int,
+        most: int,
         *,
         fp8: bool,
     ) -> _Tiles:
-        """Cut w [E, halves * rows, K]; a program takes the same tile of each half."""
+        """Cut w [E, halves * rows, K]; a program takes the same tile of each half.
+
+        Args:
+            most: pairs that an expert has if no token chooses it twice; taller tiles would only
+                take registers. (An expert with more is still right, tile after tile.)
+        """
         num_experts, _, k = w.shape
         flat = w.view(-1, k)
         block_n = FP32_BLOCK_N if w.dtype == torch.float32 else plan.block_n
@@ -528,6 +536,7 @@ class _Tiles:
         stages = tuple(pipeline_stages(halves * block_n, height, budget) for height in PAIR_BLOCKS)
         bulk = isinstance(source, TensorMap)
         compact = num_pairs < num_experts
+        highest = next((h for h in PAIR_BLOCKS if h >= most), PAIR_BLOCKS[-1]) if bulk else 16
         # Which expert a slot of a compact grid takes is known only once the lists are there.
         ahead = bulk and not compact and launch.pdl != OFF
         return cls(
@@ -545,7 +554,7 @@ class _Tiles:
                 "W_TMA": bulk,
                 "EVEN_N": rows % block_n == 0,
                 "EVEN_K": k % block_k == 0,
-                "ADAPT": bulk,
+                "HIGHEST": highest,
                 "STAGES_16": stages[0],
                 "STAGES_32": stages[1],
                 "STAGES_64": stages[2],
@@ -636,6 +645,7 @@ def grouped_down_ref(
     offsets: torch.Tensor,
     pairs: torch.Tensor,
     *,
+    top_k: int = 1,
     out: torch.Tensor,
 ) -> None:
     """Oracle of `grouped_down`: fp32 throughout, one rounding."""
