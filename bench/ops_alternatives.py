@@ -161,6 +161,15 @@ def _absorb_q(call: Call) -> list[Result]:
     return _outputs(call, torch.cat((latent, rotary), -1))
 
 
+def _latent_query(call: Call) -> list[Result]:
+    xq, xs, w, ws, w_uk, tok_pos, tok_row, table = call.args
+    out = call.kwargs["out"]
+    # The query is rounded between the two products, as if it had been stored.
+    q = torch.einsum("tk,nk->tn", _wide(xq, xs), _weight(w, ws)).to(out.dtype)
+    kwargs = {"interleave": call["interleave"], "out": out}
+    return _absorb_q(Call("absorb_q", (q, w_uk, tok_pos, tok_row, table), kwargs))
+
+
 def _absorb_v(call: Call) -> list[Result]:
     o_latent, w_uv = call.args
     heads = [o_latent[:, h].double() @ w_uv[h].double().T for h in range(w_uv.shape[0])]
@@ -289,6 +298,7 @@ FORMULATIONS: dict[str, Callable[[Call], list[Result]]] = {
     "mla_prep": _mla_prep,
     "absorb_q": _absorb_q,
     "absorb_v": _absorb_v,
+    "latent_query": _latent_query,
     "mla_decode": _mla_decode,
     "route": _route,
     "align": _align,

@@ -11,13 +11,12 @@ import importlib.util
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 
 from graphs.attention_choice import AttentionCut, cuts_for
 from graphs.calls import Call
-from graphs.candidates import candidates
+from graphs.candidates import ONLY, Candidate, candidates
 from graphs.flashinfer_mla import FlashinferMla
 from graphs.model_config import ModelConfig
 from graphs.ops import Ops
@@ -69,22 +68,30 @@ def missing(wanted: list[str]) -> dict[str, str]:
 
 def contenders(call: Call, ops: Ops, model: ModelConfig, wanted: list[str]) -> list[Contender]:
     """Everyone for this call, our default first."""
+    if ops.launch is None:
+        return [Contender("oracle", OURS, partial(_ours, ops, ONLY), ONLY.bits)]
     found = [
-        Contender(c.name, OURS, partial(_ours, ops, c), c.bits if c.exact else None)
+        Contender(c.name, OURS, partial(_ours, ops, c), c.bits)
         for c in candidates(call)
+        if c.other is None
     ]
-    if call.op == "mla_decode" and ops.launch is not None:
+    if call.op == "mla_decode":
         found += _attention(call, ops, model, wanted)
     present = [name for name in wanted if name not in missing(wanted)]
     for library, op, bind, note in OTHER_KERNELS:
-        if library in present and op == call.op and ops.launch is not None:
+        if library in present and op == call.op:
             found.append(
                 Contender(f"{library} {bind.__name__.strip('_')}", library, bind, None, note)
             )
     return found
 
 
-def _ours(ops: Ops, candidate: Any, call: Call) -> Run:
+def _ours(ops: Ops, candidate: Candidate, call: Call) -> Run:
+    splits = getattr(candidate.plan, "splits", 1)
+    if splits > 1:
+        # More splits than the step's own plan has may want more room than the arena has.
+        room = call.args[0].new_empty(splits * call.kwargs["out"].numel(), dtype=torch.float32)
+        call = call.replaced({"workspace": room})
     return partial(candidate.run, ops, call)
 
 
