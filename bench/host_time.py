@@ -71,6 +71,9 @@ class NoDevice:
     def adopt(self, rows: list[int], length: int, limit: int, pages: list[list[int]]) -> None:
         """Nobody keeps row state here."""
 
+    def check_ranks(self) -> None:
+        """No peer can be late."""
+
     def check_alive(self) -> None:
         """Nothing can die."""
 

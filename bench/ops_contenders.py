@@ -149,7 +149,7 @@ def _m_grouped_fp8_gemm_nt_masked(call: Call) -> Run:
     room = -(-max(1, int(counts.max())) // 64) * 64
     rows = x.new_zeros((w.shape[0], room, x.shape[1]), dtype=torch.uint8)
     scales = xs.new_zeros((w.shape[0], xs.shape[1], room)).mT
-    per_token = call.kwargs.get("top_k", 1)
+    per_token = call["top_k"] if call.op == "grouped_gate_up" else 1
     bounds = offsets.tolist()
     for expert, (first, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
         lines = pairs[first:end].long() // per_token

@@ -41,35 +41,31 @@ def with_tokens(
         new["workspace"] = torch.empty(max(1, workspace_elems), device=device)
         return new
     experts = call.args[2].shape[0]
-    top_k = call.kwargs.get("top_k", 1)
-    pairs = count * top_k
+    top_k: int = call.kwargs["top_k"]
+    pairs = count * (top_k if call.op == "grouped_gate_up" else 1)
     new["out"] = _like_rows(call.kwargs["out"], pairs, device)
     if call.args[1] is not None:
         new[1] = _ones_like_rows(call.args[1], count, device)
     if call.kwargs.get("out_scale") is not None:
         new["out_scale"] = _ones_like_rows(call.kwargs["out_scale"], pairs, device)
-    offsets, listed = expert_lists(
-        pairs, pairs // world, experts, call.kwargs.get("top_k"), shared_joins
-    )
+    offsets, listed = expert_lists(pairs, pairs // world, experts, top_k, shared_joins)
     new[4], new[5] = offsets.to(device), listed.to(device)
     return new
 
 
 def expert_lists(
-    pairs: int, live: int, experts: int, top_k: int | None, shared_joins: bool
+    pairs: int, live: int, experts: int, top_k: int, shared_joins: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """int32 offsets [experts + 1] and pairs [pairs] of `live` pairs in equal shares.
 
     Args:
-        top_k: choices of a token, to find those for a shared expert; None where it is not known.
+        top_k: choices of a token; the last is the shared expert, where that joins.
     """
     ids = torch.arange(pairs)
     routed = experts - 1 if shared_joins and experts > 1 else experts
     expert = ids % routed
     if routed < experts:
-        # A token's last choice is the shared expert: with k choices, one pair in k.
-        every = top_k or max(2, min(9, pairs))
-        expert[every - 1 :: every] = routed
+        expert[top_k - 1 :: top_k] = routed
     expert, ids = expert[:live], ids[:live]
     offsets = torch.zeros(experts + 1, dtype=torch.int32)
     offsets[1:] = torch.bincount(expert, minlength=experts).cumsum(0)
