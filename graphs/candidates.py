@@ -27,9 +27,9 @@ PLANS: dict[str, type[Plan]] = {
     "grouped_down": GroupedPlan,
 }
 TORCH_MM = "torch.mm"
-# Programs that a narrow product is cut into, beside the default: so many SMs, at most so many.
-SPLIT_PROGRAMS = (132, 264)
-MIN_SPLIT_BLOCKS = 4  # blocks of K that a split has at least
+# Programs that a product is cut into by tiles of 64 rows and splits, of at least four blocks of K:
+# one, one and a third, and two for each SM of a Hopper chip, whatever the chip is.
+PROGRAMS = (132, 176, 264)
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ def _parse(kind: type[Plan], text: str) -> Plan:
 
 
 def _linear_plans(call: Call) -> list[LinearPlan]:
-    """The default; the same order of additions cut otherwise; two other numbers of splits."""
+    """The default, and narrow tiles with as many splits as keep a chip busy."""
     w = call.args[1 if call.op == "linear" else 2]
     n, k = w.shape
     default = linear_plan(n, k, elem_bytes=w.element_size())
@@ -140,15 +140,12 @@ def _linear_plans(call: Call) -> list[LinearPlan]:
         halves = (default.splits // 2, default.splits * 2)
         others = [replace(default, splits=s) for s in halves if 1 <= s <= k // 64]
         return [default, *others]
-    other = 64 if default.block_n == 128 else 128
-    plans = [default, replace(default, block_n=other), replace(default, per_sm=1)]
-    if call.op == "linear_fp8":
-        plans.append(replace(default, unroll=2))
-    blocks = k * w.element_size() // 128
-    for programs in SPLIT_PROGRAMS:
-        splits = max(1, round(programs / -(-n // 128)))
-        if splits != default.splits and blocks // splits >= MIN_SPLIT_BLOCKS:
-            plans.append(replace(default, block_n=128, splits=splits))
+    tiles, blocks = -(-n // 64), k * w.element_size() // 128
+    counts = [max(1, round(programs / tiles)) for programs in PROGRAMS]
+    unrolls = (1, 2) if call.op == "linear_fp8" else (1,)
+    plans = [default, replace(default, per_sm=1)]
+    for splits in (default.splits, *(s for s in counts if s == 1 or blocks // s >= 4)):
+        plans += [LinearPlan(64, splits, unroll=unroll) for unroll in unrolls]
     return list(dict.fromkeys(plans))
 
 
@@ -156,7 +153,6 @@ def _grouped_plans(call: Call) -> list[GroupedPlan]:
     default = GATE_UP_PLAN if call.op == "grouped_gate_up" else DOWN_PLAN
     plans = [
         default,
-        replace(default, per_sm=3 - min(2, default.per_sm)),
         replace(default, prefetch=0),
         replace(default, block_n=64),
     ]
