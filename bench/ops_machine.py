@@ -70,6 +70,7 @@ class Setting:
             store=self.store,
             ep_size=1,
             attention="triton",
+            kernels="default",
             verify=False,
         )
 
@@ -198,4 +199,7 @@ class Machine:
         return f"{call.op} {leaves[0]}{size}" if leaves and size else call.op
 
     def close(self) -> None:
+        """Release the engine and what was rotated."""
         self.engine.close()
+        if self.on_device:
+            torch.cuda.empty_cache()
