@@ -74,9 +74,29 @@ def _rms(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return x * (x.square().mean(-1, keepdim=True) + eps).rsqrt() * weight.double()
 
 
+def _whole(product: Tensor, act: torch.dtype) -> Tensor:
+    """A product, its K splits added up and rounded where it was left in parts."""
+    return product.double().sum(0).to(act) if product.ndim == 3 else product
+
+
+def _weighted(y: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+    """float64 [T, H]: of every token the sum of its experts' results."""
+    out = torch.zeros(ids.shape[0], y.shape[1], dtype=torch.float64)
+    for t in range(ids.shape[0]):
+        for k in range(ids.shape[1]):
+            if int(ids[t, k]) >= 0:
+                out[t] += float(weights[t, k]) * y[t * ids.shape[1] + k].double()
+    return out
+
+
 def _add_rmsnorm(call: Call) -> list[Result]:
     x, delta, weight = call.args
-    total = x.double() + (0.0 if delta is None else delta.double())
+    total = x.double()
+    if call.kwargs.get("choices") is not None:
+        ids, weights = call["choices"]
+        total = total + _weighted(delta, ids, weights).to(x.dtype).double()
+    elif delta is not None:
+        total = total + _whole(delta, x.dtype).double()
     y = _rms(total.to(x.dtype).double(), weight, call.kwargs["eps"])
     return [Result("add_rmsnorm in place", total), *_outputs(call, y, x.dtype)]
 
@@ -123,7 +143,8 @@ def _rotate(x: Tensor, table: Tensor, interleave: bool) -> Tensor:
 
 
 def _mla_prep(call: Call) -> list[Result]:
-    qkv, _, tok_pos, _, table, q_weight, kv_weight = call.args
+    parts, _, tok_pos, _, table, q_weight, kv_weight = call.args
+    qkv = _whole(parts, call.kwargs["kv_cache"].dtype)
     start, eps, dc = call["kv_start"], call["eps"], kv_weight.shape[0]
     kv = torch.stack(
         [
@@ -267,11 +288,7 @@ def _grouped_down(call: Call) -> list[Result]:
 
 def _combine(call: Call) -> list[Result]:
     y, ids, weights, shared = call.args
-    out = torch.zeros(call.kwargs["out"].shape, dtype=torch.float64)
-    for t in range(ids.shape[0]):
-        for k in range(ids.shape[1]):
-            if int(ids[t, k]) >= 0:
-                out[t] += float(weights[t, k]) * y[t * ids.shape[1] + k].double()
+    out = _weighted(y, ids, weights)
     return _outputs(call, out if shared is None else out + shared.double())
 
 

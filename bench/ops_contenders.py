@@ -129,15 +129,22 @@ def _mm(call: Call) -> Run:
 def _scaled_mm(call: Call) -> Run:
     xq, xs, w, ws = call.args
     columns = xs.T.contiguous().T
-    dtype = call.kwargs["out"].dtype
-    return lambda: torch._scaled_mm(xq, w.T, scale_a=columns, scale_b=ws.T, out_dtype=dtype)
+    return lambda: torch._scaled_mm(
+        xq, w.T, scale_a=columns, scale_b=ws.T, out_dtype=torch.bfloat16
+    )
 
 
 def _fp8_gemm_nt(call: Call) -> Run:
     deep_gemm = importlib.import_module("deep_gemm")
     xq, xs, w, ws = call.args
-    columns, out = xs.T.contiguous().T, call.kwargs["out"]
-    return lambda: deep_gemm.fp8_gemm_nt((xq, columns), (w, ws), out)
+    columns = xs.T.contiguous().T
+    out = torch.empty((xq.shape[0], w.shape[0]), dtype=torch.bfloat16, device=xq.device)
+
+    def launch() -> torch.Tensor:
+        deep_gemm.fp8_gemm_nt((xq, columns), (w, ws), out)
+        return out
+
+    return launch
 
 
 def _m_grouped_fp8_gemm_nt_masked(call: Call) -> Run:

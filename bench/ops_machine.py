@@ -53,7 +53,7 @@ class Setting:
 
     @property
     def options(self) -> RuntimeConfig:
-        """One dense and one expert layer; as much KV as all rows need."""
+        """A dense and two expert layers, for the last differs; as much KV as all rows need."""
         more: tuple[str, ...] = ("first_k_dense_replace=1",)
         if self.experts is not None:
             more = (*more, f"n_routed_experts={self.experts}")
@@ -64,7 +64,7 @@ class Setting:
             ladder=",".join(str(r) for r in self.rows),
             max_seq_len=max(room, 65),
             num_pages=most * -(-room // 64) + 1,
-            layers=2,
+            layers=3,
             overrides=(*self.overrides, *more),
             device=self.device,
             store=self.store,

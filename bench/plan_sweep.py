@@ -123,7 +123,7 @@ def _cases(rows: Sequence[int], experts: int) -> Iterator[Case]:
 
 def _linear_plans(n: int, k: int) -> tuple[LinearPlan, ...]:
     default = linear_plan(n, k, elem_bytes=1)
-    plans = [default, *(replace(default, prefetch=p) for p in (0, 8))]
+    plans = [default, *(replace(default, prefetch=p) for p in (0,))]
     for block_n in (128, 64):
         tiles = -(-n // block_n)
         # From one program an SM to three; never more than K has blocks to share out.
@@ -131,7 +131,8 @@ def _linear_plans(n: int, k: int) -> tuple[LinearPlan, ...]:
         for splits in sorted(c for c in counts if k // 128 // c >= 4):
             for unroll in (1, 2):
                 plans.append(LinearPlan(block_n, splits, unroll=unroll))
-            plans.append(LinearPlan(block_n, splits, per_sm=1))
+            for per_sm in (1, 3):
+                plans.append(LinearPlan(block_n, splits, per_sm=per_sm))
     return tuple(dict.fromkeys(plans))
 
 
@@ -159,8 +160,8 @@ def _grouped_plans(block_ns: Sequence[int]) -> tuple[GroupedPlan, ...]:
     return tuple(
         GroupedPlan(block_n, per_sm, prefetch)
         for block_n in block_ns
-        for per_sm in (1, 2)
-        for prefetch in (0, 4, 8)
+        for per_sm in (1, 2, 3)
+        for prefetch in (0, 4)
     )
 
 
@@ -261,7 +262,15 @@ def _small_buffers(device: torch.device, t: int) -> dict[str, torch.Tensor]:
 
 
 def _small(launcher: Launcher, b: dict[str, torch.Tensor]) -> None:
-    norm.add_rmsnorm(launcher, **b, eps=1e-6)
+    norm.add_rmsnorm(
+        launcher,
+        b["x"],
+        b["delta"],
+        b["weight"],
+        eps=1e-6,
+        out_q=b["out_q"],
+        out_scale=b["out_scale"],
+    )
 
 
 def _sweep(case: Case, launcher: AotLauncher) -> dict[str, Any]:

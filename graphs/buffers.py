@@ -19,8 +19,8 @@ from capture_cache.layout import ArenaLayout, Entry
 from graphs.flashinfer_mla import FlashinferMla
 from graphs.keys import GraphKey, Ladder
 from graphs.model_config import ModelConfig
-from graphs.weights import shared_joins, stored_table, weight_table
-from kernels.triton.linear import linear_workspace_elems
+from graphs.weights import ITEM_BYTES, shared_joins, stored_table, weight_table
+from kernels.triton.linear import linear_plan, linear_workspace_elems
 from kernels.triton.mla_decode import num_splits
 from kernels.triton.mla_query import fuses_query
 from kernels.triton.sample import num_chunks
@@ -44,6 +44,7 @@ class StepConfig:
         attention: "flashinfer" or "triton".
         transport: how tokens reach the experts of other ranks; a name of `barriers.transport`.
         pdl: how kernels overlap; a key of `kernels.triton.overlap.MODES`.
+        prefetch: ask L2 for the weights of later kernels while the memory is idle.
     """
 
     max_rows: int
@@ -56,6 +57,7 @@ class StepConfig:
     attention: str = "triton"
     transport: str = "local"
     pdl: str = "off"
+    prefetch: bool = False
 
     def __post_init__(self) -> None:
         for name in ("max_rows", "max_seq_len", "page_size", "cut", "ep_size"):
@@ -211,6 +213,14 @@ def _scratch(
             yield entry(f"{name}_q", (count, width), "float8_e4m3fn")
             yield entry(f"{name}_s", (count, -(-width // 128)), "float32")
 
+    def product(name: str, width: int, depth: int) -> Entry:
+        """A product by [width, depth] weights; its K splits are added up by whoever reads it."""
+        elem_bytes = 1 if fp8 else ITEM_BYTES[act]
+        splits = linear_plan(width, depth, elem_bytes=elem_bytes).splits
+        if splits == 1:
+            return entry(name, (tokens, width), act)
+        return entry(name, (splits, tokens, width), "float32")
+
     for name in ("tok_row", "tok_pos", "tok_id", "kv_len"):
         yield entry(name, (tokens,), "int32")
     yield entry("kv_slot", (tokens,), "int64")
@@ -219,8 +229,10 @@ def _scratch(
     yield entry("out_logprob", (rows,), "float32")
     yield entry("x", (tokens, hidden), act)
     yield from activation("norm", tokens, hidden)
-    yield entry("qkv", (tokens, cfg.q_part_padded + latent), act)
-    if cfg.q_lora_rank is not None:
+    if cfg.q_lora_rank is None:
+        yield entry("qkv", (tokens, cfg.q_part_padded + latent), act)
+    else:
+        yield product("qkv", cfg.q_part_padded + latent, hidden)
         yield from activation("q_norm", tokens, cfg.q_lora_rank, plain=False)
         if not query_fuses(cfg):
             yield entry("q", (tokens, q_dim), act)
@@ -234,7 +246,10 @@ def _scratch(
         yield entry("part_lse", (tokens, step.splits, heads), "float32")
     # A head that is whole groups of 128 is quantised where it is made.
     yield from activation("o", tokens, o_dim, plain=cfg.v_head_dim % 128 != 0)
+    yield product("o_out", hidden, o_dim)
     yield entry("delta", (tokens, hidden), act)
+    if cfg.first_k_dense_replace > 0:
+        yield product("dense_out", hidden, cfg.intermediate_size)
     received = tokens if step.ep_size == 1 else step.ep_size * capacity
     yield from _mlp_scratch(cfg, step, tokens, received, activation, entry)
     yield entry("final", (rows, hidden), act)

@@ -56,6 +56,7 @@ def fingerprint(
         "ep size": step.ep_size,
         "pdl": step.pdl,
         "kernels": kernels,
+        "prefetch": step.prefetch,
         "arena": layout.digest,
     }
     return Fingerprint.of(facts)

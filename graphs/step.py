@@ -19,12 +19,16 @@ from graphs.keys import GraphKey
 from graphs.model_config import ModelConfig
 from graphs.ops import Ops
 from graphs.weights import shared_joins
+from kernels.triton.linear import linear_plan
+from kernels.triton.overlap import Ahead
 
 Buffers = Mapping[str, torch.Tensor]
 Stamp = Callable[[str], None]
 
 
 LAYER_PARTS = ("attention", "mlp")
+AHEAD_BYTES = 30 << 20  # of weights that are asked for at once: L2 holds them till they are read
+AHEAD_GRAIN = 64  # elements
 
 
 def _no_stamp(_: str) -> None:
@@ -49,6 +53,20 @@ class Activation:
         if self.q is None:
             return {"out": self.plain, "out_q": None, "out_scale": None}
         return {"out": None, "out_q": self.q, "out_scale": self.scale}
+
+
+@dataclass(frozen=True)
+class Delta:
+    """What is to be added to the residual, still as the kernels left it.
+
+    Attributes:
+        rows: act [T, H]; the K splits of a product, fp32 [S, T, H]; or with `choices` the results
+            of every token's experts, act [T*K, H].
+        choices: (ids, weights) of those experts.
+    """
+
+    rows: torch.Tensor
+    choices: tuple[torch.Tensor, torch.Tensor] | None = None
 
 
 class DecodeStep:
@@ -102,12 +120,8 @@ class DecodeStep:
         for layer in range(self.cfg.num_layers):
             self._attention(b, layer, delta)
             stamp(f"layer {layer} attention")
-            if self.cfg.is_moe(layer):
-                self._moe(b, layer)
-            else:
-                self._dense(b, layer)
+            delta = self._moe(b, layer) if self.cfg.is_moe(layer) else self._dense(b, layer)
             stamp(f"layer {layer} mlp")
-            delta = b["delta"]
         self._sample(b)
         stamp("head")
         self._settle(b)
@@ -146,20 +160,44 @@ class DecodeStep:
         else:
             self.ops.linear_fp8(x.q, x.scale, weight, scale, out=out, workspace=b["workspace"])
 
+    def _ahead(self, weight: torch.Tensor, *, bands: int = 0) -> Ahead | None:
+        """The begin of `weight`, or of every row and band of it: AHEAD_BYTES at most."""
+        most = AHEAD_BYTES // weight.element_size()
+        span = min(weight.numel(), most)
+        if bands:
+            span = min(weight.shape[1] // bands, most // (weight.shape[0] * bands))
+        span -= span % AHEAD_GRAIN
+        return Ahead(weight, span, bands) if self.config.prefetch and span else None
+
     def _norm(
-        self, b: Buffers, name: str, delta: torch.Tensor | None, *, plain: bool
+        self,
+        b: Buffers,
+        name: str,
+        delta: Delta | None,
+        *,
+        plain: bool,
+        ahead: Ahead | None = None,
     ) -> Activation:
         """x += delta, then RMSNorm, as the consumers want it."""
         norm = Activation.of(b, "norm")
         outs = norm.quantised_only
         if plain:
             outs["out"] = norm.plain
-        self.ops.add_rmsnorm(b["x"], delta, self.weights[name], eps=self.cfg.rms_eps, **outs)
+        self.ops.add_rmsnorm(
+            b["x"],
+            None if delta is None else delta.rows,
+            self.weights[name],
+            eps=self.cfg.rms_eps,
+            choices=None if delta is None else delta.choices,
+            ahead=ahead,
+            **outs,
+        )
         return norm
 
-    def _attention(self, b: Buffers, layer: int, delta: torch.Tensor | None) -> None:
+    def _attention(self, b: Buffers, layer: int, delta: Delta | None) -> None:
         cfg, w, name = self.cfg, self.weights, f"layers.{layer}."
-        x = self._norm(b, name + "attn_norm", delta, plain=False)
+        ahead = self._ahead(w[name + "qkv_a"])
+        x = self._norm(b, name + "attn_norm", delta, plain=False, ahead=ahead)
         self._linear(b, name + "qkv_a", x, b["qkv"])
         compressed = cfg.q_lora_rank is not None
         q_norm = Activation.of(b, "q_norm")
@@ -174,6 +212,7 @@ class DecodeStep:
             eps=cfg.latent_rms_eps,
             kv_start=cfg.q_part_padded,
             interleave=cfg.rope_interleave,
+            ahead=self._ahead(w[name + "q_b"]) if compressed else None,
             kv_cache=b[f"kv.{layer}"],
             **(q_norm.quantised_only if compressed else {}),
         )
@@ -181,12 +220,15 @@ class DecodeStep:
         self.attention.run(b, b[f"kv.{layer}"])
         o = Activation.of(b, "o")
         if o.plain is None:
-            self.ops.absorb_v(b["o_latent"], w[name + "w_uv"], **o.quantised_only)
+            weight = w[name + "o"]
+            splits = linear_plan(*weight.shape, elem_bytes=weight.element_size()).splits
+            ahead = self._ahead(weight, bands=splits)
+            self.ops.absorb_v(b["o_latent"], w[name + "w_uv"], ahead=ahead, **o.quantised_only)
         else:
             self.ops.absorb_v(b["o_latent"], w[name + "w_uv"], out=o.plain)
             if o.q is not None:
                 self.ops.quantize(o.plain, out_q=o.q, out_scale=o.scale)
-        self._linear(b, name + "o", o, b["delta"])
+        self._linear(b, name + "o", o, b["o_out"])
 
     def _query(self, b: Buffers, name: str, q_norm: Activation) -> None:
         """From the normed, compressed query to that of every head in the latent space."""
@@ -196,7 +238,9 @@ class DecodeStep:
         if query_fuses(cfg):
             weight, scale = w[name + "q_b"], w[name + "q_b_scale"]
             x = (q_norm.q, q_norm.scale)
-            self.ops.latent_query(*x, weight, scale, w[name + "w_uk"], *places, **rest)
+            # Attention leaves the memory half idle: what follows it can come meanwhile.
+            ahead = self._ahead(w[name + "w_uv"].flatten(0, 1))
+            self.ops.latent_query(*x, weight, scale, w[name + "w_uk"], *places, ahead=ahead, **rest)
             return
         q = b["qkv"][:, : cfg.q_part_width]
         if cfg.q_lora_rank is not None:
@@ -210,13 +254,27 @@ class DecodeStep:
         self.ops.silu_mul(b[f"{buffer}_gate_up"], **h.quantised_only)
         self._linear(b, f"{name}down", h, out)
 
-    def _dense(self, b: Buffers, layer: int) -> None:
-        x = self._norm(b, f"layers.{layer}.mlp_norm", b["delta"], plain=False)
-        self._mlp(b, f"layers.{layer}.", "dense", x, b["delta"])
+    def _is_last(self, layer: int) -> bool:
+        """The final norm takes its residual whole, for it takes some rows only."""
+        return layer == self.cfg.num_layers - 1
 
-    def _moe(self, b: Buffers, layer: int) -> None:
+    def _dense(self, b: Buffers, layer: int) -> Delta:
+        name = f"layers.{layer}."
+        ahead = self._ahead(self.weights[name + "gate_up"])
+        x = self._norm(b, name + "mlp_norm", Delta(b["o_out"]), plain=False, ahead=ahead)
+        out = b["delta" if self._is_last(layer) else "dense_out"]
+        self._mlp(b, name, "dense", x, out)
+        return Delta(out)
+
+    def _moe(self, b: Buffers, layer: int) -> Delta:
         cfg, w, name = self.cfg, self.weights, f"layers.{layer}."
-        x = self._norm(b, name + "mlp_norm", b["delta"], plain=True)
+        ahead = None
+        if cfg.num_shared_experts:
+            # Whatever is routed where, the shared expert is needed, and until then memory is idle.
+            shared_gate_up = "all_gate_up" if self.shared_joins else "shared_gate_up"
+            weight = w[name + shared_gate_up]
+            ahead = self._ahead(weight[-1] if self.shared_joins else weight)
+        x = self._norm(b, name + "mlp_norm", Delta(b["o_out"]), plain=True, ahead=ahead)
         self.ops.linear(
             x.plain, w[name + "router"], out=b["router_logits"], workspace=b["workspace"]
         )
@@ -245,6 +303,10 @@ class DecodeStep:
             opens_step=layer == first,
         )
         self._experts(b, name, received)
+        joined = self.shared_joins or not cfg.num_shared_experts
+        if self.config.transport == "local" and joined and not self._is_last(layer):
+            # The next norm reads every expert's result anyway: it does the sum as well.
+            return Delta(b["expert_y"], (received.ids, received.weights))
         shared = None
         if cfg.num_shared_experts and not self.shared_joins:
             shared = b["shared_out"]
@@ -252,6 +314,7 @@ class DecodeStep:
         self.transport.combine(
             b["delta"], b["expert_y"], received, b["topk_ids"], shared, layer=layer
         )
+        return Delta(b["delta"])
 
     def _experts(self, b: Buffers, name: str, received: Received) -> None:
         """This rank's experts over the received rows; `expert_y` gets a line per (row, choice)."""

@@ -107,6 +107,9 @@ def outcome(call: Call, candidate: Candidate) -> torch.Tensor:
 
 def _like_rows(t: torch.Tensor, count: int, device: torch.device) -> torch.Tensor:
     """Random rows in the format and with the pitch of `t`."""
+    if t.ndim == 3 and t.is_contiguous():
+        # K splits that the reader adds up, [S, T, N].
+        return torch.zeros((t.shape[0], count, t.shape[2]), dtype=t.dtype, device=device)
     shape = (count, *t.shape[1:])
     made = torch.empty_strided(shape, t.stride(), dtype=t.dtype, device=device)
     if device.type != "meta":

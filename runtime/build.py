@@ -129,7 +129,7 @@ class _Builder:
             "page size": str(step.page_size),
             "attention": step.attention,
             "transport": step.transport,
-            "pdl": step.pdl,
+            "pdl": f"{step.pdl} prefetch {step.prefetch}",
             "kernels": f"{options.kernels} {options.allow_inexact}",
             "verify": f"{options.verify} {options.proof_replays}",
         }

@@ -87,6 +87,12 @@ def add_selection(parser: argparse.ArgumentParser) -> None:
     add("--ep-size", type=int, help="ranks that share the experts; default: torchrun's")
     add("--transport", choices=TRANSPORTS, default="auto", help="how tokens reach other ranks")
     add("--attention", choices=ATTENTION, default="auto")
+    add(
+        "--prefetch",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="weights into L2 ahead of time; default: where the chip can",
+    )
     add("--pdl", choices=PDL, default="auto", help="overlap of kernels (dependent launch)")
     add(
         "--kernels",
@@ -128,6 +134,7 @@ def selection(args: argparse.Namespace, **more: Any) -> RuntimeConfig:
         kernels=args.kernels,
         allow_inexact=args.allow_inexact,
         tune_s=args.tune_seconds,
+        prefetch=args.prefetch,
         seed=args.seed,
         **more,
     )

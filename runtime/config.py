@@ -45,6 +45,8 @@ class RuntimeConfig:
         attention: auto, flashinfer or triton.
         pdl: whether a kernel starts while the one before it ends (programmatic dependent launch):
             off, late (once that one has loaded its weights), early (at once); auto decides by chip.
+        prefetch: ask L2 for the weights of later kernels while the memory is idle; None: where the
+            chip can.
         seed: of a preset's random weights.
         kernels: how the kernel of each operation is chosen: "tune" measures on the device and keeps
             the result in the store, "default" measures nothing, a file pins; "auto" tunes on a
@@ -70,6 +72,7 @@ class RuntimeConfig:
     transport: str = "auto"
     attention: str = "auto"
     pdl: str = "auto"
+    prefetch: bool | None = None
     seed: int = 0
     kernels: str = "auto"
     allow_inexact: bool = False

@@ -81,6 +81,7 @@ def choose(options: RuntimeConfig, *, compile_only: bool = False) -> Selection:
             options.transport, world=options.num_ranks, on_device=on_device
         ),
         pdl=_pdl(options, on_device, compile_only=compile_only),
+        prefetch=_prefetch(options, on_device, compile_only=compile_only),
     )
     pages = options.num_pages
     if pages is None:
@@ -91,8 +92,7 @@ def choose(options: RuntimeConfig, *, compile_only: bool = False) -> Selection:
 
 def _pdl(options: RuntimeConfig, on_device: bool, *, compile_only: bool) -> str:
     """How kernels overlap: where the chip can, unless asked otherwise."""
-    # Compiling ahead is for sm_90 and later only.
-    able = on_device and (compile_only or torch.cuda.get_device_capability() >= (9, 0))
+    able = _is_sm90(on_device, compile_only=compile_only)
     if options.pdl == "auto":
         return DEFAULT_PDL if able else "off"
     if options.pdl != "off" and not able:
@@ -124,6 +124,21 @@ def with_attention(options: RuntimeConfig, selection: Selection, cut: AttentionC
         step = dataclasses.replace(step, num_pages=pages)
     reason = f"{cut}, chosen from {selection.attention_reason}"
     return dataclasses.replace(selection, step=step, attention_reason=reason)
+
+
+def _prefetch(options: RuntimeConfig, on_device: bool, *, compile_only: bool) -> bool:
+    """Whether weights are brought into L2 ahead of time."""
+    able = _is_sm90(on_device, compile_only=compile_only)
+    if options.prefetch and not able:
+        raise ValueError(
+            "--prefetch needs a CUDA device of compute capability 9.0 or later; leave it out"
+        )
+    return able if options.prefetch is None else options.prefetch
+
+
+def _is_sm90(on_device: bool, *, compile_only: bool) -> bool:
+    """Compiling ahead is for sm_90 and later only."""
+    return on_device and (compile_only or torch.cuda.get_device_capability() >= (9, 0))
 
 
 def _on_device(options: RuntimeConfig) -> bool:

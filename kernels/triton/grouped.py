@@ -28,10 +28,9 @@ from kernels.triton.overlap import (
 )
 from kernels.triton.tiles import (
     BLOCK_K_BYTES,
+    BUDGET_BYTES,
     FP8_GROUP,
     FP32_BLOCK_N,
-    SHARED_BUDGET_BYTES,
-    SINGLE_BUDGET_BYTES,
     check_fp8,
     check_scale,
     dequantize_blocks,
@@ -67,8 +66,8 @@ class GroupedPlan:
     prefetch: int = 4
 
     def __post_init__(self) -> None:
-        if self.block_n not in (64, 128) or self.per_sm < 1:
-            raise ValueError(f"expected block_n 64 or 128 and at least one program, got {self}")
+        if self.block_n not in (64, 128) or self.per_sm not in BUDGET_BYTES:
+            raise ValueError(f"expected block_n 64 or 128 and 1 to 3 programs, got {self}")
         if self.prefetch & (self.prefetch - 1):
             raise ValueError(f"prefetch must be 0 or a power of two, got {self.prefetch}")
 
@@ -532,8 +531,10 @@ class _Tiles:
             raise ValueError(f"FP8 gate_up needs block_n {FP8_GROUP}, got {plan}")
         block_k = BLOCK_K_BYTES // w.element_size()
         source = flat if w.dtype == torch.float32 else tile_source(flat, (block_n, block_k))
-        budget = SINGLE_BUDGET_BYTES if fp8 and plan.per_sm == 1 else SHARED_BUDGET_BYTES
-        stages = tuple(pipeline_stages(halves * block_n, height, budget) for height in PAIR_BLOCKS)
+        budget = BUDGET_BYTES[plan.per_sm if fp8 else 2]
+        stages = tuple(
+            max(2, pipeline_stages(halves * block_n, height, budget)) for height in PAIR_BLOCKS
+        )
         bulk = isinstance(source, TensorMap)
         compact = num_pairs < num_experts
         highest = next((h for h in PAIR_BLOCKS if h >= most), PAIR_BLOCKS[-1]) if bulk else 16

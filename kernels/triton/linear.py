@@ -26,10 +26,9 @@ from kernels.triton.overlap import (
 )
 from kernels.triton.tiles import (
     BLOCK_K_BYTES,
+    BUDGET_BYTES,
     FP8_GROUP,
     FP32_BLOCK_N,
-    SHARED_BUDGET_BYTES,
-    SINGLE_BUDGET_BYTES,
     check_fp8,
     check_scale,
     dequantize_blocks,
@@ -264,10 +263,12 @@ class LinearPlan:
     prefetch: int = 4
 
     def __post_init__(self) -> None:
-        if self.block_n not in (64, 128) or min(self.splits, self.unroll, self.per_sm) < 1:
+        if self.block_n not in (64, 128) or min(self.splits, self.unroll) < 1:
             raise ValueError(
-                f"expected block_n 64 or 128 and at least one split, block and program, got {self}"
+                f"expected block_n 64 or 128 and at least one split and block, got {self}"
             )
+        if self.per_sm not in BUDGET_BYTES:
+            raise ValueError(f"expected 1 to 3 programs an SM, got {self}")
         if self.prefetch & (self.prefetch - 1):
             raise ValueError(f"prefetch must be 0 or a power of two, got {self.prefetch}")
 
@@ -282,6 +283,8 @@ def linear_plan(n: int, k: int, *, elem_bytes: int) -> LinearPlan:
     Args:
         elem_bytes: of the weight: 1 (e4m3), 2 or 4.
     """
+    if elem_bytes == 1 and (n, k) in MEASURED:
+        return MEASURED[n, k]
     if elem_bytes == 4:
         tall = triton.cdiv(n, FP32_BLOCK_N)
         splits = min(triton.cdiv(2 * MIN_PROGRAMS, tall), max(1, k // 64))
@@ -302,6 +305,17 @@ def linear_workspace_elems(num_tokens: int, n: int, k: int, *, elem_bytes: int) 
     return splits * num_tokens * n if splits > 1 else 0
 
 
+# FP8 products whose best cut was measured (bench.plan_sweep on an H200), by (N, K).
+MEASURED = {
+    (2176, 7168): LinearPlan(64, 5),
+    (7168, 16384): LinearPlan(64, 2, unroll=2),
+    (4096, 7168): LinearPlan(64, 4, unroll=2),
+    (7168, 2048): LinearPlan(64, 1, per_sm=1),
+    (36864, 7168): LinearPlan(64, 1, unroll=2),
+    (7168, 18432): LinearPlan(64, 2, unroll=2),
+}
+
+
 def linear(
     launch: Launcher,
     x: torch.Tensor,
@@ -316,7 +330,8 @@ def linear(
     Args:
         x: act dtype [T, K]; the row pitch may exceed K.
         w: [N, K] of x's dtype, or fp32: then x is widened and the product is IEEE fp32.
-        out: act dtype or fp32 [T, N].
+        out: act dtype or fp32 [T, N]; or fp32 [splits, T, N], then the K splits are left for the
+            reader to add up in order (`tiles.load_parts`).
         workspace: fp32, at least `linear_workspace_elems` elements; its contents are lost.
         plan: instead of `linear_plan`'s, for measurements and pinned choices.
     Raises:
@@ -372,7 +387,8 @@ def linear_fp8(
         xs: fp32 [T, ceil(K/128)].
         w: e4m3 [N, K].
         ws: fp32 [ceil(N/128), ceil(K/128)].
-        out: act dtype or fp32 [T, N].
+        out: act dtype or fp32 [T, N]; or fp32 [splits, T, N], then the K splits are left for the
+            reader to add up in order (`tiles.load_parts`).
         workspace: fp32, at least `linear_workspace_elems` elements; its contents are lost.
         plan: instead of `linear_plan`'s, for measurements and pinned choices.
     Raises:
@@ -437,8 +453,7 @@ class _Tiles:
         num_tokens, (n, k) = x.shape[0], w.shape
         block_t = next((b for b in token_blocks if b >= num_tokens), token_blocks[-1])
         block_k = BLOCK_K_BYTES // w.element_size()
-        share = plan.per_sm > 1 and block_t < 128
-        budget = SHARED_BUDGET_BYTES if share else SINGLE_BUDGET_BYTES
+        budget = BUDGET_BYTES[plan.per_sm if block_t < 128 else 1]
         return cls(
             x=tile_source(x, (block_t, block_k)) if bulk else x,
             w=tile_source(w, (plan.block_n, block_k)) if bulk else w,
@@ -473,7 +488,7 @@ class _Tiles:
             "K": self.k,
             "X_PITCH": self.x_pitch,
             "W_PITCH": self.w_pitch,
-            "OUT_PITCH": self.n if splits > 1 else dst.stride(0),
+            "OUT_PITCH": self.n if splits > 1 else dst.stride(-2),
             "SPLITS": splits,
             "BLOCK_N": block_n,
             "BLOCK_T": self.block_t,
@@ -496,7 +511,12 @@ class _Tiles:
 
     def destination(self, out: torch.Tensor, workspace: torch.Tensor | None) -> torch.Tensor:
         """Where the product kernel writes: `out`, or the workspace if K is split."""
-        if self.plan.splits == 1:
+        if out.ndim == 3 and out.shape[0] != self.plan.splits:
+            raise ValueError(
+                f"a {self.n}x{self.k} product has {self.plan.splits} parts, got room for "
+                f"{out.shape[0]}; size it with linear_plan"
+            )
+        if self.plan.splits == 1 or out.ndim == 3:
             return out
         need = self.plan.splits * self.num_tokens * self.n
         if workspace is None or workspace.numel() < need or workspace.dtype != torch.float32:
@@ -510,7 +530,7 @@ class _Tiles:
         return workspace
 
     def sum_splits(self, launch: Launcher, dst: torch.Tensor, out: torch.Tensor) -> None:
-        if self.plan.splits == 1:
+        if self.plan.splits == 1 or out.ndim == 3:
             return
         launch(
             _sum_splits_kernel,
@@ -530,11 +550,13 @@ class _Tiles:
 def _check_product(x: torch.Tensor, w: torch.Tensor, out: torch.Tensor) -> None:
     if x.ndim != 2 or w.ndim != 2 or x.shape[1] != w.shape[1]:
         raise ValueError(f"x [T, K] and w [N, K] expected, got {list(x.shape)}, {list(w.shape)}")
-    if tuple(out.shape) != (x.shape[0], w.shape[0]) or x.shape[0] == 0:
+    if tuple(out.shape[-2:]) != (x.shape[0], w.shape[0]) or x.shape[0] == 0:
         raise ValueError(
             f"out must be [{x.shape[0]}, {w.shape[0]}] with at least one row, got {list(out.shape)}"
         )
-    if x.stride(1) != 1 or w.stride(1) != 1 or out.stride(1) != 1:
+    if out.ndim == 3 and (out.dtype != torch.float32 or not out.is_contiguous()):
+        raise ValueError(f"parts must be contiguous float32, got {out.dtype} {out.stride()}")
+    if x.stride(1) != 1 or w.stride(1) != 1 or out.stride(-1) != 1:
         raise ValueError(
             "x, w and out need a last stride of 1; pass the rows of a contiguous buffer"
         )
@@ -549,7 +571,7 @@ def linear_ref(
 ) -> None:
     """Oracle of `linear`: fp32 product, one rounding."""
     _check_product(x, w, out)
-    out.copy_(matmul_rows(x.float(), w.float()))
+    _store_ref(out, matmul_rows(x.float(), w.float()))
 
 
 def linear_fp8_ref(
@@ -563,4 +585,12 @@ def linear_fp8_ref(
 ) -> None:
     """Oracle of `linear_fp8`: dequantise both operands, fp32 product, one rounding."""
     _check_product(xq, w, out)
-    out.copy_(matmul_rows(dequantize_rows(xq, xs), dequantize_blocks(w, ws)))
+    _store_ref(out, matmul_rows(dequantize_rows(xq, xs), dequantize_blocks(w, ws)))
+
+
+def _store_ref(out: torch.Tensor, product: torch.Tensor) -> None:
+    """The oracle does not split K: all is in the first part."""
+    if out.ndim == 2:
+        out.copy_(product)
+    else:
+        out.zero_()[0].copy_(product)

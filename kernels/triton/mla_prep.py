@@ -13,25 +13,36 @@ import triton.language as tl
 from kernels.triton.activation import GROUP, check_quantized, quantize_groups, quantize_ref
 from kernels.triton.launch import Launcher
 from kernels.triton.norm import _norm_weight, _rmsnorm, _rmsnorm_ref
-from kernels.triton.overlap import await_inputs, overlap
+from kernels.triton.overlap import (
+    AHEAD_PROGRAMS,
+    Ahead,
+    ahead_constexprs,
+    await_inputs,
+    overlap,
+    prefetch_share,
+)
+from kernels.triton.tiles import load_parts, num_parts, sum_parts
 
 
 @triton.jit
 def rope_pair(
-    x,  # act: pointers to the start of each rotary part
+    x,  # act, or f32 in parts: pointers to the start of each rotary part
     table,  # fp32: pointers to each token's row of the rope table
     pair,  # i32: indices of pairs, broadcastable with both
     mask,
+    part_stride,
     HALF: tl.constexpr,
     INTERLEAVE: tl.constexpr,
+    PARTS: tl.constexpr,
+    act: tl.constexpr,
 ):
     """fp32 elements of each rotated pair; they go to columns `pair` and `pair + HALF`."""
     if INTERLEAVE:
-        a = tl.load(x + 2 * pair, mask=mask, other=0.0).to(tl.float32)
-        b = tl.load(x + 2 * pair + 1, mask=mask, other=0.0).to(tl.float32)
+        a = load_parts(x + 2 * pair, mask, part_stride, PARTS, act).to(tl.float32)
+        b = load_parts(x + 2 * pair + 1, mask, part_stride, PARTS, act).to(tl.float32)
     else:
-        a = tl.load(x + pair, mask=mask, other=0.0).to(tl.float32)
-        b = tl.load(x + HALF + pair, mask=mask, other=0.0).to(tl.float32)
+        a = load_parts(x + pair, mask, part_stride, PARTS, act).to(tl.float32)
+        b = load_parts(x + HALF + pair, mask, part_stride, PARTS, act).to(tl.float32)
     cos = tl.load(table + pair, mask=mask, other=0.0)
     sin = tl.load(table + HALF + pair, mask=mask, other=0.0)
     return a * cos - b * sin, b * cos + a * sin
@@ -39,18 +50,21 @@ def rope_pair(
 
 @triton.jit
 def _mla_prep(
-    qkv,  # act [T, W], row pitch qkv_pitch
+    qkv,  # act [T, W], row pitch qkv_pitch; or f32 [PARTS, T, W]
+    T,
     tok_row,  # int32 [T]
     tok_pos,  # int32 [T]
     kv_slot,  # int64 [T]
     rope_table,  # fp32 [max_seq_len, 2*HALF]
     q_norm_weight,  # act or fp32 [QW], or unused
     kv_norm_weight,  # act or fp32 [DC]
+    ahead,  # weights of a later kernel, or unused
     kv_cache,  # act [num_slots, DC + 2*HALF], row pitch kv_pitch
     out,  # act [T, QW], row pitch out_pitch, or unused
     out_q,  # e4m3 [T, QW], row pitch q_pitch, or unused
     out_scale,  # fp32 [T, ceil(QW/128)], row pitch scale_pitch, or unused
     qkv_pitch,
+    part_stride,
     kv_start,
     kv_pitch,
     out_pitch,
@@ -64,24 +78,43 @@ def _mla_prep(
     KV_GROUPS: tl.constexpr,
     PAIRS: tl.constexpr,
     INTERLEAVE: tl.constexpr,
+    PARTS: tl.constexpr,
     HAS_OUT: tl.constexpr,
     HAS_Q: tl.constexpr,
+    AHEAD_ROWS: tl.constexpr,
+    AHEAD_COLS: tl.constexpr,
+    AHEAD_BANDS: tl.constexpr,
+    AHEAD_SPAN: tl.constexpr,
+    AHEAD_SHARE: tl.constexpr,
     PDL: tl.constexpr,
 ):
     t = tl.program_id(0).to(tl.int64)
     row = qkv + t * qkv_pitch
+    if AHEAD_SPAN > 0:  # noqa: SIM102
+        # Programs of their own: there may be one row only, and it must not wait for this.
+        if t >= T:
+            program = (t - T) * tl.num_programs(1) + tl.program_id(1)
+            prefetch_share(
+                ahead, program, AHEAD_ROWS, AHEAD_COLS, AHEAD_BANDS, AHEAD_SPAN, AHEAD_SHARE
+            )
+            await_inputs(PDL)
+            return
     if tl.program_id(1) == 0:
         kv_col = tl.arange(0, KV_GROUPS)[:, None] * 128 + tl.arange(0, 128)[None, :]
         kv_w = _norm_weight(kv_norm_weight, kv_col, DC)
         await_inputs(PDL)
         if tl.load(tok_row + t) >= 0:
             slot = kv_cache + tl.load(kv_slot + t) * kv_pitch
-            latent = tl.load(row + kv_start + kv_col, mask=kv_col < DC, other=0.0)
+            at = row + kv_start + kv_col
+            latent = load_parts(at, kv_col < DC, part_stride, PARTS, kv_cache.dtype.element_ty)
             tl.store(slot + kv_col, _rmsnorm(latent, kv_w, eps, DC), mask=kv_col < DC)
             pair = tl.arange(0, PAIRS)
             angles = rope_table + tl.load(tok_pos + t).to(tl.int64) * (2 * HALF)
             key = row + kv_start + DC
-            first, second = rope_pair(key, angles, pair, pair < HALF, HALF, INTERLEAVE)
+            first, second = rope_pair(
+                key, angles, pair, pair < HALF, part_stride, HALF, INTERLEAVE, PARTS,
+                kv_cache.dtype.element_ty,
+            )  # fmt: skip
             tl.store(slot + DC + pair, first, mask=pair < HALF)
             tl.store(slot + DC + HALF + pair, second, mask=pair < HALF)
     else:
@@ -91,7 +124,8 @@ def _mla_prep(
         w = _norm_weight(q_norm_weight, col, QW)
         await_inputs(PDL)
         real = tl.load(tok_row + t) >= 0
-        value = tl.load(row + col, mask=(col < QW) & real, other=0.0)
+        act: tl.constexpr = kv_cache.dtype.element_ty
+        value = load_parts(row + col, (col < QW) & real, part_stride, PARTS, act)
         y = _rmsnorm(value, w, eps, QW)
         if HAS_OUT:
             tl.store(out + t * out_pitch + col, y, mask=col < QW)
@@ -114,6 +148,7 @@ def mla_prep(
     eps: float,
     kv_start: int,
     interleave: bool,
+    ahead: Ahead | None = None,
     kv_cache: torch.Tensor,
     out: torch.Tensor | None = None,
     out_q: torch.Tensor | None = None,
@@ -123,7 +158,8 @@ def mla_prep(
 
     Args:
         qkv: act [T, W]: compressed query at 0 (ignored without q_norm_weight), compressed KV [dc]
-            at kv_start, rotary key [dr] after it; the row pitch may exceed W.
+            at kv_start, rotary key [dr] after it; the row pitch may exceed W. Or fp32 [S, T, W]:
+            parts to be added up in order and rounded.
         tok_row: int32 [T]; -1 is padding, which writes no KV and gives a query of zeros.
         tok_pos: int32 [T], row of the rope table.
         kv_slot: int64 [T].
@@ -134,6 +170,7 @@ def mla_prep(
         kv_start: column where the compressed KV begins.
         interleave: pairs are (0, 1), (2, 3) … instead of (0, dr/2), (1, dr/2+1) …; either way the
             first elements of all pairs are written before the second ones.
+        ahead: weights of a later kernel to ask L2 for meanwhile.
         kv_cache: act [num_slots, dc+dr].
         out: act [T, q_width], the normed query.
         out_q, out_scale: the same quantised, e4m3 [T, q_width] and fp32 [T, ceil(q_width/128)].
@@ -147,21 +184,25 @@ def mla_prep(
     )
     latent, half = kv_norm_weight.shape[0], rope_table.shape[1] // 2
     width = 0 if q_norm_weight is None else q_norm_weight.shape[0]
+    parts = 1 if q_norm_weight is None else 2
     launch(
         _mla_prep,
-        (qkv.shape[0], 1 if q_norm_weight is None else 2),
+        (tok_row.shape[0] + (AHEAD_PROGRAMS // parts if ahead else 0), parts),
         qkv,
+        tok_row.shape[0],
         tok_row,
         tok_pos,
         kv_slot,
         rope_table,
         kv_norm_weight if q_norm_weight is None else q_norm_weight,
         kv_norm_weight,
+        kv_norm_weight if ahead is None else ahead.weight,
         kv_cache,
         qkv if out is None else out,
         qkv if out_q is None else out_q,
         rope_table if out_scale is None else out_scale,
-        qkv.stride(0),
+        qkv.stride(-2),
+        qkv.stride(0) if qkv.ndim == 3 else 0,
         kv_start,
         kv_cache.stride(0),
         0 if out is None else out.stride(0),
@@ -175,8 +216,10 @@ def mla_prep(
         KV_GROUPS=_groups(latent),
         PAIRS=triton.next_power_of_2(half),
         INTERLEAVE=bool(interleave),
+        PARTS=num_parts(qkv),
         HAS_OUT=out is not None,
         HAS_Q=out_q is not None,
+        **ahead_constexprs(ahead, AHEAD_PROGRAMS),
         num_warps=4,
         **overlap(launch),
     )
@@ -194,6 +237,7 @@ def mla_prep_ref(
     eps: float,
     kv_start: int,
     interleave: bool,
+    ahead: Ahead | None = None,
     kv_cache: torch.Tensor,
     out: torch.Tensor | None = None,
     out_q: torch.Tensor | None = None,
@@ -203,6 +247,7 @@ def mla_prep_ref(
     _check(
         qkv, rope_table, q_norm_weight, kv_norm_weight, kv_start, kv_cache, out, out_q, out_scale
     )
+    qkv = sum_parts(qkv, kv_cache.dtype)
     real = tok_row >= 0
     rows, slots = qkv[real], kv_slot[real]
     dc, dr = kv_norm_weight.shape[0], rope_table.shape[1]
@@ -253,7 +298,7 @@ def _check(
             f"out_q={out_q is not None}, out_scale={out_scale is not None}"
         )
     latent = kv_norm_weight.shape[0] + rope_table.shape[1]
-    if rope_table.shape[1] % 2 or kv_cache.shape[1] != latent or kv_start + latent > qkv.shape[1]:
+    if rope_table.shape[1] % 2 or kv_cache.shape[1] != latent or kv_start + latent > qkv.shape[-1]:
         raise ValueError(
             f"kv_cache must be [num_slots, {latent}] and qkv at least {kv_start + latent} wide, "
             f"with an even rotary part; got kv_cache {list(kv_cache.shape)}, "
@@ -261,7 +306,7 @@ def _check(
         )
     if q_norm_weight is None:
         return
-    want = (qkv.shape[0], q_norm_weight.shape[0])
+    want = (qkv.shape[-2], q_norm_weight.shape[0])
     if want[1] > kv_start or (out is not None and tuple(out.shape) != want):
         raise ValueError(
             f"out must be {want} and the query end before kv_start {kv_start}, "

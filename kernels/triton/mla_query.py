@@ -17,15 +17,18 @@ from kernels.triton.linear import linear_fp8_ref
 from kernels.triton.mla_absorb import absorb_q_ref
 from kernels.triton.overlap import (
     OFF,
+    Ahead,
+    ahead_constexprs,
     await_inputs_streaming,
     overlap,
     prefetch_rows,
+    prefetch_share,
     release_dependents,
     touch,
 )
 from kernels.triton.tiles import (
+    BUDGET_BYTES,
     FP8_GROUP,
-    SINGLE_BUDGET_BYTES,
     check_fp8,
     check_scale,
     load_scale,
@@ -75,6 +78,7 @@ def _latent_query(
     tok_pos,  # int32 [T]
     tok_row,  # int32 [T]
     rope_table,  # fp32 [max_seq_len, DR]
+    ahead,  # weights of a later kernel, or unused
     out,  # act [T, H, DC+DR], row pitch out_pitch
     T,
     out_pitch,
@@ -94,6 +98,11 @@ def _latent_query(
     INTERLEAVE: tl.constexpr,
     STAGES: tl.constexpr,
     PREFETCH: tl.constexpr,
+    AHEAD_ROWS: tl.constexpr,
+    AHEAD_COLS: tl.constexpr,
+    AHEAD_BANDS: tl.constexpr,
+    AHEAD_SPAN: tl.constexpr,
+    AHEAD_SHARE: tl.constexpr,
     PDL: tl.constexpr,
 ):
     t0 = tl.program_id(0) * BLOCK_T
@@ -123,6 +132,8 @@ def _latent_query(
         nope += tl.dot(wn, xt) * (scale[None, :] * nope_scale[:, None])
         rope += tl.dot(wr, xt) * (scale[None, :] * rope_scale[:, None])
     release_dependents(PDL)
+    if AHEAD_SPAN > 0 and t0 == 0:
+        prefetch_share(ahead, head, AHEAD_ROWS, AHEAD_COLS, AHEAD_BANDS, AHEAD_SPAN, AHEAD_SHARE)
     # The query is rounded as if it had been stored; a padded token's is zeros.
     act = out.dtype.element_ty
     q = tl.where(real[None, :], nope, 0.0).to(act)
@@ -163,6 +174,7 @@ def latent_query(
     rope_table: torch.Tensor,
     *,
     interleave: bool,
+    ahead: Ahead | None = None,
     out: torch.Tensor,
 ) -> None:
     """q = x @ w.T by head, its first dn elements @ w_uk, the rest rotated.
@@ -177,6 +189,7 @@ def latent_query(
         tok_row: int32 [T]; -1 is padding and gives zeros.
         rope_table: float32 [max_seq_len, dr]: cos of each pair, then sin of each.
         interleave: see `mla_prep`.
+        ahead: weights of a later kernel to ask L2 for at the end.
         out: act [T, H, dc+dr].
     Raises:
         ValueError: shapes that do not fit, or sizes that `fuses_query` does not allow.
@@ -190,7 +203,7 @@ def latent_query(
     block_t = next((b for b in TOKEN_BLOCKS if b >= tokens), TOKEN_BLOCKS[-1])
     x = tile_source(xq, (block_t, FP8_GROUP))
     nope, rope = (tile_source(w, (rows, FP8_GROUP)) for rows in (dn, dr))
-    stages = pipeline_stages(dn + dr, block_t, SINGLE_BUDGET_BYTES)
+    stages = pipeline_stages(dn + dr, block_t, BUDGET_BYTES[1])
     bulk = isinstance(nope, TensorMap)
     launch(
         _latent_query,
@@ -205,6 +218,7 @@ def latent_query(
         tok_pos,
         tok_row,
         rope_table,
+        w if ahead is None else ahead.weight,
         out,
         tokens,
         out.stride(0),
@@ -224,6 +238,7 @@ def latent_query(
         INTERLEAVE=bool(interleave),
         STAGES=stages,
         PREFETCH=PREFETCH_BLOCKS if bulk and launch.pdl != OFF and k % 16 == 0 else 0,
+        **ahead_constexprs(ahead, heads),
         num_warps=8,
         num_stages=stages,
         **overlap(launch),
@@ -241,6 +256,7 @@ def latent_query_ref(
     rope_table: torch.Tensor,
     *,
     interleave: bool,
+    ahead: Ahead | None = None,
     out: torch.Tensor,
 ) -> None:
     """`latent_query` in plain torch: the two products one after the other."""

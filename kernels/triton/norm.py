@@ -12,7 +12,16 @@ import triton.language as tl
 
 from kernels.triton.activation import GROUP, check_quantized, quantize_groups, quantize_ref
 from kernels.triton.launch import Launcher
-from kernels.triton.overlap import await_inputs, overlap
+from kernels.triton.overlap import (
+    AHEAD_PROGRAMS,
+    Ahead,
+    ahead_constexprs,
+    await_inputs,
+    overlap,
+    prefetch_share,
+)
+from kernels.triton.routing import combine_ref
+from kernels.triton.tiles import load_parts, num_parts, sum_parts
 
 MAX_WIDTH = 16384  # a row is held in registers
 EMBED_BLOCK = 1024
@@ -57,15 +66,43 @@ def _rmsnorm(value, w, eps, H: tl.constexpr):
 
 
 @triton.jit
+def _weighted_rows(
+    y,  # act [T*K, H]
+    ids,  # int32 [T, K]
+    weights,  # fp32 [T, K]
+    t,
+    col,
+    H: tl.constexpr,
+    K: tl.constexpr,
+):
+    """fp32 sum over k, in order, of weights[t, k] * y[t*K + k]; zeros for a padded token.
+
+    One test serves all choices of a token, so that all its rows are loaded at once.
+    """
+    real = tl.load(ids + t * K) >= 0
+    total = tl.zeros(col.shape, tl.float32)
+    for k in tl.static_range(K):
+        weight = tl.load(weights + t * K + k, mask=real, other=0.0)
+        value = tl.load(y + (t * K + k) * H + col, mask=(col < H) & real, other=0.0)
+        total += weight * value.to(tl.float32)
+    return total
+
+
+@triton.jit
 def _add_rmsnorm(
     x,  # act [T, H], row pitch x_pitch; written if HAS_DELTA
-    delta,  # act [T, H], row pitch delta_pitch, or unused
+    T,
+    delta,  # act [T, H], row pitch delta_pitch; or f32 [PARTS, T, H]; act [T*K, H] if K; unused
+    ids,  # int32 [T, K], or unused
+    choice_weights,  # fp32 [T, K], or unused
     weight,  # act or fp32 [H]
+    ahead,  # weights of a later kernel, or unused
     out,  # act [T, H], row pitch out_pitch, or unused
     out_q,  # e4m3 [T, H], row pitch q_pitch, or unused
     out_scale,  # fp32 [T, ceil(H/128)], row pitch scale_pitch, or unused
     x_pitch,
     delta_pitch,
+    part_stride,
     out_pitch,
     q_pitch,
     scale_pitch,
@@ -73,19 +110,39 @@ def _add_rmsnorm(
     H: tl.constexpr,
     GROUPS: tl.constexpr,
     HAS_DELTA: tl.constexpr,
+    PARTS: tl.constexpr,
+    K: tl.constexpr,
     HAS_OUT: tl.constexpr,
     HAS_Q: tl.constexpr,
+    AHEAD_ROWS: tl.constexpr,
+    AHEAD_COLS: tl.constexpr,
+    AHEAD_BANDS: tl.constexpr,
+    AHEAD_SPAN: tl.constexpr,
+    AHEAD_SHARE: tl.constexpr,
     PDL: tl.constexpr,
 ):
     t = tl.program_id(0).to(tl.int64)
     group = tl.arange(0, GROUPS)
     col = group[:, None] * 128 + tl.arange(0, 128)[None, :]
     w = _norm_weight(weight, col, H)
+    if AHEAD_SPAN > 0:  # noqa: SIM102
+        # Programs of their own: there may be one row only, and it must not wait for this.
+        if t >= T:
+            prefetch_share(
+                ahead, t - T, AHEAD_ROWS, AHEAD_COLS, AHEAD_BANDS, AHEAD_SPAN, AHEAD_SHARE
+            )
     await_inputs(PDL)
+    if AHEAD_SPAN > 0:  # noqa: SIM102
+        if t >= T:
+            return
     row = x + t * x_pitch + col
     value = tl.load(row, mask=col < H, other=0.0)
     if HAS_DELTA:
-        add = tl.load(delta + t * delta_pitch + col, mask=col < H, other=0.0)
+        if K > 0:
+            add = _weighted_rows(delta, ids, choice_weights, t, col, H, K).to(value.dtype)
+        else:
+            at = delta + t * delta_pitch + col
+            add = load_parts(at, col < H, part_stride, PARTS, value.dtype)
         value = (value.to(tl.float32) + add.to(tl.float32)).to(value.dtype)
         tl.store(row, value, mask=col < H)
     y = _rmsnorm(value, w, eps, H)
@@ -185,6 +242,8 @@ def add_rmsnorm(
     weight: torch.Tensor,
     *,
     eps: float,
+    choices: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ahead: Ahead | None = None,
     out: torch.Tensor | None = None,
     out_q: torch.Tensor | None = None,
     out_scale: torch.Tensor | None = None,
@@ -193,9 +252,14 @@ def add_rmsnorm(
 
     Args:
         x: act [T, H], the residual; the row pitch may exceed H. Updated in place if delta is given.
-        delta: act [T, H]; None for a plain norm.
+        delta: act [T, H]; or fp32 [S, T, H], parts to be added up in order and rounded; None for a
+            plain norm.
         weight: act or fp32 [H].
         eps: added to the mean square.
+        choices: (ids int32 [T, K], weights fp32 [T, K]): then delta is act [T*K, H], the experts'
+            results, and is weighted and added up as by `routing.combine`. A token has all its
+            choices or, where its first id is -1, none.
+        ahead: weights of a later kernel to ask L2 for meanwhile.
         out: act [T, H].
         out_q, out_scale: e4m3 [T, H] and fp32 [T, ceil(H/128)], made from the rounded norm; both or
             neither.
@@ -204,19 +268,24 @@ def add_rmsnorm(
     Capture-safe.
     Source: `DeepseekV3RMSNorm` of transformers for the order of roundings.
     """
-    _check_norm(x, delta, weight, out, out_q, out_scale)
+    _check_norm(x, delta, weight, choices, out, out_q, out_scale)
     dummy = weight
     launch(
         _add_rmsnorm,
-        (x.shape[0],),
+        (x.shape[0] + (AHEAD_PROGRAMS if ahead else 0),),
         x,
+        x.shape[0],
         dummy if delta is None else delta,
+        dummy if choices is None else choices[0],
+        dummy if choices is None else choices[1],
         weight,
+        dummy if ahead is None else ahead.weight,
         dummy if out is None else out,
         dummy if out_q is None else out_q,
         dummy if out_scale is None else out_scale,
         x.stride(0),
-        0 if delta is None else delta.stride(0),
+        0 if delta is None else delta.stride(-2),
+        delta.stride(0) if delta is not None and delta.ndim == 3 else 0,
         0 if out is None else out.stride(0),
         0 if out_q is None else out_q.stride(0),
         0 if out_scale is None else out_scale.stride(0),
@@ -224,8 +293,11 @@ def add_rmsnorm(
         H=x.shape[1],
         GROUPS=_num_groups(x.shape[1]),
         HAS_DELTA=delta is not None,
+        PARTS=0 if delta is None else num_parts(delta),
+        K=0 if choices is None else choices[0].shape[1],
         HAS_OUT=out is not None,
         HAS_Q=out_q is not None,
+        **ahead_constexprs(ahead, AHEAD_PROGRAMS),
         num_warps=_num_warps(x.shape[1]),
         **overlap(launch),
     )
@@ -237,14 +309,20 @@ def add_rmsnorm_ref(
     weight: torch.Tensor,
     *,
     eps: float,
+    choices: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ahead: Ahead | None = None,
     out: torch.Tensor | None = None,
     out_q: torch.Tensor | None = None,
     out_scale: torch.Tensor | None = None,
 ) -> None:
     """`add_rmsnorm` in plain torch."""
-    _check_norm(x, delta, weight, out, out_q, out_scale)
-    if delta is not None:
-        x.copy_(x.float() + delta.float())
+    _check_norm(x, delta, weight, choices, out, out_q, out_scale)
+    if delta is not None and choices is not None:
+        total = torch.empty_like(x)
+        combine_ref(delta, *choices, None, out=total)
+        x.copy_(x.float() + total.float())
+    elif delta is not None:
+        x.copy_(x.float() + sum_parts(delta, x.dtype).float())
     y = _rmsnorm_ref(x, weight, eps)
     if out is not None:
         out.copy_(y)
@@ -333,13 +411,26 @@ def _check_norm(
     x: torch.Tensor,
     delta: torch.Tensor | None,
     weight: torch.Tensor,
+    choices: tuple[torch.Tensor, torch.Tensor] | None,
     out: torch.Tensor | None,
     out_q: torch.Tensor | None,
     out_scale: torch.Tensor | None,
 ) -> None:
     if (out is None and out_q is None) or (out_q is None) != (out_scale is None):
         raise ValueError("expected out, or out_q with out_scale, or all three; pass at least one")
-    _check_rows(x, delta, weight)
+    plain = delta
+    if delta is not None and choices is not None:
+        plain = None
+        want = (x.shape[0] * choices[0].shape[1], x.shape[1])
+        if tuple(delta.shape) != want or not all(t.is_contiguous() for t in (delta, *choices)):
+            raise ValueError(
+                f"delta and choices must be contiguous, delta {want}, got {delta.shape}"
+            )
+    elif delta is not None and delta.ndim == 3:
+        plain = delta[0]
+        if delta.dtype != torch.float32:
+            raise ValueError(f"delta in parts must be float32, got {delta.dtype}")
+    _check_rows(x, plain, weight)
     if out is not None and out.shape != x.shape:
         raise ValueError(f"out must have x's shape {list(x.shape)}, got {list(out.shape)}")
     if out_q is not None and out_scale is not None:

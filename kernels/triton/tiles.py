@@ -13,8 +13,8 @@ from kernels.triton.launch import ALIGNMENT, Arg, TensorMap
 
 FP8_GROUP = 128  # elements that share one scale
 BLOCK_K_BYTES = 128  # of a tile's row: the full swizzle span of the bulk copy engine
-SHARED_BUDGET_BYTES = 112 << 10  # of pipeline buffers where two programs are to share a Hopper SM
-SINGLE_BUDGET_BYTES = 208 << 10  # where registers leave room for one program only
+# Of pipeline buffers, by the number of programs that are to share a Hopper SM.
+BUDGET_BYTES = {1: 208 << 10, 2: 112 << 10, 3: 74 << 10}
 FP32_BLOCK_N = 64  # weight rows of a tile without tensor cores: its operands live in registers
 MAX_STAGES = 10
 MAX_SCALE_SPAN = 8  # scales of a row that `load_scale` stages at once
@@ -74,6 +74,38 @@ def load_scale(
         span = tl.load(scale + row[:, None] * PITCH + near[None, :], mask=inside, other=0.0)
         column = tl.sum(tl.where((near == group)[None, :], span, 0.0), 1)
     return column
+
+
+@triton.jit
+def load_parts(
+    at,  # pointers into the first part
+    mask,
+    part_stride,  # elements from one part to the next
+    PARTS: tl.constexpr,  # 0: not in parts
+    act: tl.constexpr,
+):
+    """What a product left: its result, or the sum of its K splits in order, rounded to act."""
+    value = tl.load(at, mask=mask, other=0.0)
+    if PARTS > 0:
+        for part in tl.static_range(1, PARTS):
+            value += tl.load(at + part * part_stride, mask=mask, other=0.0)
+        value = value.to(act)
+    return value
+
+
+def num_parts(product: torch.Tensor) -> int:
+    """K splits of a product that was left in parts, fp32 [S, T, N]; 0 for one that was not."""
+    return product.shape[0] if product.ndim == 3 else 0
+
+
+def sum_parts(product: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """`load_parts` in plain torch: [T, N]."""
+    if product.ndim == 2:
+        return product
+    total = product[0].clone()
+    for part in product[1:]:
+        total += part
+    return total.to(dtype)
 
 
 def pipeline_stages(weight_rows: int, tokens: int, budget: int) -> int:

@@ -17,6 +17,7 @@ import torch
 
 from kernels.triton.launch import Arg, JitLauncher, Launcher, TensorMap, kernel_spec
 from kernels.triton.linear import (
+    LinearPlan,
     linear,
     linear_fp8,
     linear_fp8_ref,
@@ -24,7 +25,7 @@ from kernels.triton.linear import (
     linear_ref,
     linear_workspace_elems,
 )
-from kernels.triton.tiles import tile_source
+from kernels.triton.tiles import sum_parts, tile_source
 
 F32, BF16, F16, FP8 = torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn
 ROOT = Path(__file__).resolve().parents[2]
@@ -184,6 +185,47 @@ def test_a_rows_bits_do_not_depend_on_the_others(kind: str) -> None:
     sizes = (1, 17, 33) if kind == "fp32" else (1, 17, 40, 130)  # a tile height each
     rows = [row for t in sizes for out in [run(t)] for row in (out[0], out[-1])]
     assert all(torch.equal(row, rows[0]) for row in rows)
+
+
+@pytest.mark.parametrize("fp8", [True, False])
+def test_k_splits_can_be_left_to_the_reader(fp8: bool) -> None:
+    n, k = 70, 1100
+    splits = linear_plan(n, k, elem_bytes=1 if fp8 else 2).splits
+    assert splits > 1
+    parts, oracle = torch.full((2, splits, 5, n), POISON)
+    if fp8:
+        x, w = quantized(5, k, 0), weight(n, k)
+        linear_fp8(LAUNCH, *x, *w, out=parts)
+        linear_fp8_ref(*x, *w, out=oracle)
+        want = _fp8(x, w)
+    else:
+        x16, w16 = rand(5, k).half(), rand(n, k, seed=1).half()
+        linear(LAUNCH, x16, w16, out=parts)
+        linear_ref(x16, w16, out=oracle)
+        want = _plain(x16, w16)
+    assert torch.equal(sum_parts(parts, F32), want)
+    torch.testing.assert_close(sum_parts(oracle, F32), want, rtol=1e-5, atol=1e-3)
+    short = torch.empty(1, 5, n)
+    with pytest.raises(ValueError, match=r"has \d parts, got room for 1; size it"):
+        linear(LAUNCH, rand(5, k).half(), rand(n, k).half(), out=short)
+
+
+@pytest.mark.parametrize(("unroll", "per_sm", "block_n"), [(2, 2, 64), (1, 3, 64), (3, 1, 128)])
+def test_a_plan_of_the_same_splits_gives_the_same_bits(
+    unroll: int, per_sm: int, block_n: int
+) -> None:
+    (xq, xs), (wq, ws) = quantized(17, 1100, 0), weight(70, 1100)
+    default = linear_plan(70, 1100, elem_bytes=1)
+    space = torch.empty(default.splits * 17 * 70)
+    results = []
+    for plan in (None, LinearPlan(block_n, default.splits, unroll, per_sm)):
+        results.append(torch.empty(17, 70))
+        linear_fp8(LAUNCH, xq, xs, wq, ws, out=results[-1], workspace=space, plan=plan)
+    torch.testing.assert_close(*results, rtol=1e-6, atol=1e-4)
+    with pytest.raises(ValueError, match="block_n 64 or 128"):
+        LinearPlan(32, 1)
+    with pytest.raises(ValueError, match="1 to 3 programs"):
+        LinearPlan(64, 1, per_sm=4)
 
 
 def test_output_is_rounded_once() -> None:

@@ -96,6 +96,22 @@ def test_prep_matches_its_oracle(
         torch.testing.assert_close(got[name].float(), tensor.float(), rtol=rtol, atol=2e-3 * rtol)
 
 
+@pytest.mark.parametrize("interleave", [True, False])
+def test_prep_adds_up_the_parts_of_the_projection(interleave: bool) -> None:
+    case = _prep(300, 96, 64, BF16)
+    torch.manual_seed(3)
+    parts = torch.randn(3, *case.args[0].shape)
+    whole = ((parts[0] + parts[1]) + parts[2]).to(BF16)
+    for op in (lambda *a, **k: mla_prep(LAUNCH, *a, **k), mla_prep_ref):
+        want = _run_prep(op, replace(case, args=(whole, *case.args[1:])), interleave, "quantised")
+        got = torch.full_like(want["kv_cache"], 7.0)
+        q = {"out_q": torch.empty_like(want["out_q"]), "out_scale": want["out_scale"].clone()}
+        options = {"eps": case.eps, "kv_start": case.kv_start, "interleave": interleave}
+        op(parts, *case.args[1:], **options, kv_cache=got, **q)
+        assert torch.equal(got, want["kv_cache"])
+        assert torch.equal(q["out_q"].view(torch.uint8), want["out_q"].view(torch.uint8))
+
+
 def test_prep_skips_padding_and_other_slots() -> None:
     got = _run_prep(
         lambda *a, **k: mla_prep(LAUNCH, *a, **k), _prep(130, 32, 16, F32), True, "plain"

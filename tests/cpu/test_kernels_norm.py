@@ -47,6 +47,10 @@ def _same_quantized(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor])
     torch.testing.assert_close(a, b, rtol=0.125, atol=2**-9)
 
 
+def _add_rmsnorm(*args: Any, **kwargs: Any) -> None:
+    norm.add_rmsnorm(LAUNCH, *args, **kwargs)
+
+
 @pytest.mark.parametrize("dtype", [F32, BF16, F16])
 @pytest.mark.parametrize("width", [1, 1024, 1025])
 def test_embed(width: int, dtype: torch.dtype) -> None:
@@ -92,6 +96,39 @@ def test_add_rmsnorm_writes_only_what_it_is_given() -> None:
     norm.add_rmsnorm(LAUNCH, x.clone(), None, weight, eps=1e-6, out=x.clone(), **both)
     assert (wide[:, 200:] == 7).all()
     assert torch.equal(q["out_q"].view(torch.uint8), both["out_q"].view(torch.uint8))
+
+
+@pytest.mark.parametrize("fn", [_add_rmsnorm, norm.add_rmsnorm_ref])
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_a_norm_adds_up_the_parts_of_a_product(fn: Any, dtype: torch.dtype) -> None:
+    x, weight = _rand(4, 300, dtype=dtype), _rand(300, dtype=dtype, seed=1)
+    parts = _rand(3, 4, 300, seed=2)
+    whole = ((parts[0] + parts[1]) + parts[2]).to(dtype)
+    got, want = (torch.empty_like(x) for _ in range(2))
+    x_want = x.clone()
+    fn(x, parts, weight, eps=1e-6, out=got)
+    fn(x_want, whole, weight, eps=1e-6, out=want)
+    assert torch.equal(x, x_want)
+    assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("fn", [_add_rmsnorm, norm.add_rmsnorm_ref])
+def test_a_norm_adds_up_the_experts_of_a_token(fn: Any) -> None:
+    x, weight = _rand(4, 300, dtype=BF16), _rand(300, dtype=BF16, seed=1)
+    y, ids, weights = _rand(12, 300, dtype=BF16), torch.ones(4, 3, dtype=I32), _rand(4, 3)
+    ids[2], y[6:9] = -1, float("nan")  # a padded token's results are never read
+    delta = torch.empty_like(x)
+    routing.combine_ref(y, ids, weights, None, out=delta)
+    got, want = (torch.empty_like(x) for _ in range(2))
+    x_want = x.clone()
+    fn(x, y, weight, eps=1e-6, choices=(ids, weights), out=got)
+    fn(x_want, delta, weight, eps=1e-6, out=want)
+    assert torch.equal(x, x_want)
+    assert torch.equal(got, want)
+    with pytest.raises(ValueError, match=r"delta \(12, 300\), got .*11, 300"):
+        fn(x, y[:11], weight, eps=1e-6, choices=(ids, weights), out=got)
+    with pytest.raises(ValueError, match="in parts must be float32"):
+        fn(x, y.view(3, 4, 300), weight, eps=1e-6, out=got)
 
 
 def test_rmsnorm_ref_is_the_published_one() -> None:

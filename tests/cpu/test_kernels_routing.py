@@ -140,6 +140,22 @@ def test_route_of_a_nan_choice_takes_it_first(fn: Any, bits: int) -> None:
     assert (ids[:, 0] == 9).all()
 
 
+@pytest.mark.parametrize("fn", [_kernel, routing.route_ref])
+def test_every_real_token_also_goes_to_the_shared_expert(fn: Any) -> None:
+    logits, row = _rand(4, 16), torch.tensor([0, -1, 1, 2], dtype=I32)
+    options = {"num_groups": 4, "topk_groups": 2, "normalize": True, "scaling": 2.5, "top_k": 4}
+    ids, weights = torch.zeros(4, 4, dtype=I32), torch.zeros(4, 4)
+    fn(logits, None, row, **options, out_ids=ids, out_weights=weights)
+    more, scaled = torch.zeros(4, 5, dtype=I32), torch.zeros(4, 5)
+    fn(logits, None, row, **options, shared_id=16, out_ids=more, out_weights=scaled)
+    assert torch.equal(more[:, :4], ids)
+    assert torch.equal(scaled[:, :4], weights)
+    assert more[:, 4].tolist() == [16, -1, 16, 16]
+    assert scaled[:, 4].tolist() == [1.0, 0.0, 1.0, 1.0]
+    with pytest.raises(ValueError, match=r"out_ids must be \[4, 5\]"):
+        fn(logits, None, row, **options, shared_id=16, out_ids=ids, out_weights=weights)
+
+
 def test_route_rows_are_independent() -> None:
     logits, bias, router = _rand(5, 64), _rand(64), (64, 8, 3, 6)
     ids, weights = _route(_kernel, logits, bias, router)

@@ -8,11 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Attention
 
 from graphs.model_config import ModelConfig, UnsupportedModel, parse_overrides
 from graphs.presets import PRESETS
-from graphs.weights import weight_table
+from graphs.weights import (
+    add_part_views,
+    check_views,
+    shared_joins,
+    stored_table,
+    weight_table,
+)
 from tests.cpu.checkpoints import YARN, as_transformers_4, small_config
 
 FP8 = {"quant_method": "fp8", "weight_block_size": [128, 128]}
@@ -241,6 +248,22 @@ def test_fp8_parts_begin_at_whole_blocks() -> None:
     assert table["layers.1.experts_gate_up"].shape == (4, 48, 64)  # not padded
     assert table["layers.1.experts_gate_up_scale"].shape == (4, 2, 1)
     assert table["layers.1.router"].dtype == "float32"
+
+
+def test_the_shared_expert_lies_behind_the_routed_ones_where_it_joins_them() -> None:
+    cfg = read(overrides={"quantization": "none", "n_shared_experts": 1})
+    table = weight_table(cfg)
+    stored = stored_table(cfg, ep_size=1, transport="local")
+    assert stored["layers.1.all_gate_up"].shape == (9, *table["layers.1.shared_gate_up"].shape)
+    assert sum(s.nbytes for s in stored.values()) == sum(s.nbytes for s in table.values())
+    views = {n: torch.empty(s.shape, dtype=getattr(torch, s.dtype)) for n, s in stored.items()}
+    add_part_views(views)
+    check_views(cfg, views, ep_size=1)
+    views["layers.1.shared_down"].fill_(3)
+    assert (views["layers.1.all_down"][-1] == 3).all()
+    # Not where other ranks' tokens come, nor where it is wider than a routed expert.
+    assert stored_table(cfg, ep_size=2, transport="rdep") == weight_table(cfg, ep_size=2)
+    assert not shared_joins(read(overrides={"n_shared_experts": 2}), "local")
 
 
 def test_experts_that_do_not_divide_are_refused() -> None:

@@ -19,6 +19,7 @@ from runtime.selection import choose
 
 ROOT = Path(__file__).resolve().parents[2]
 # Launched in the ordinary way: it must see the step up to itself complete.
+PREFETCHES = ("prefetch_rows", "prefetch_share")
 ORDINARY = {"_stamp", "_fill_kernel"}
 
 
@@ -72,7 +73,7 @@ def test_early_lets_dependents_go_and_late_does_so_after_the_stream(
 
 def test_before_the_wait_only_what_no_step_writes_is_loaded() -> None:
     """By source: the loads above `await_inputs` name weights and nothing else."""
-    allowed = {"weight", "w_uk", "w_rows", "w_uv", "q_norm_weight", "kv_norm_weight"}
+    allowed = {"weight", "w_uk", "w_rows", "w_uv", "q_norm_weight", "kv_norm_weight", "ahead"}
     checked = 0
     for path in sorted((ROOT / "kernels" / "triton").glob("*.py")):
         for function in ast.parse(path.read_text()).body:
@@ -85,7 +86,7 @@ def test_before_the_wait_only_what_no_step_writes_is_loaded() -> None:
             checked += 1
             arguments = {a.arg for a in function.args.args}
             for call in calls:
-                touches = _callee(call) in ("load", "store", "prefetch_rows", "_norm_weight")
+                touches = _callee(call) in ("load", "store", "_norm_weight", "touch") + PREFETCHES
                 if touches and call.lineno < min(waits):
                     used = {n.id for a in call.args[:1] for n in ast.walk(a) if _is_name(n)}
                     assert used & arguments <= allowed | _sizes(function), (path.name, call.lineno)
@@ -101,6 +102,10 @@ def test_the_mode_is_settled_before_capture() -> None:
     assert chosen.step.pdl == "late"
     with pytest.raises(ValueError, match="--pdl early needs a CUDA device"):
         choose(RuntimeConfig.of(**common, device="cpu", pdl="early"))
+    assert ahead.step.prefetch
+    assert not choose(RuntimeConfig.of(**common, prefetch=False), compile_only=True).step.prefetch
+    with pytest.raises(ValueError, match="--prefetch needs a CUDA device"):
+        choose(RuntimeConfig.of(**common, device="cpu", prefetch=True))
     with pytest.raises(ValueError, match="pdl must be one of auto, off, late, early"):
         RuntimeConfig.of(**common, pdl="yes")
 

@@ -256,7 +256,7 @@ def test_a_name_is_a_plan_whether_listed_or_not() -> None:
     call = _linear(4)
     for candidate in candidates(call):
         assert named(call, candidate.name) == candidate
-    free = LinearPlan(64, 7, unroll=3, per_sm=4, prefetch=8)
+    free = LinearPlan(64, 7, unroll=3, per_sm=3, prefetch=8)
     assert named(call, plan_name(free)).plan == free
 
 

@@ -23,6 +23,7 @@ from kernels.triton import (
     mla_decode,
     mla_plan,
     mla_prep,
+    mla_query,
     norm,
     random_init,
     routing,
@@ -194,6 +195,24 @@ def absorb_q(seed: int, tokens: int) -> Arguments:
     }
 
 
+def latent_query(seed: int, tokens: int) -> Arguments:
+    xq, xs = fp8_rows(seed, tokens, Q_LORA)
+    w, ws = fp8_weight(7, HEADS * (NOPE + ROPE), Q_LORA)
+    rest = {k: v for k, v in absorb_q(seed, tokens).items() if k != "q"}
+    return {"xq": xq, "xs": xs, "w": w, "ws": ws, **rest}
+
+
+def norm_of_parts(seed: int, tokens: int) -> Arguments:
+    return add_rmsnorm(seed, tokens) | {"delta": randn(seed, 3, tokens, HIDDEN, dtype=F32)}
+
+
+def norm_of_experts(seed: int, tokens: int) -> Arguments:
+    ids, weights = torch.ones(tokens, 3, dtype=I32), randn(seed, tokens, 3, dtype=F32)
+    ids[PADDED : PADDED + 1] = -1
+    delta = randn(seed, 3 * tokens, HIDDEN)
+    return add_rmsnorm(seed, tokens) | {"delta": delta, "choices": (ids, weights)}
+
+
 def absorb_v(seed: int, tokens: int) -> Arguments:
     o_latent = randn(seed, tokens, HEADS, LATENT)
     w_uv = randn(3, HEADS, VALUE, LATENT, std=LATENT**-0.5)
@@ -352,6 +371,17 @@ CASES: dict[str, Case] = {
     "gather_add_rmsnorm": Case(
         norm.gather_add_rmsnorm, norm.gather_add_rmsnorm_ref, gather, {"out": 2**-7}
     ),
+    "norm_of_parts": Case(
+        norm.add_rmsnorm, norm.add_rmsnorm_ref, norm_of_parts,
+        {"x": 2**-7, "out": 2**-6, "out_scale": 2**-6, "out_q": 2**-3},
+    ),
+    "norm_of_experts": Case(
+        norm.add_rmsnorm, norm.add_rmsnorm_ref, norm_of_experts,
+        {"x": 2**-7, "out": 2**-6, "out_scale": 2**-6, "out_q": 2**-3},
+    ),
+    "latent_query": Case(
+        mla_query.latent_query, mla_query.latent_query_ref, latent_query, {"out": 2**-7}
+    ),
     "quantize": Case(
         activation.quantize, activation.quantize_ref, quantize,
         {"out_scale": 1e-6, "out_q": 2**-3},
@@ -408,14 +438,22 @@ CASES: dict[str, Case] = {
     ),
 }  # fmt: skip
 # Of these the first token's result is compared between steps of every size.
-BY_TOKEN = ("linear", "linear_router", "linear_fp8_qkv_a", "linear_fp8_q_b", "absorb_q", "absorb_v")
+BY_TOKEN = (
+    *("linear", "linear_router", "linear_fp8_qkv_a", "linear_fp8_q_b"),
+    *("absorb_q", "absorb_v", "latent_query"),
+)
 
 
 # ------------------------------------------------------------------ running a case
 
 
 def on_device(arguments: Arguments) -> Arguments:
-    return {k: v.to(DEVICE) if isinstance(v, torch.Tensor) else v for k, v in arguments.items()}
+    def move(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(move(v) for v in value)
+        return value.to(DEVICE) if isinstance(value, torch.Tensor) else value
+
+    return {k: move(v) for k, v in arguments.items()}
 
 
 def copied(case: Case, arguments: Arguments) -> Arguments:
