@@ -49,6 +49,8 @@ BY_ROUTING = ("align", "grouped_gate_up", "grouped_down", "combine")
 # Between them they take every branch of the step.
 CPU_OVERRIDES = ((), ("quantization=fp8", "qk_nope_head_dim=64", "qk_rope_head_dim=64"))
 TABLE_WIDTH = 140
+# What other libraries raise for shapes that they do not take.
+REFUSALS = (ValueError, RuntimeError, TypeError, AttributeError, NotImplementedError)
 TWIN_NOTE = "CPU twin: the oracles were checked against float64; nothing was timed"
 
 
@@ -58,7 +60,7 @@ class Measured:
 
     Attributes:
         error: relative, against the oracle; None where there is nothing to compare with.
-        verdict: "ok", "unchecked", "unable" or what is wrong.
+        verdict: "ok", "unchecked", "refused" or what is wrong.
         exact: bits are those of a run with fewer tokens; None where that was not tried.
         time: None if it was not timed.
         floor_bytes: that any kernel must read.
@@ -82,7 +84,7 @@ class Measured:
 
     @property
     def wrong(self) -> bool:
-        return self.library == OURS and self.verdict not in ("ok", "unchecked", "unable")
+        return self.library == OURS and self.verdict not in ("ok", "unchecked", "refused")
 
     def to_json(self) -> dict[str, Any]:
         us = None if self.time is None else self.time.us
@@ -336,10 +338,8 @@ class OpsBench:
         try:
             got = _outcome(call, who)
             again = _outcome(call, who)
-        except (Unable, ValueError, RuntimeError, TypeError, AttributeError) as error:
-            if who.library == OURS and not isinstance(error, Unable):
-                raise
-            return checked | {"verdict": "unable", "why": str(error).split("\n")[0][:160]}
+        except REFUSALS as error:
+            return checked | _refused(who, error)
         if wanted is None or not got:
             return checked | {"verdict": "unchecked"}
         errors = [g.error(w) for g, w in zip(got, wanted, strict=True)]
@@ -349,7 +349,13 @@ class OpsBench:
             return checked | {"verdict": "wrong", "why": f"differs from the oracle in {bad}"}
         if not _same(got, again):
             return checked | {"verdict": "unstable", "why": "two runs gave different bits"}
-        checked["exact"] = self._exact(call, who, got)
+        try:
+            checked["exact"] = self._exact(call, who, got)
+        except REFUSALS as error:
+            if who.library == OURS:
+                return checked | _refused(who, error)
+            # It takes this shape and not that of a token alone: nothing to compare.
+            checked["why"] = f"refuses one token: {_first_line(error)}"
         if who.bits is not None:
             if checked["exact"] is False:
                 why = "bits depend on the number of tokens"
@@ -381,10 +387,8 @@ class OpsBench:
         )
         try:
             return timer([who.bind(c) for c in calls]), checked
-        except CaptureError as error:
-            if who.library == OURS:
-                raise
-            return None, checked | {"verdict": "unable", "why": str(error)}
+        except (*REFUSALS, CaptureError) as error:
+            return None, checked | _refused(who, error)
         finally:
             _put_back(call, held)
 
@@ -398,6 +402,16 @@ def _outcome(call: Call, who: Contender) -> list[Result]:
     found = [Result("out", returned)] if isinstance(returned, torch.Tensor) else results(call)
     _put_back(call, held)
     return found
+
+
+def _refused(who: Contender, error: Exception) -> dict[str, str]:
+    """The row of a kernel that does not run: ours must."""
+    failed = who.library == OURS and not isinstance(error, Unable)
+    return {"verdict": "failed" if failed else "refused", "why": _first_line(error)}
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).split("\n")[0][:120]
 
 
 def _put_back(call: Call, held: list[torch.Tensor]) -> None:

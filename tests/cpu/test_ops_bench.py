@@ -90,11 +90,13 @@ def _linear(tokens: int = 6) -> Call:
     return Call("linear", (x, w), {"out": torch.zeros(tokens, 32), "workspace": None})
 
 
-def _verdict(launch: Callable[[Call], object], bits: str | None = "") -> dict[str, Any]:
+def _verdict(
+    launch: Callable[[Call], object], bits: str | None = "", library: str = OURS
+) -> dict[str, Any]:
     args = ops.parser().parse_args(["--device", "cpu"])
     bench = ops.OpsBench(ops.Plan.of(args), 3, None)
     call = _linear()
-    who = Contender("it", OURS, lambda c: partial(launch, c), bits)
+    who = Contender("it", library, lambda c: partial(launch, c), bits)
     return bench._check(call, who, alternative(call), {})
 
 
@@ -146,18 +148,31 @@ def test_bits_that_depend_on_the_number_of_tokens_are_found() -> None:
     assert (promised_nothing["verdict"], promised_nothing["exact"]) == ("ok", False)
 
 
-def test_another_library_may_be_unable_and_ours_may_not() -> None:
+def test_a_library_may_refuse_a_shape_and_ours_may_not() -> None:
     def refuse(call: Call) -> None:
         raise Unable("no such shape")
 
     got = _verdict(refuse)
-    assert (got["verdict"], got["why"]) == ("unable", "no such shape")
+    assert (got["verdict"], got["why"]) == ("refused", "no such shape")
 
     def broken(call: Call) -> None:
-        raise RuntimeError("launch failed")
+        raise RuntimeError("CUBLAS_STATUS_NOT_SUPPORTED\nmore")
 
-    with pytest.raises(RuntimeError, match="launch failed"):
-        _verdict(broken)
+    assert _verdict(broken)["verdict"] == "failed"
+    got = _verdict(broken, library="torch")
+    assert (got["verdict"], got["why"]) == ("refused", "CUBLAS_STATUS_NOT_SUPPORTED")
+
+
+def test_a_library_that_refuses_one_token_is_still_compared() -> None:
+    def several(call: Call) -> None:
+        if call.kwargs["out"].shape[0] == 1:
+            raise RuntimeError("not supported")
+        _right(call)
+
+    got = _verdict(several, bits=None, library="torch")
+    assert (got["verdict"], got["exact"]) == ("ok", None)
+    assert got["why"] == "refuses one token: not supported"
+    assert _verdict(several)["verdict"] == "failed"
 
 
 # ------------------------------------------------------------------ floors and rotation
