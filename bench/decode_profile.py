@@ -148,7 +148,8 @@ def _device_events(
     runtime.occupy(key.rows, bench.ctx_len, steps + 4)
     for _ in range(2):
         runtime.step()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+    kinds = [torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=kinds, acc_events=True) as profiler:
         for _ in range(steps):
             runtime.step()
         torch.cuda.synchronize()

@@ -13,14 +13,16 @@ import pstats
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
 from rich.table import Table
 
+from graphs.buffers import StepConfig, mailbox_layout
 from graphs.keys import GraphKey, Ladder
-from kernels.triton.state import HEADER, RING_SLOTS, MailboxLayout, RingLayout
+from graphs.model_config import ModelConfig
+from graphs.presets import PRESETS
+from kernels.triton.state import HEADER, RING_SLOTS, RingLayout
 from runtime.cli import command, console, print_json, run
 from runtime.driver import Runtime
 from runtime.engine import Engine
@@ -45,16 +47,12 @@ class NoDevice:
 
     def __init__(self, rows: int, max_seq_len: int) -> None:
         pages = -(-max_seq_len // PAGE)
-        self.config = SimpleNamespace(
-            max_rows=rows,
-            max_seq_len=max_seq_len,
-            page_size=PAGE,
-            max_pages=pages,
-            num_pages=rows * pages + 1,
+        self.config = StepConfig(
+            max_rows=rows, max_seq_len=max_seq_len, page_size=PAGE, num_pages=rows * pages + 1
         )
-        self.model_config = SimpleNamespace(vocab_size=1000, eos_token_ids=())
+        self.model_config = ModelConfig.from_hf(PRESETS["tiny"])
         self.ladder = Ladder([GraphKey(rows, rows), GraphKey(rows + PAGE, rows)])
-        self.mailbox_layout = MailboxLayout(rows, rows + PAGE, 16)
+        self.mailbox_layout = mailbox_layout(self.config, self.ladder)
         self.mailbox = np.full((2, self.mailbox_layout.words), -1, np.int32)
         self.ring = np.zeros((RING_SLOTS, RingLayout(rows).words), np.int32)
         self.ring_step = np.zeros(RING_SLOTS, np.int64)

@@ -294,16 +294,13 @@ class AttentionTuner:
         return choice
 
     def _found(self) -> list[AttentionCut]:
-        """The default first."""
+        """The default first; of a backend that is no default only its default cut."""
         step = self._step
-        backends = [step.attention]
-        if self._options.attention == "auto" and step.attention != "triton":
-            backends.append("triton")
         cuts = cuts_for(step.max_pages * step.page_size, step.page_size)
-        cuts.sort(key=lambda cut: cut != step.cut)
-        if step.cut not in cuts:
-            cuts.insert(0, step.cut)
-        return [AttentionCut(backend, cut) for backend in backends for cut in cuts]
+        others = [AttentionCut(step.attention, cut) for cut in cuts if cut != step.cut]
+        if self._options.attention == "auto" and step.attention != "triton":
+            others.append(AttentionCut("triton", step.cut))
+        return [AttentionCut(step.attention, step.cut), *others]
 
     def _digest(self, found: Sequence[AttentionCut]) -> str:
         facts = toolchain_facts(True) | {
