@@ -38,8 +38,11 @@ from bench.ops_specs import (
 )
 from capture_cache.errors import CaptureError
 from graphs.calls import Call, op_names
+from graphs.candidates import PLANS, Candidate, candidates
+from graphs.choices import KernelChoices, site_of, tokens_of
 from graphs.floor import READ_BYTES_PER_S
 from graphs.ops import Ops
+from graphs.select import choose_site
 from graphs.timing import Timer, Timing
 from runtime.cli import Bar, command, console, print_json, run
 from runtime.config import DEVICES
@@ -145,6 +148,10 @@ def main(argv: list[str] | None = None) -> int:
         path = Path(args.out) / "ops.json"
         path.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
         console.print(f"wrote {path}")
+        if plan.on_device:
+            pins = Path(args.out) / "kernels.json"
+            pins.write_text(json.dumps(bench.choices().to_json(), indent=1) + "\n")
+            console.print(f"wrote {pins}, for --kernels")
     if args.json:
         print_json(report)
     return 1 if report["wrong"] else 0
@@ -257,6 +264,9 @@ class OpsBench:
         known = READ_BYTES_PER_S.get(self.device_name)
         self.bandwidth = bandwidth_tb * 1e12 if bandwidth_tb else known
         self.found: list[Measured] = []
+        # us by (site, tokens), then by candidate; candidates by site, the default first.
+        self._timed: dict[tuple[str, int], dict[str, float]] = {}
+        self._candidates: dict[str, list[Candidate]] = {}
         self._seen: set[tuple[Any, ...]] = set()
         self._oracles = Ops(None)
 
@@ -294,6 +304,11 @@ class OpsBench:
             timing = None
             if self.plan.on_device and checked["verdict"] in ("ok", "unchecked"):
                 timing, checked = self._time(machine, call, who, rows, timer, checked)
+            if timing is not None and who.library == OURS and call.op in PLANS:
+                site, tokens = site_of(call), tokens_of(call)
+                self._candidates.setdefault(site, candidates(call))
+                # Of two routings the second counts: experts' tiles are chosen for the uneven one.
+                self._timed.setdefault((site, tokens), {})[who.name] = timing.us
             floor_bytes = machine.floors.bytes(call)
             self.found.append(
                 Measured(
@@ -312,6 +327,18 @@ class OpsBench:
                     **checked,
                 )
             )
+
+    def choices(self) -> KernelChoices:
+        """What a capture would choose by these times; `--kernels` takes it as pins."""
+        sites = {}
+        for site, found in self._candidates.items():
+            counts = sorted(tokens for name, tokens in self._timed if name == site)
+
+            def us(candidate: Candidate, tokens: int, site: str = site) -> float | None:
+                return self._timed.get((site, tokens), {}).get(candidate.name)
+
+            sites[site] = choose_site(found, counts, us)
+        return KernelChoices(sites, None, "bench.ops")
 
     def _reference(self, machine: Machine, call: Call) -> list[Result] | None:
         """What the results must be; None where nothing says so."""

@@ -54,23 +54,27 @@ class Captured:
     """One captured key.
 
     Attributes:
+        graph: handle of the captured graph (CUgraph), as long as this lives; 0 on the CPU twin.
         nodes: graph nodes by type name (empty on the CPU twin).
         graph_bytes: device memory that instantiating the graph took.
         seconds: spent capturing and instantiating.
-        graph: what was instantiated; None on the CPU twin.
+        executable: what `launch` launches; None on the CPU twin.
+        owner: keeps `graph` alive.
     """
 
     key: GraphKey
     launch: Callable[[], None]
+    graph: int = 0
     nodes: dict[str, int] = field(default_factory=dict)
     graph_bytes: int = 0
     seconds: float = 0.0
-    graph: GraphExec | None = None
+    executable: GraphExec | None = None
+    owner: Any = None
 
     def close(self) -> None:
         """Release the graph; no launch of it may be running. Idempotent."""
-        if self.graph is not None:
-            self.graph.close()
+        if self.executable is not None:
+            self.executable.close()
 
 
 class GraphBackend(Protocol):
@@ -158,14 +162,17 @@ class CudaBackend:
             )
         # Instantiated by us and not by torch, whose replay takes 20 us of host time around 1 us of
         # driver call.
-        executable = GraphExec(graph.raw_cuda_graph(), self.stream.cuda_stream)
+        handle = int(graph.raw_cuda_graph())
+        executable = GraphExec(handle, self.stream.cuda_stream)
         return Captured(
             key,
             executable.launch,
-            nodes=graph_nodes(graph.raw_cuda_graph()),
+            graph=handle,
+            nodes=graph_nodes(handle),
             graph_bytes=max(0, free - memory_info()[0]),
             seconds=time.perf_counter() - start,
-            graph=executable,
+            executable=executable,
+            owner=graph,
         )
 
     def _num_allocations(self) -> int:

@@ -38,7 +38,7 @@ def fingerprint(
     """Every field is compared on load and shown, stored against current, when it differs.
 
     Args:
-        kernels: digest of the choices.
+        kernels: how they were asked for; what follows from that is in the ledger.
     """
     facts: dict[str, Value] = {"schema": SCHEMA, **machine_facts(on_device)}
     facts |= {package: _version(package) for package in PACKAGES}

@@ -7,6 +7,7 @@ that noise changes nothing: least of all bits.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from statistics import fmean
 
 from graphs.calls import Call
@@ -112,23 +113,16 @@ def _fastest(
 
 def check_pins(
     choices: KernelChoices, calls: Mapping[tuple[str, int], Call], *, allow_inexact: bool
-) -> None:
-    """Refuse pinned choices that do not fit what is to be captured.
+) -> KernelChoices:
+    """Refuse pinned choices that do not fit what is to be captured; returns those that it needs.
 
     Args:
         calls: one call for each (site, tokens) of the runtime.
     Raises:
-        ValueError: a site or number of tokens without a choice, one that this runtime does not
-            have, an unknown kernel, or picks that would make bits depend on the key.
+        ValueError: a site or number of tokens without a choice, an unknown kernel, or picks that
+            would make bits depend on the key.
     """
     where = choices.origin
-    needed = {site for site, _ in calls}
-    unknown = sorted(set(choices.sites) - needed)
-    if unknown:
-        raise ValueError(
-            f"{where} pins {unknown[0]!r}, which this model, rank and layout does not have (it has "
-            f"{', '.join(sorted(needed))}); pin with choices made for the same model and ranks"
-        )
     for (site, count), call in sorted(calls.items(), key=lambda item: item[0]):
         assert (site, count) == (site_of(call), tokens_of(call))
         pinned = choices.sites.get(site)
@@ -150,6 +144,11 @@ def check_pins(
                 f"order {candidate.bits!r}, and {pinned.bits!r} for the site: bits of a token "
                 "would depend on the key; pin kernels of one order"
             )
+    needed: dict[str, dict[int, Pick]] = {}
+    for site, count in calls:
+        needed.setdefault(site, {})[count] = choices.sites[site].tokens[count]
+    sites = {site: SiteChoice(choices.sites[site].bits, picks) for site, picks in needed.items()}
+    return replace(choices, sites=sites)
 
 
 def fits_workspace(candidate: Candidate, call: Call, per_token: int) -> bool:

@@ -10,6 +10,7 @@ import dataclasses
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from typing import Any
 
 import torch
 
@@ -285,7 +286,8 @@ class _Builder:
             return  # one bundle serves all ranks
         facts = engine.fingerprint()
         try:
-            if self.store.load(facts) is not None:
+            stored = self.store.load(facts)
+            if stored is not None and _kernels_of(stored.manifest.ledger) == engine.choices.digest:
                 return  # the same capture is on record; a store may well be read-only by now
         except CorruptBundle:
             pass  # replaced below
@@ -293,6 +295,14 @@ class _Builder:
         kernels = tuple(launcher.used) if launcher else ()
         manifest = Manifest(facts, engine.selection.layout, record, kernels)
         self.store.publish(facts, manifest, {}, replace_existing=True)
+
+
+def _kernels_of(ledger: Any) -> str:
+    """Digest of the kernels that a stored capture took; empty if it does not say."""
+    try:
+        return KernelChoices.from_json(ledger["choices"], origin="stored").digest
+    except (KeyError, TypeError, ValueError):
+        return ""
 
 
 def _launcher(store: Store, selection: Selection) -> AotLauncher:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from barriers.config import GroupConfig
 
 DEVICES = ("auto", "cuda", "cpu")
 ATTENTION = ("auto", "flashinfer", "triton")
+KERNELS = ("auto", "tune", "default")  # or a file that pins them
 PDL = ("auto", "off", "late", "early")
 # Spellings of other engines for the same thing.
 ALIASES = {
@@ -159,6 +161,24 @@ class RuntimeConfig:
     def ranks(self) -> GroupConfig:
         """Where this process stands among those that torchrun started; alone without it."""
         return GroupConfig.from_env(os.environ)
+
+    @property
+    def kernels_asked(self) -> str:
+        """How kernels are to be chosen: a word, or the digest of the file that pins them.
+
+        Raises:
+            ValueError: the file cannot be read.
+        """
+        how = self.kernels
+        if how not in KERNELS:
+            try:
+                how = f"pinned {hashlib.sha256(Path(how).read_bytes()).hexdigest()[:16]}"
+            except OSError as error:
+                raise ValueError(
+                    f"--kernels {self.kernels}: expected {', '.join(KERNELS)} or a file of kernel "
+                    f"choices, got {error}; write one with python -m runtime.capture --save-kernels"
+                ) from error
+        return f"{how}, inexact ones too" if self.allow_inexact else how
 
     @property
     def local_rank(self) -> int:

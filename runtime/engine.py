@@ -95,7 +95,7 @@ class Engine:
             self.ladder,
             self.selection.layout,
             on_device=self.selection.on_device,
-            kernels=self.choices.digest,
+            kernels=self.options.kernels_asked,
         )
 
     def adopt(self, rows: list[int], length: int, limit: int, pages: list[list[int]]) -> None:

@@ -42,7 +42,7 @@ from graphs.timing import Timer
 from graphs.tuning_inputs import on_meta, outcome, rotated, with_tokens
 from graphs.weights import shared_joins
 from runtime.assemble import listed_transport, make_step
-from runtime.config import RuntimeConfig
+from runtime.config import KERNELS, RuntimeConfig
 from runtime.ranks import Ranks
 from runtime.selection import Selection
 
@@ -75,12 +75,13 @@ def pinned(options: RuntimeConfig) -> KernelChoices | None:
     Raises:
         ValueError: no such file, or not one of ours.
     """
-    if options.kernels in ("auto", "tune", "default"):
+    if options.kernels in KERNELS:
         return None
+    _ = options.kernels_asked  # says what is wrong with a file that cannot be read
     path = Path(options.kernels)
     try:
         record = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except ValueError as error:
         raise ValueError(
             f"--kernels {path}: expected auto, tune, default or a file of kernel choices, got "
             f"{error}; write one with python -m runtime.capture --save-kernels"
@@ -135,7 +136,7 @@ class Tuner:
         pins = pinned(self.options)
         if pins is not None:
             first = {key: some[0] for key, some in calls.items()}
-            check_pins(pins, first, allow_inexact=self.options.allow_inexact)
+            pins = check_pins(pins, first, allow_inexact=self.options.allow_inexact)
             self._check_room(pins, first)
             self._compile(calls, lambda call: [named(call, self._pick(pins, call))], ())
             return pins

@@ -16,6 +16,7 @@ from bench.ops_alternatives import FORMULATIONS, alternative
 from bench.ops_contenders import OURS, Contender, Unable
 from bench.ops_specs import UNCHECKED, Floors, prefix, results, rotated
 from graphs.calls import Call, op_names
+from graphs.candidates import candidates
 from graphs.ops import Ops
 from kernels.triton.linear import linear_ref
 from runtime.cli import run
@@ -173,6 +174,22 @@ def test_a_library_that_refuses_one_token_is_still_compared() -> None:
     assert (got["verdict"], got["exact"]) == ("ok", None)
     assert got["why"] == "refuses one token: not supported"
     assert _verdict(several)["verdict"] == "failed"
+
+
+def test_its_times_choose_kernels_as_a_capture_would() -> None:
+    bench = ops.OpsBench(ops.Plan.of(ops.parser().parse_args(["--device", "cpu"])), 3, None)
+    call = Call("linear", (torch.zeros(4, 256).bfloat16(), torch.zeros(96, 256).bfloat16()), {})
+    found = [c for c in candidates(call) if c.exact]
+    bench._candidates["site"] = found
+    for tokens in (1, 8):
+        times = {c.name: 10.0 for c in found}
+        times[next(c.name for c in found[1:] if c.bits == found[0].bits)] = (
+            5.0 if tokens == 8 else 20.0
+        )
+        bench._timed["site", tokens] = times
+    picks = bench.choices().sites["site"].tokens
+    assert (picks[1].kernel, picks[1].us) == (found[0].name, 10.0)
+    assert picks[8].us == 5.0
 
 
 # ------------------------------------------------------------------ floors and rotation

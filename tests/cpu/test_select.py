@@ -342,7 +342,7 @@ def _calls(*tokens: int) -> dict[tuple[str, int], Call]:
 
 
 def test_pins_that_fit_pass() -> None:
-    check_pins(_pins(), _calls(4), allow_inexact=False)
+    assert check_pins(_pins(), _calls(4), allow_inexact=False) == _pins()
     check_pins(_pins(TORCH_MM), _calls(4), allow_inexact=True)
 
 
@@ -351,7 +351,6 @@ def test_pins_that_fit_pass() -> None:
     [
         (_pins(), _calls(4, 8), "pins.json pins no kernel for linear 96x256 bfloat16 at 8 tokens"),
         (KernelChoices(origin="pins.json"), _calls(4), "pins no kernel for linear 96x256"),
-        (_pins(), {}, "pins 'linear 96x256 bfloat16', which this model, rank and layout does not"),
         (_pins("cublas"), _calls(4), "linear has no kernel 'cublas'"),
         (_pins(TORCH_MM), _calls(4), "give --allow-inexact to accept that"),
         (_pins(bits="splits=2"), _calls(4), "bits of a token would depend on the key"),
@@ -363,6 +362,28 @@ def test_pins_that_do_not_fit_are_refused(
     with pytest.raises(ValueError, match="pins|no kernel") as refusal:
         check_pins(pins, calls, allow_inexact=False)
     assert message in str(refusal.value)
+
+
+def test_of_pins_for_more_than_there_is_only_the_needed_ones_count() -> None:
+    assert check_pins(_pins(), {}, allow_inexact=False).sites == {}
+    site = _pins().sites[site_of(_linear(4))]
+    more = {8: site.tokens[4], 4: site.tokens[4]}
+    wide = dataclasses.replace(
+        _pins(),
+        sites={site_of(_linear(4)): SiteChoice("splits=1", more), "linear 1x1 float32": site},
+    )
+    assert check_pins(wide, _calls(4), allow_inexact=False) == _pins()
+
+
+def test_the_fingerprint_says_what_was_asked(tmp_path: Path) -> None:
+    path = tmp_path / "kernels.json"
+    path.write_text("one")
+    asked = RuntimeConfig("tiny", kernels=str(path)).kernels_asked
+    assert asked.startswith("pinned ")
+    path.write_text("two")
+    assert RuntimeConfig("tiny", kernels=str(path)).kernels_asked != asked
+    assert RuntimeConfig("tiny").kernels_asked == "auto"
+    assert RuntimeConfig("tiny", allow_inexact=True).kernels_asked == "auto, inexact ones too"
 
 
 def test_choices_survive_the_file(tmp_path: Path) -> None:
