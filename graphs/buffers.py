@@ -277,7 +277,10 @@ def _mlp_scratch(
         return
     joins, top_k = shared_joins(cfg, step.transport), choices(cfg, step)
     pairs = received * top_k
-    yield entry("router_logits", (tokens, cfg.num_experts), "float32")
+    # Left in the router's K splits for the choice to add up.
+    parts = linear_plan(cfg.num_experts, cfg.hidden_size, elem_bytes=4).splits
+    shape = (tokens, cfg.num_experts)
+    yield entry("router_logits", shape if parts == 1 else (parts, *shape), "float32")
     yield entry("topk_ids", (tokens, top_k), "int32")
     yield entry("topk_weights", (tokens, top_k), "float32")
     yield entry("offsets", (cfg.num_experts // step.ep_size + joins + 1,), "int32")

@@ -28,8 +28,9 @@ _MIN_AMAX = tl.constexpr(MIN_AMAX)
 def quantize_groups(x):
     """(e4m3 [G, 128], fp32 scales [G]) of x fp32 [G, 128]; a NaN stays NaN in its own element."""
     scale = tl.div_rn(tl.maximum(tl.max(tl.abs(x), axis=1), _MIN_AMAX), _FP8_MAX)
-    # The conversion saturates in hardware, so a quotient one ulp above 448 is still 448.
-    return tl.div_rn(x, scale[:, None]).to(tl.float8e4nv), scale
+    # One division a group: a product may be an ulp off the quotient, far below e4m3's step. The
+    # conversion saturates in hardware, so a product one ulp above 448 is still 448.
+    return (x * tl.div_rn(1.0, scale)[:, None]).to(tl.float8e4nv), scale
 
 
 @triton.jit

@@ -47,6 +47,7 @@ MIN_PROGRAMS = 120
 UNSPLIT_PROGRAMS = 112
 SHORT_PRODUCT_BYTES = 32 << 20  # below it a second launch costs more than narrow tiles
 SUM_BLOCK = 512
+MANY_SPLITS, SUM_MANY_BLOCK = 8, 32  # from here on a program takes fewer results
 
 
 @triton.jit
@@ -244,6 +245,31 @@ def _sum_splits_kernel(
     tl.store(out + at, acc.to(out.dtype.element_ty), mask=i < size)
 
 
+@triton.jit
+def _sum_many_splits_kernel(
+    partial,  # f32 [SPLITS, T, N]
+    out,  # [T, N], pitch OUT_PITCH
+    num_tokens,
+    N: tl.constexpr,
+    OUT_PITCH: tl.constexpr,
+    SPLITS: tl.constexpr,
+    SPLITS_POW2: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """All splits of a few results at once: one after the other they would take a latency each."""
+    await_inputs(PDL)
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    size = tl.cast(num_tokens, tl.int64) * N
+    split = tl.arange(0, SPLITS_POW2)[:, None]
+    inside = (split < SPLITS) & (i < size)[None, :]
+    parts = tl.load(partial + split * size + i[None, :], mask=inside, other=0.0)
+    at = i
+    if OUT_PITCH != N:
+        at = (i // N) * OUT_PITCH + i % N
+    tl.store(out + at, tl.sum(parts, 0).to(out.dtype.element_ty), mask=i < size)
+
+
 @dataclass(frozen=True)
 class LinearPlan:
     """How a product is cut; the number of tokens has no say in it.
@@ -415,7 +441,7 @@ def linear_fp8(
         xq.shape[0],
         **tiles.constexprs(dst, launch),
         **tiles.sources,
-        UNROLL=tiles.plan.unroll,
+        UNROLL=tiles.unroll,
         SCALE_PITCH=xs.stride(0),
         num_warps=tiles.num_warps,
         num_stages=tiles.stages,
@@ -436,6 +462,7 @@ class _Tiles:
     x_pitch: int
     w_pitch: int
     plan: LinearPlan
+    unroll: int
     block_t: int
     block_k: int
     stages: int
@@ -453,7 +480,9 @@ class _Tiles:
         num_tokens, (n, k) = x.shape[0], w.shape
         block_t = next((b for b in token_blocks if b >= num_tokens), token_blocks[-1])
         block_k = BLOCK_K_BYTES // w.element_size()
+        # The tallest tile takes the registers of two: neither a neighbour nor a second block.
         budget = BUDGET_BYTES[plan.per_sm if block_t < 128 else 1]
+        unroll = plan.unroll if block_t < 128 else 1
         return cls(
             x=tile_source(x, (block_t, block_k)) if bulk else x,
             w=tile_source(w, (plan.block_n, block_k)) if bulk else w,
@@ -463,9 +492,10 @@ class _Tiles:
             x_pitch=x.stride(0),
             w_pitch=w.stride(0),
             plan=plan,
+            unroll=unroll,
             block_t=block_t,
             block_k=block_k,
-            stages=max(2, pipeline_stages(plan.block_n, block_t, budget) // plan.unroll),
+            stages=max(2, pipeline_stages(plan.block_n, block_t, budget) // unroll),
         )
 
     @property
@@ -531,6 +561,22 @@ class _Tiles:
 
     def sum_splits(self, launch: Launcher, dst: torch.Tensor, out: torch.Tensor) -> None:
         if self.plan.splits == 1 or out.ndim == 3:
+            return
+        if self.plan.splits > MANY_SPLITS:
+            launch(
+                _sum_many_splits_kernel,
+                (triton.cdiv(self.num_tokens * self.n, SUM_MANY_BLOCK),),
+                dst,
+                out,
+                self.num_tokens,
+                N=self.n,
+                OUT_PITCH=out.stride(0),
+                SPLITS=self.plan.splits,
+                SPLITS_POW2=triton.next_power_of_2(self.plan.splits),
+                BLOCK=SUM_MANY_BLOCK,
+                num_warps=4,
+                **overlap(launch),
+            )
             return
         launch(
             _sum_splits_kernel,

@@ -220,7 +220,7 @@ def mla_prep(
         HAS_OUT=out is not None,
         HAS_Q=out_q is not None,
         **ahead_constexprs(ahead, AHEAD_PROGRAMS),
-        num_warps=4,
+        num_warps=8,
         **overlap(launch),
     )
 

@@ -51,8 +51,8 @@ def _embed(
 
 @triton.jit
 def _norm_weight(weight, col, H: tl.constexpr):
-    """fp32 [G, 128], zero past H. No step writes it, so it is loaded before `await_inputs`."""
-    return tl.load(weight + col, mask=col < H, other=0.0).to(tl.float32)
+    """[G, 128], zero past H. No step writes it, so it is loaded before `await_inputs`."""
+    return tl.load(weight + col, mask=col < H, other=0.0)
 
 
 @triton.jit
@@ -62,7 +62,7 @@ def _rmsnorm(value, w, eps, H: tl.constexpr):
     mean = tl.sum(tl.sum(x * x, axis=1), axis=0) / H
     # Rounded before the weight is applied, as the published model does.
     normed = (x * tl.rsqrt(mean + eps)).to(value.dtype).to(tl.float32)
-    return (w * normed).to(value.dtype)
+    return (w.to(tl.float32) * normed).to(value.dtype)
 
 
 @triton.jit
@@ -77,15 +77,15 @@ def _weighted_rows(
 ):
     """fp32 sum over k, in order, of weights[t, k] * y[t*K + k]; zeros for a padded token.
 
-    One test serves all choices of a token, so that all its rows are loaded at once.
+    No load waits for another. What a padded token's rows hold, NaN perhaps, is dropped at the end.
     """
     real = tl.load(ids + t * K) >= 0
     total = tl.zeros(col.shape, tl.float32)
     for k in tl.static_range(K):
-        weight = tl.load(weights + t * K + k, mask=real, other=0.0)
-        value = tl.load(y + (t * K + k) * H + col, mask=(col < H) & real, other=0.0)
+        weight = tl.load(weights + t * K + k)
+        value = tl.load(y + (t * K + k) * H + col, mask=col < H, other=0.0)
         total += weight * value.to(tl.float32)
-    return total
+    return tl.where(real, total, 0.0)
 
 
 @triton.jit
@@ -124,7 +124,8 @@ def _add_rmsnorm(
     t = tl.program_id(0).to(tl.int64)
     group = tl.arange(0, GROUPS)
     col = group[:, None] * 128 + tl.arange(0, 128)[None, :]
-    w = _norm_weight(weight, col, H)
+    if GROUPS <= 64:  # wider rows leave no registers for it
+        w = _norm_weight(weight, col, H)
     if AHEAD_SPAN > 0:  # noqa: SIM102
         # Programs of their own: there may be one row only, and it must not wait for this.
         if t >= T:
@@ -145,6 +146,8 @@ def _add_rmsnorm(
             add = load_parts(at, col < H, part_stride, PARTS, value.dtype)
         value = (value.to(tl.float32) + add.to(tl.float32)).to(value.dtype)
         tl.store(row, value, mask=col < H)
+    if GROUPS > 64:
+        w = _norm_weight(weight, col, H)
     y = _rmsnorm(value, w, eps, H)
     if HAS_OUT:
         tl.store(out + t * out_pitch + col, y, mask=col < H)
