@@ -212,7 +212,8 @@ def _mla_decode(call: Call) -> list[Result]:
 
 
 def _route(call: Call) -> list[Result]:
-    logits, bias, tok_row = call.args
+    parts, bias, tok_row = call.args
+    logits = _whole(parts, torch.float32)
     groups, kept, top_k = call["num_groups"], call["topk_groups"], call["top_k"]
     ids = torch.full(call.kwargs["out_ids"].shape, -1, dtype=torch.int32)
     weights = torch.zeros(ids.shape, dtype=torch.float64)

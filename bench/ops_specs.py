@@ -41,7 +41,8 @@ class Result:
     def tolerance(self) -> float:
         """The largest error that roundings explain."""
         if not self.value.is_floating_point():
-            return 0.0
+            # Sums of another order may swap two experts that are all but equal.
+            return 0.01 if self.name == "out_ids" else 0.0
         return TOLERANCE["float8" if self.name.endswith("_q") else self._dtype]
 
     @property

@@ -132,25 +132,34 @@ def _parse(kind: type[Plan], text: str) -> Plan:
 
 
 def _linear_plans(call: Call) -> list[LinearPlan]:
-    """The default, and narrow tiles with as many splits as keep a chip busy."""
-    w = call.args[1 if call.op == "linear" else 2]
+    """The default first. Where the result is left in parts for the reader to add up, the layout of
+    the step has settled how many."""
+    w, out = call.args[1 if call.op == "linear" else 2], call.kwargs.get("out")
     n, k = w.shape
     default = linear_plan(n, k, elem_bytes=w.element_size())
-    if w.element_size() == 4:
-        halves = (default.splits // 2, default.splits * 2)
-        others = [replace(default, splits=s) for s in halves if 1 <= s <= k // 64]
-        return [default, *others]
-    tiles, blocks = -(-n // 64), k * w.element_size() // 128
+    plans = _fp32_plans(default, k) if w.element_size() == 4 else _narrow_plans(default, call, n, k)
+    if out is not None and out.ndim == 3:
+        plans = [p for p in plans if p.splits == out.shape[0]]
+    return list(dict.fromkeys(plans))
+
+
+def _fp32_plans(default: LinearPlan, k: int) -> list[LinearPlan]:
+    """Without tensor cores: half as many splits, or twice."""
+    counts = (default.splits // 2, default.splits * 2)
+    others = [replace(default, splits=s) for s in counts if 1 <= s <= k // 64]
+    return [default, replace(default, prefetch=0), *others]
+
+
+def _narrow_plans(default: LinearPlan, call: Call, n: int, k: int) -> list[LinearPlan]:
+    """Narrow tiles with as many splits as keep a chip busy."""
+    elem_bytes = call.args[0].element_size()
+    tiles, blocks = -(-n // 64), k * elem_bytes // 128
     counts = [max(1, round(programs / tiles)) for programs in PROGRAMS]
     unrolls = (1, 2) if call.op == "linear_fp8" else (1,)
     plans = [default, replace(default, per_sm=1)]
     for splits in (default.splits, *(s for s in counts if s == 1 or blocks // s >= 4)):
         plans += [LinearPlan(64, splits, unroll=unroll) for unroll in unrolls]
-    out = call.kwargs.get("out")
-    if out is not None and out.ndim == 3:
-        # Whoever reads it adds up so many parts: the layout of the step has settled the order.
-        plans = [p for p in plans if p.splits == out.shape[0]]
-    return list(dict.fromkeys(plans))
+    return plans
 
 
 def _grouped_plans(call: Call) -> list[GroupedPlan]:
