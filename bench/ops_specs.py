@@ -128,19 +128,19 @@ def rotated(
     """The call over weights, or KV, of its own each, so many that no cache holds them all.
 
     Args:
-        cache_bytes: of the cache; twice as many are rotated through.
+        cache_bytes: of the cache; three times as many are rotated through.
         rows, max_rows: of the step, and rows whose pages are filled.
         copies: at most.
     """
     if call.op == "mla_decode":
-        count = min(copies, max_rows // rows, -(-2 * cache_bytes // max(1, floors.bytes(call))))
+        count = min(copies, max_rows // rows, -(-3 * cache_bytes // max(1, floors.bytes(call))))
         tok_row = call.args[3]
         return [call.replaced({3: tok_row + i * rows}) for i in range(max(1, count))]
     weights = [(k, t) for k, t in floors.weights_of(call) if t.nbytes >= ROTATED_BYTES]
     total = sum(t.nbytes for _, t in weights)
     if not total or total > MAX_COPY_BYTES:
         return [call]
-    count = min(copies, -(-2 * cache_bytes // total))
+    count = min(copies, -(-3 * cache_bytes // total))
     copied: list[dict[int | str, torch.Tensor]] = [
         {k: t.clone() for k, t in weights} for _ in range(max(0, count - 1))
     ]
