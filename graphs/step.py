@@ -268,12 +268,8 @@ class DecodeStep:
 
     def _moe(self, b: Buffers, layer: int) -> Delta:
         cfg, w, name = self.cfg, self.weights, f"layers.{layer}."
-        ahead = None
-        if cfg.num_shared_experts:
-            # Whatever is routed where, the shared expert is needed, and until then memory is idle.
-            shared_gate_up = "all_gate_up" if self.shared_joins else "shared_gate_up"
-            weight = w[name + shared_gate_up]
-            ahead = self._ahead(weight[-1] if self.shared_joins else weight)
+        # Whatever is routed where, the shared expert is needed, and until then the memory is idle.
+        ahead = self._ahead(w[name + "all_gate_up"][-1]) if self.shared_joins else None
         x = self._norm(b, name + "mlp_norm", Delta(b["o_out"]), plain=True, ahead=ahead)
         self.ops.linear(
             x.plain, w[name + "router"], out=b["router_logits"], workspace=b["workspace"]

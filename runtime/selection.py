@@ -19,7 +19,7 @@ from runtime.config import RuntimeConfig
 
 # Left for the driver, the graphs themselves and libraries when the KV cache takes what is free.
 RESERVED_BYTES = 3 << 30
-DEFAULT_PDL = "early"
+DEFAULT_PDL = "late"
 
 
 @dataclass(frozen=True)

@@ -159,16 +159,26 @@ def _merge(
 ):
     await_inputs(PDL)
     t = tl.program_id(0).to(tl.int64)
-    used = (tl.load(kv_len + t) + CUT - 1) // CUT
-    if used == 1:
-        return
     h = (tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H))[:, None]
     c = tl.arange(0, BLOCK_C)[None, :]
     mask = (h < H) & (c < DC)
-    high = tl.full([BLOCK_H, 1], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_H, 1], tl.float32)
-    acc = tl.zeros([BLOCK_H, BLOCK_C], tl.float32)
-    for s in tl.range(0, used):
+    # The first two splits are loaded before it is known whether there are any: where there are not,
+    # what they hold is dropped.
+    first = t * SPLITS * H + h
+    second = first + (H if SPLITS > 1 else 0)
+    lse_0 = tl.load(part_lse + first, mask=h < H, other=0.0)
+    lse_1 = tl.load(part_lse + second, mask=h < H, other=0.0)
+    o_0 = tl.load(part_o + first * DC + c, mask=mask, other=0.0).to(tl.float32)
+    o_1 = tl.load(part_o + second * DC + c, mask=mask, other=0.0).to(tl.float32)
+    used = (tl.load(kv_len + t) + CUT - 1) // CUT
+    if used == 1:
+        return
+    high = tl.maximum(lse_0, lse_1)
+    weight_0 = tl.exp2(lse_0 - high)
+    weight_1 = tl.exp2(lse_1 - high)
+    acc = o_0 * weight_0 + o_1 * weight_1
+    total = weight_0 + weight_1
+    for s in tl.range(2, used):
         part = (t * SPLITS + s) * H + h
         lse = tl.load(part_lse + part, mask=h < H, other=0.0)
         o = tl.load(part_o + part * DC + c, mask=mask, other=0.0).to(tl.float32)
@@ -178,7 +188,7 @@ def _merge(
         acc = acc * decay + o * weight
         total = total * decay + weight
         high = new_high
-    o = acc / tl.where(used > 0, total, 1.0)
+    o = tl.where(used > 0, acc / total, 0.0)
     tl.store(out + t * out_pitch + h * DC + c, o, mask=mask)
 
 

@@ -207,7 +207,8 @@ def norm_of_parts(seed: int, tokens: int) -> Arguments:
 
 
 def norm_of_experts(seed: int, tokens: int) -> Arguments:
-    ids, weights = torch.ones(tokens, 3, dtype=I32), randn(seed, tokens, 3, dtype=F32)
+    # The same for every seed: a replay overwrites tensors, not the tuple of them.
+    ids, weights = torch.ones(tokens, 3, dtype=I32), randn(11, tokens, 3, dtype=F32)
     ids[PADDED : PADDED + 1] = -1
     delta = randn(seed, 3 * tokens, HIDDEN)
     return add_rmsnorm(seed, tokens) | {"delta": delta, "choices": (ids, weights)}
@@ -252,6 +253,14 @@ def plan(seed: int, tokens: int) -> Arguments:
         "layout": layout,
         "ws": torch.zeros(layout.words, dtype=I32),
     }
+
+
+def route_of_parts(seed: int, tokens: int) -> Arguments:
+    # Small integers: sums are exact in any order.
+    parts = ids(seed, 9, 60, tokens, EXPERTS).float() / 16
+    more = {"shared_id": EXPERTS, "out_ids": zeros(tokens, TOP_K + 1, dtype=I32)}
+    more["out_weights"] = zeros(tokens, TOP_K + 1, dtype=F32)
+    return route(seed, tokens) | {"logits": parts} | more
 
 
 def route(seed: int, tokens: int) -> Arguments:
@@ -414,6 +423,9 @@ CASES: dict[str, Case] = {
     "mla_decode": Case(mla_decode.mla_decode, mla_decode.mla_decode_ref, decode, {"out": 2**-6}),
     "mla_plan": Case(mla_plan.mla_plan, mla_plan.mla_plan_ref, plan, {"ws": 0}),
     "route": Case(routing.route, routing.route_ref, route, {"out_ids": 0, "out_weights": 1e-5}),
+    "route_of_parts": Case(
+        routing.route, routing.route_ref, route_of_parts, {"out_ids": 0, "out_weights": 1e-5}
+    ),
     "align": Case(routing.align, routing.align_ref, align, {"offsets": 0, "pairs": 0}),
     "combine": Case(routing.combine, routing.combine_ref, combine, {"out": 2**-7}),
     "grouped_gate_up": Case(
