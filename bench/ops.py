@@ -264,8 +264,8 @@ class OpsBench:
         known = READ_BYTES_PER_S.get(self.device_name)
         self.bandwidth = bandwidth_tb * 1e12 if bandwidth_tb else known
         self.found: list[Measured] = []
-        # us by (site, tokens), then by candidate; candidates by site, the default first.
-        self._timed: dict[tuple[str, int], dict[str, float]] = {}
+        # Times by (site, tokens), then by candidate; candidates by site, the default first.
+        self._timed: dict[tuple[str, int], dict[str, Timing]] = {}
         self._candidates: dict[str, list[Candidate]] = {}
         self._seen: set[tuple[Any, ...]] = set()
         self._oracles = Ops(None)
@@ -308,7 +308,7 @@ class OpsBench:
                 site, tokens = site_of(call), tokens_of(call)
                 self._candidates.setdefault(site, candidates(call))
                 # Of two routings the second counts: experts' tiles are chosen for the uneven one.
-                self._timed.setdefault((site, tokens), {})[who.name] = timing.us
+                self._timed.setdefault((site, tokens), {})[who.name] = timing
             floor_bytes = machine.floors.bytes(call)
             self.found.append(
                 Measured(
@@ -334,10 +334,10 @@ class OpsBench:
         for site, found in self._candidates.items():
             counts = sorted(tokens for name, tokens in self._timed if name == site)
 
-            def us(candidate: Candidate, tokens: int, site: str = site) -> float | None:
+            def timed(candidate: Candidate, tokens: int, site: str = site) -> Timing | None:
                 return self._timed.get((site, tokens), {}).get(candidate.name)
 
-            sites[site] = choose_site(found, counts, us)
+            sites[site] = choose_site(found, counts, timed)
         return KernelChoices(sites, None, "bench.ops")
 
     def _reference(self, machine: Machine, call: Call) -> list[Result] | None:

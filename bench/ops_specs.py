@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from graphs.calls import Call
-from kernels.triton.tiles import dequantize_rows
+from kernels.triton.tiles import dequantize_rows, sum_parts
 
 # They change the state of rows and host words: the proof of a capture checks these.
 UNCHECKED = ("intake", "settle")
@@ -66,7 +66,7 @@ def _value(call: Call, name: str, tensor: torch.Tensor) -> torch.Tensor | None:
     if tensor.dtype == torch.float8_e4m3fn and name in ("out", "out_q"):
         return dequantize_rows(tensor, call.kwargs["out_scale"])
     if name == "out" and call.op in ("linear", "linear_fp8") and tensor.ndim == 3:
-        return tensor.sum(0)  # K splits that the reader adds up
+        return sum_parts(tensor, torch.float32)  # K splits, in the reader's order
     if name.startswith("out") and name != "out_scale":
         return tensor.clone()
     if name in NAMED_RESULTS.get(call.op, ()):

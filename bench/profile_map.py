@@ -25,6 +25,7 @@ from runtime.engine import Engine
 
 LOOK_AHEAD = 12  # launches that a profile may lack: those of an attention that is not used
 FOREIGN = ""
+OWN_ATTENTION = ("_mla_decode", "_merge")
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,9 @@ class StepMap:
 
         def hook(call: Call) -> None:
             names.seen.clear()
-            if not by_operation:
+            if call.op == "mla_decode" and engine.config.attention != "triton":
+                names.seen += OWN_ATTENTION  # the partial results are laid out for the other kernel
+            elif not by_operation:
                 getattr(ops, call.op)(*call.args, **call.kwargs)
             self._add(call, names.seen or [call.op])
 

@@ -18,6 +18,7 @@ from graphs.calls import Call
 from graphs.flashinfer_mla import FlashinferMla
 from graphs.model_config import ModelConfig
 from graphs.ops import Ops
+from graphs.timing import clearly_faster
 from kernels.triton.mla_decode import num_splits
 
 CUTS = (256, 512, 1024, 2048, 4096, 8192)
@@ -176,10 +177,9 @@ def choose_attention(
     found: Sequence[AttentionCut],
     points: Sequence[tuple[int, int]],
     measure: Callable[[AttentionCut, int, int], float],
-    *,
-    margin: float = 0.05,
 ) -> tuple[AttentionCut, dict[str, list[float]]]:
-    """The choice that is fastest over all points, the first one unless another is clearly faster.
+    """The choice that serves all points best: the first one, unless another is clearly faster on
+    average and nowhere slower.
 
     Args:
         measure: (choice, rows, context) → microseconds.
@@ -187,12 +187,10 @@ def choose_attention(
         The choice, and the times of each by `str`, in the order of the points.
     """
     times = {str(c): [measure(c, rows, context) for rows, context in points] for c in found}
-    fastest = [min(column) for column in zip(*times.values(), strict=True)]
-    slowdown = {
-        name: fmean(us / best for us, best in zip(column, fastest, strict=True))
-        for name, column in times.items()
-    }
-    winner = min(found, key=lambda c: slowdown[str(c)])
-    if slowdown[str(winner)] * (1 + margin) >= slowdown[str(found[0])]:
-        winner = found[0]
-    return winner, times
+    default = times[str(found[0])]
+    faster = [c for c in found[1:] if clearly_faster(times[str(c)], default)]
+
+    def over_default(choice: AttentionCut) -> float:
+        return fmean(us / own for us, own in zip(times[str(choice)], default, strict=True))
+
+    return min(faster, key=over_default, default=found[0]), times

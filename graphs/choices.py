@@ -169,10 +169,12 @@ class ChosenOps(Ops):
 
     Attributes:
         choices: replaced once they are made; captured graphs keep what they were captured with.
+        met: (site, tokens) of the calls so far.
     """
 
     def __init__(self, inner: Ops, choices: KernelChoices) -> None:
         self.launch, self.inner, self.choices = inner.launch, inner, choices
+        self.met: set[tuple[str, int]] = set()
         for name in op_names(inner):
             setattr(self, name, self._chosen(name) if name in PLANS else getattr(inner, name))
 
@@ -180,6 +182,7 @@ class ChosenOps(Ops):
         def run(*args: Any, **kwargs: Any) -> None:
             call = Call(name, args, kwargs)
             if self.choices.sites:
+                self.met.add((site_of(call), tokens_of(call)))
                 self.choices.candidate(call).run(self.inner, call)
             else:
                 getattr(self.inner, name)(*args, **kwargs)

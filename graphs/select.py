@@ -13,15 +13,14 @@ from statistics import fmean
 from graphs.calls import Call
 from graphs.candidates import Candidate, named
 from graphs.choices import KernelChoices, Pick, SiteChoice, site_of, tokens_of
+from graphs.timing import MARGIN, Timing, clearly_faster
 
 # Numbers of tokens at which orders of additions are compared, whatever the ladder: two runtimes of
 # one model on one store give the same bits.
 REFERENCE_TOKENS = (1, 8, 32, 128)
-BITS_MARGIN = 0.05  # by which another order of additions must be faster, on average
-MARGIN = 0.02  # by which another candidate of the same order must be
 
-# (candidate, tokens) → microseconds; None where it cannot run here.
-Measure = Callable[[Candidate, int], float | None]
+# (candidate, tokens) → its time; None where it cannot run here.
+Measure = Callable[[Candidate, int], Timing | None]
 
 
 def choose_site(
@@ -43,9 +42,9 @@ def choose_site(
         out_of_time: once true, what is not measured takes the default.
     """
     exact = [c for c in found if c.exact]
-    times: dict[tuple[str, int], float | None] = {}
+    times: dict[tuple[str, int], Timing | None] = {}
 
-    def timed(candidate: Candidate, count: int) -> float | None:
+    def timed(candidate: Candidate, count: int) -> Timing | None:
         key = (candidate.name, count)
         if key not in times:
             times[key] = None if out_of_time() else measure(candidate, count)
@@ -67,48 +66,96 @@ def choose_site(
 
 
 def _choose_bits(
-    exact: Sequence[Candidate], timed: Callable[[Candidate, int], float | None]
+    exact: Sequence[Candidate], timed: Callable[[Candidate, int], Timing | None]
 ) -> str:
-    """The order of additions that is fastest over the reference numbers of tokens."""
+    """The order of additions for all numbers of tokens, judged at the references."""
     classes = list(dict.fromkeys(c.bits for c in exact))
+    default = classes[0]
     if len(classes) == 1:
-        return classes[0]
-    slowdown: dict[str, list[float]] = {bits: [] for bits in classes}
+        return default
+    best: dict[str, list[float]] = {bits: [] for bits in classes}
     for count in REFERENCE_TOKENS:
-        best: dict[str, float] = {}
+        here: dict[str, float] = {}
         for candidate in exact:
-            us = timed(candidate, count)
-            if us is not None:
-                best[candidate.bits] = min(us, best.get(candidate.bits, us))
-        if len(best) < len(classes):
-            continue  # not every order was measured here: no comparison
-        fastest = min(best.values())
-        for bits, us in best.items():
-            slowdown[bits].append(us / fastest)
-    if not slowdown[classes[0]]:
-        return classes[0]
-    mean = {bits: fmean(values) for bits, values in slowdown.items()}
-    winner = min(classes, key=lambda bits: mean[bits])
-    return winner if mean[winner] * (1 + BITS_MARGIN) < mean[classes[0]] else classes[0]
+            time = timed(candidate, count)
+            if time is not None:
+                here[candidate.bits] = min(time.us, here.get(candidate.bits, time.us))
+        if len(here) < len(classes):
+            return default  # not every order was measured: no comparison
+        for bits, us in here.items():
+            best[bits].append(us)
+    faster = [bits for bits in classes[1:] if clearly_faster(best[bits], best[default])]
+    return min(faster, key=lambda bits: fmean(_over(best[bits], best[default])), default=default)
+
+
+def _over(times: Sequence[float], others: Sequence[float]) -> list[float]:
+    return [a / b for a, b in zip(times, others, strict=True)]
 
 
 def _fastest(
-    found: Sequence[Candidate], count: int, timed: Callable[[Candidate, int], float | None]
+    found: Sequence[Candidate], count: int, timed: Callable[[Candidate, int], Timing | None]
 ) -> Pick:
+    """The fastest; the first of them unless another is faster beyond margin and spread."""
     default = found[0]
     ranked = sorted(
-        ((us, i, c) for i, c in enumerate(found) if (us := timed(c, count)) is not None),
+        ((time.us, i, c, time) for i, c in enumerate(found) if (time := timed(c, count))),
         key=lambda t: t[:2],
     )
     if not ranked:
         return Pick(default.name, exact=default.exact)
-    us, _, best = ranked[0]
-    own = next((t for t, _, c in ranked if c is default), None)
-    if own is not None and own <= us * (1 + MARGIN):
-        us, best = own, default
-    others = [(t, c) for t, _, c in ranked if c is not best]
+    us, _, best, time = ranked[0]
+    own = next((t for _, _, c, t in ranked if c is default), None)
+    if own is not None and not (us < own.us * (1 - MARGIN) and time.high < own.low):
+        us, best = own.us, default
+    others = [(t, c) for t, _, c, _ in ranked if c is not best]
     runner_up, runner_up_us = (others[0][1].name, others[0][0]) if others else (None, None)
     return Pick(best.name, us, runner_up, runner_up_us, best.exact)
+
+
+def confirm(
+    choices: KernelChoices,
+    defaults: Mapping[str, str],
+    measure: Callable[[KernelChoices, int], tuple[Timing, set[tuple[str, int]]]],
+    num_keys: int,
+) -> KernelChoices:
+    """Keep what a key has chosen only where its whole step is faster for it.
+
+    A kernel that is faster by itself may be slower between others, whose weights share the caches
+    with its own. The order of additions stays as it was chosen.
+
+    Args:
+        defaults: name of the first candidate of the chosen order, by site.
+        measure: (choices, index of a key) → time of that key's step with them, and the (site,
+            tokens) that it meets.
+    """
+    kept = choices
+    for key in range(num_keys):
+        _, met = measure(kept, key)
+        plain = _with_defaults(kept, met, defaults)
+        if plain.digest == kept.digest:
+            continue
+        before, _ = measure(plain, key)
+        chosen, _ = measure(kept, key)
+        again, _ = measure(plain, key)
+        if not chosen.us < min(before.us, again.us):
+            kept = plain
+    return kept
+
+
+def _with_defaults(
+    choices: KernelChoices, met: set[tuple[str, int]], defaults: Mapping[str, str]
+) -> KernelChoices:
+    """The first candidate of the chosen order at every (site, tokens) that was met."""
+    sites = dict(choices.sites)
+    for name, count in sorted(met):
+        site = sites[name]
+        pick = site.tokens[count]
+        if not pick.exact or pick.kernel == defaults[name]:
+            continue
+        us = pick.runner_up_us if pick.runner_up == defaults[name] else None
+        plain = Pick(defaults[name], us, pick.kernel, pick.us)
+        sites[name] = SiteChoice(site.bits, {**site.tokens, count: plain})
+    return replace(choices, sites=sites)
 
 
 def check_pins(

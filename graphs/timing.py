@@ -14,6 +14,8 @@ import torch
 from capture_cache.errors import CaptureError
 
 Run = Callable[[], object]
+MARGIN = 0.03  # by which something else must be faster than the default, to replace it
+SLACK = 0.01  # by which it may be slower at one of several points
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,17 @@ class Timing:
     def of(cls, samples: Sequence[float]) -> Timing:
         low, middle, high = np.percentile(samples, (10, 50, 90)).tolist()
         return cls(middle, low, high, len(samples))
+
+
+def clearly_faster(other: Sequence[float], default: Sequence[float]) -> bool:
+    """Whether one choice for all points should replace the default: faster on average by `MARGIN`,
+    and nowhere slower by more than `SLACK`.
+
+    Args:
+        other, default: times at the same points.
+    """
+    ratios = [a / b for a, b in zip(other, default, strict=True)]
+    return sum(ratios) / len(ratios) < 1 - MARGIN and max(ratios) <= 1 + SLACK
 
 
 class Timer(Protocol):

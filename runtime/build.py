@@ -106,9 +106,7 @@ class _Builder:
         engine = Engine(selection, self.options, ranks, graphs, launcher, self.resources)
         if isinstance(backend, CudaBackend) and launcher is not None:
             with self._timed("tune"):
-                engine.choices = self._tune(selection, views, launcher, backend, ranks)
-            assert isinstance(graphs.step.ops, ChosenOps)
-            graphs.step.ops.choices = engine.choices
+                engine.choices = self._tune(engine, views, launcher, backend)
         self._capture(engine)
         with backend.on_stream():
             _reset_state(views)
@@ -231,27 +229,32 @@ class _Builder:
 
     def _tune(
         self,
-        selection: Selection,
+        engine: Engine,
         views: dict[str, torch.Tensor],
         launcher: AotLauncher,
         backend: CudaBackend,
-        ranks: Ranks,
     ) -> KernelChoices:
-        """Choose kernels on rank 0, for all."""
+        """Choose kernels on rank 0, for all, and bind them to the step."""
         if self.options.kernels == "default":
             return KernelChoices()
-        choices = None
-        if ranks.rank == 0:
+        choices, selection, step = None, engine.selection, engine.graphs.step
+        if engine.ranks.rank == 0:
             timer = GraphTimer(backend.stream, target_us=300.0, replays=5)
             tuner = Tuner(
                 selection, self.options, self.store, launcher, backend, timer, self.progress
             )
-            choices = dataclasses.replace(
-                tuner.choose(record_calls(selection, views)),
-                attention=str(AttentionCut(selection.step.attention, selection.step.cut)),
-            )
+            choices = tuner.choose(record_calls(selection, views))
+            choices = tuner.confirm(choices, step, views)
+            cut = AttentionCut(selection.step.attention, selection.step.cut)
+            choices = dataclasses.replace(choices, attention=str(cut))
+            with backend.on_stream():
+                _reset_state(views)
+                backend.synchronize()
             torch.cuda.empty_cache()  # inputs of measurements lay outside the arena
-        return share(ranks, choices)
+        choices = share(engine.ranks, choices)
+        assert isinstance(step.ops, ChosenOps)
+        step.ops.choices = choices
+        return choices
 
     def _capture(self, engine: Engine) -> None:
         graphs, total = engine.graphs, len(engine.ladder.keys)

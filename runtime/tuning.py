@@ -12,7 +12,8 @@ import json
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,14 +34,17 @@ from graphs.buffers import workspace_per_token
 from graphs.calls import Call, NoLauncher, RecordingOps
 from graphs.candidates import PLANS, Candidate, candidates, named
 from graphs.capture import GraphBackend
-from graphs.choices import KernelChoices, SiteChoice, site_of, tokens_of
+from graphs.choices import ChosenOps, KernelChoices, SiteChoice, site_of, tokens_of
 from graphs.compile import RecordingLauncher, compile_all
 from graphs.fingerprint import toolchain_facts
+from graphs.keys import GraphKey
 from graphs.ops import Ops
-from graphs.select import REFERENCE_TOKENS, check_pins, choose_site, fits_workspace
-from graphs.timing import Timer
+from graphs.select import REFERENCE_TOKENS, check_pins, choose_site, confirm, fits_workspace
+from graphs.step import DecodeStep
+from graphs.timing import Timer, Timing
 from graphs.tuning_inputs import on_meta, outcome, rotated, with_tokens
 from graphs.weights import shared_joins
+from kernels.triton.state import DECODE
 from runtime.assemble import listed_transport, make_step
 from runtime.config import KERNELS, RuntimeConfig
 from runtime.ranks import Ranks
@@ -125,6 +129,8 @@ class Tuner:
     timer: Timer
     progress: Progress
     measured: int = 0
+    _known: dict[str, SiteChoice] = field(default_factory=dict)
+    _defaults: dict[str, str] = field(default_factory=dict)
 
     def choose(self, calls: Calls) -> KernelChoices:
         """From pins, the store, or measurements.
@@ -151,10 +157,47 @@ class Tuner:
         deadline = time.monotonic() + self.options.tune_s
         chosen = {}
         for site, by_count in sites.items():
-            chosen[site] = self._choose_site(site, by_count, known[site], deadline)
+            whole = self._choose_site(site, by_count, known[site], deadline)
+            self._known[site] = whole
+            picks = {count: whole.tokens[count] for count in sorted(by_count)}
+            chosen[site] = SiteChoice(whole.bits, picks)
+            call = by_count[max(by_count)][0]
+            same = (c.name for c in self._found(call) if c.exact and c.bits == whole.bits)
+            self._defaults[site] = next(same)
             self.progress("tune", len(sites), site)
         origin = "measured" if missing else "stored"
         return KernelChoices(chosen, None, origin)
+
+    def confirm(
+        self, choices: KernelChoices, step: DecodeStep, views: Mapping[str, torch.Tensor]
+    ) -> KernelChoices:
+        """Time whole steps with what was measured, and keep what makes them faster.
+
+        Of several ranks none does: a step would wait for the others.
+        """
+        ops = step.ops
+        if choices.origin != "measured" or self.selection.step.ep_size > 1:
+            return choices
+        assert isinstance(ops, ChosenOps)
+        keys = self.selection.ladder.keys
+
+        def measure(tried: KernelChoices, index: int) -> tuple[Timing, set[tuple[str, int]]]:
+            ops.choices = tried
+            ops.met.clear()
+            with self.backend.on_stream():
+                _occupy(views, self.selection, keys[index])
+                time = self.timer([partial(step.run, keys[index])])
+            return time, set(ops.met)
+
+        kept = confirm(choices, self._defaults, measure, len(keys))
+        for site, choice in kept.sites.items():
+            if choice != choices.sites[site]:
+                whole = self._known[site]
+                self.store.publish_record(
+                    self._digest(site),
+                    SiteChoice(whole.bits, {**whole.tokens, **choice.tokens}).to_json(),
+                )
+        return kept
 
     def _choose_site(
         self,
@@ -349,21 +392,21 @@ class _SiteBench:
         self._inputs: tuple[int, list[Call]] | None = None
         self._bits: dict[tuple[str, int], torch.Tensor] = {}
 
-    def measure(self, candidate: Candidate, count: int) -> float | None:
-        """Microseconds, or None where another library's kernel does not run here."""
+    def measure(self, candidate: Candidate, count: int) -> Timing | None:
+        """Its time, or None where another library's kernel does not run here."""
         with self._tuner.backend.on_stream():
             calls = self._calls(count)
             try:
                 candidate.run(self._ops, calls[0])
                 self._compare(candidate, count, outcome(calls[0], candidate))
                 runs = [lambda c=c: candidate.run(self._ops, c) for c in calls]  # type: ignore[misc]
-                us = self._tuner.timer(runs).us
+                timing = self._tuner.timer(runs)
             except (RuntimeError, TypeError) as error:
                 if candidate.other is None or isinstance(error, CaptureError):
                     raise
                 return None
         self._tuner.measured += 1
-        return us
+        return timing
 
     def _calls(self, count: int) -> list[Call]:
         if self._inputs is None or self._inputs[0] != count:
@@ -382,6 +425,23 @@ class _SiteBench:
                 f"other bits than the plans of the same order ({candidate.bits}); capture with "
                 "--kernels default, and report it"
             )
+
+
+def _occupy(views: Mapping[str, torch.Tensor], selection: Selection, key: GraphKey) -> None:
+    """As many decoding rows as the key has, over a few random pages that they share; for timing."""
+    step, vocab = selection.step, selection.model.vocab_size
+    pages = min(step.num_pages - 1, step.max_pages, 32)
+    for layer in range(selection.model.num_layers):
+        views[f"kv.{layer}"][: (pages + 1) * step.page_size].normal_()
+    views["phase"].zero_()
+    views["phase"][: key.rows] = DECODE
+    # Each timed step appends a token; they may not leave the last page.
+    views["seq_len"].fill_(max(1, (pages - 1) * step.page_size))
+    views["limit"].fill_(step.max_seq_len + 1)
+    tokens = torch.randint(0, vocab, (step.max_rows,), generator=torch.Generator().manual_seed(0))
+    views["last_token"].copy_(tokens.to(torch.int32))
+    listed = torch.arange(1, pages + 1, dtype=torch.int32)
+    views["page_table"][:, :pages].copy_(listed.expand(step.max_rows, pages))
 
 
 def share(ranks: Ranks, choices: KernelChoices | None) -> KernelChoices:

@@ -18,6 +18,7 @@ from bench.ops_specs import UNCHECKED, Floors, prefix, results, rotated
 from graphs.calls import Call, op_names
 from graphs.candidates import candidates
 from graphs.ops import Ops
+from graphs.timing import Timing
 from kernels.triton.linear import linear_ref
 from runtime.cli import run
 
@@ -181,15 +182,14 @@ def test_its_times_choose_kernels_as_a_capture_would() -> None:
     call = Call("linear", (torch.zeros(4, 256).bfloat16(), torch.zeros(96, 256).bfloat16()), {})
     found = [c for c in candidates(call) if c.exact]
     bench._candidates["site"] = found
-    for tokens in (1, 8):
-        times = {c.name: 10.0 for c in found}
-        times[next(c.name for c in found[1:] if c.bits == found[0].bits)] = (
-            5.0 if tokens == 8 else 20.0
-        )
+    other = next(c.name for c in found[1:] if c.bits == found[0].bits)
+    for tokens, us in ((1, 20.0), (8, 5.0)):
+        times = dict.fromkeys((c.name for c in found), Timing(10.0, 10.0, 10.0, 1))
+        times[other] = Timing(us, us, us, 1)
         bench._timed["site", tokens] = times
     picks = bench.choices().sites["site"].tokens
     assert (picks[1].kernel, picks[1].us) == (found[0].name, 10.0)
-    assert picks[8].us == 5.0
+    assert (picks[8].kernel, picks[8].us) == (other, 5.0)
 
 
 # ------------------------------------------------------------------ floors and rotation

@@ -27,7 +27,8 @@ from graphs.candidates import ONLY, TORCH_MM, Candidate, candidates, named, plan
 from graphs.choices import ChosenOps, KernelChoices, Pick, SiteChoice, site_of, tokens_of
 from graphs.devices import bind_views
 from graphs.ops import Ops
-from graphs.select import REFERENCE_TOKENS, check_pins, choose_site, fits_workspace
+from graphs.select import REFERENCE_TOKENS, check_pins, choose_site, confirm, fits_workspace
+from graphs.timing import Timing
 from graphs.tuning_inputs import expert_lists, on_meta, with_tokens
 from graphs.weights import add_part_views
 from kernels.triton.grouped import GATE_UP_PLAN
@@ -45,13 +46,14 @@ LOOSE = Candidate("loose", exact=False)
 class FakeTimer:
     """Times by (name, tokens) or by name; counts what was asked."""
 
-    def __init__(self, times: dict[Any, float | None]) -> None:
-        self.times = times
+    def __init__(self, times: dict[Any, float | None], spread: float = 0.0) -> None:
+        self.times, self.spread = times, spread
         self.asked: list[tuple[str, int]] = []
 
-    def __call__(self, candidate: Candidate, tokens: int) -> float | None:
+    def __call__(self, candidate: Candidate, tokens: int) -> Timing | None:
         self.asked.append((candidate.name, tokens))
-        return self.times.get((candidate.name, tokens), self.times.get(candidate.name))
+        us = self.times.get((candidate.name, tokens), self.times.get(candidate.name))
+        return None if us is None else Timing(us, us - self.spread, us + self.spread, 1)
 
 
 # ------------------------------------------------------------------ one site
@@ -65,23 +67,33 @@ def test_the_fastest_is_taken_with_its_time_and_the_runner_up() -> None:
     assert choice.tokens[32] == Pick("a", 10.0, "b", 12.0)
 
 
-def test_the_default_stays_within_the_noise() -> None:
-    choice = choose_site([A, B], [1], FakeTimer({"a": 10.0, "b": 9.9}))
+def test_the_default_stays_within_margin_and_spread() -> None:
+    choice = choose_site([A, B], [1], FakeTimer({"a": 10.0, "b": 9.8}))
     assert choice.tokens[1].kernel == "a"
     assert choice.tokens[1].runner_up == "b"
+    faster: dict[Any, float | None] = {"a": 10.0, "b": 9.0}
+    assert choose_site([A, B], [1], FakeTimer(faster, spread=0.4)).tokens[1].kernel == "b"
+    assert choose_site([A, B], [1], FakeTimer(faster, spread=0.6)).tokens[1].kernel == "a"
 
 
 def test_an_order_of_additions_is_chosen_once_for_all_keys() -> None:
-    # C is far ahead at few tokens and behind at many: the keys must agree all the same.
-    times: dict[Any, float | None] = {"a": 10.0, "b": 10.0, "c": 5.0, ("c", 128): 11.0}
-    choice = choose_site([A, B, C], [1, 32, 128], FakeTimer(times))
+    times: dict[Any, float | None] = {"a": 10.0, "b": 10.0, "c": 5.0, ("c", 3): 50.0}
+    choice = choose_site([A, B, C], [1, 3, 32], FakeTimer(times))
     assert choice.bits == "two"
     assert {pick.kernel for pick in choice.tokens.values()} == {"c"}
 
 
-def test_another_order_must_be_clearly_faster() -> None:
-    choice = choose_site([A, C], [1], FakeTimer({"a": 10.0, "c": 9.7}))
+def test_an_order_that_is_slower_anywhere_is_not_taken() -> None:
+    times: dict[Any, float | None] = {"a": 10.0, "b": 10.0, "c": 2.0, ("c", 128): 10.2}
+    choice = choose_site([A, B, C], [1, 32, 128], FakeTimer(times))
     assert choice.bits == "one"
+
+
+def test_another_order_must_be_clearly_faster() -> None:
+    choice = choose_site([A, C], [1], FakeTimer({"a": 10.0, "c": 9.8}))
+    assert choice.bits == "one"
+    choice = choose_site([A, C], [1], FakeTimer({"a": 10.0, "c": 9.6}))
+    assert choice.bits == "two"
 
 
 def test_the_order_does_not_follow_the_ladder() -> None:
@@ -439,15 +451,59 @@ def test_options_that_contradict_each_other() -> None:
 # ------------------------------------------------------------------ attention
 
 
-def test_attention_is_one_choice_over_all_points() -> None:
-    short, long = AttentionCut("triton", 512), AttentionCut("triton", 2048)
+def _attention(times: dict[tuple[int, int], float]) -> AttentionCut:
+    """The choice among cuts 1024 (the default), 512 and 2048, by (cut, rows)."""
+    cuts = [AttentionCut("triton", cut) for cut in (1024, 512, 2048)]
     points = [(1, 2000), (64, 2000)]
-    times = {(short, 1): 10.0, (short, 64): 100.0, (long, 1): 12.0, (long, 64): 60.0}
-    choice, measured = choose_attention([short, long], points, lambda c, rows, _: times[c, rows])
-    assert choice == long
-    assert measured == {"triton cut 512": [10.0, 100.0], "triton cut 2048": [12.0, 60.0]}
-    near = {(short, 1): 10.0, (short, 64): 61.0, (long, 1): 10.0, (long, 64): 60.0}
-    assert choose_attention([short, long], points, lambda c, r, _: near[c, r])[0] == short
+    choice, measured = choose_attention(cuts, points, lambda c, rows, _: times[c.cut, rows])
+    assert measured["triton cut 512"] == [times[512, 1], times[512, 64]]
+    return choice
+
+
+def test_attention_is_one_choice_over_all_points() -> None:
+    own = {(1024, 1): 10.0, (1024, 64): 100.0}
+    slower_at_many = {(512, 1): 5.0, (512, 64): 120.0}
+    better = {(2048, 1): 10.0, (2048, 64): 80.0}
+    assert _attention(own | slower_at_many | better).cut == 2048
+    worse_at_one = {(2048, 1): 12.0, (2048, 64): 60.0}
+    assert _attention(own | slower_at_many | worse_at_one).cut == 1024
+    as_good = {(2048, 1): 9.9, (2048, 64): 98.0}
+    assert _attention(own | slower_at_many | as_good).cut == 1024
+
+
+# ------------------------------------------------------------------ whole steps
+
+
+def _measured() -> KernelChoices:
+    """Two sites that have left their default at 1 and at 32 tokens."""
+    picks = {t: Pick("new", 8.0, "old", 10.0) for t in (1, 32)}
+    sites = {name: SiteChoice("one", dict(picks)) for name in ("first", "second")}
+    return KernelChoices(sites, None, "measured")
+
+
+def _confirmed(times: dict[tuple[int, str], float]) -> KernelChoices:
+    """Confirmed by the time of a step by (tokens of the key, kernel)."""
+
+    def measure(tried: KernelChoices, key: int) -> tuple[Timing, set[tuple[str, int]]]:
+        count = (1, 32)[key]
+        (kernel,) = {site.tokens[count].kernel for site in tried.sites.values()}
+        us = times[count, kernel]
+        return Timing(us, us, us, 1), {("first", count), ("second", count)}
+
+    return confirm(_measured(), {"first": "old", "second": "old"}, measure, 2)
+
+
+def test_a_key_keeps_its_kernels_only_if_its_step_is_faster() -> None:
+    times = {(1, "old"): 100.0, (1, "new"): 90.0, (32, "old"): 200.0, (32, "new"): 201.0}
+    kept = _confirmed(times)
+    assert {s.tokens[1].kernel for s in kept.sites.values()} == {"new"}
+    assert kept.sites["first"].tokens[32] == Pick("old", 10.0, "new", 8.0)
+    assert {s.bits for s in kept.sites.values()} == {"one"}
+
+
+def test_a_step_that_is_faster_keeps_everything() -> None:
+    times = {(t, k): us for t in (1, 32) for k, us in (("old", 10.0), ("new", 9.0))}
+    assert _confirmed(times) == _measured()
 
 
 def test_attention_in_words() -> None:
