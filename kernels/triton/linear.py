@@ -275,7 +275,7 @@ class LinearPlan:
     """How a product is cut; the number of tokens has no say in it.
 
     Attributes:
-        block_n: weight rows of a tile: 64 or 128.
+        block_n: weight rows of a tile: 64 or 128; of fp32 weights 32 or 64.
         splits: parts that K is cut into, added up in order. The one choice that changes bits.
         unroll: blocks of K that one turn of the loop takes (FP8 only).
         per_sm: programs that are to share an SM; decides how deep each is pipelined.
@@ -289,9 +289,10 @@ class LinearPlan:
     prefetch: int = 4
 
     def __post_init__(self) -> None:
-        if self.block_n not in (64, 128) or min(self.splits, self.unroll) < 1:
+        if self.block_n not in (32, 64, 128) or min(self.splits, self.unroll) < 1:
             raise ValueError(
-                f"expected block_n 64 or 128 and at least one split and block, got {self}"
+                "expected block_n 32 (fp32 weights), 64 or 128 and at least one split and block, "
+                f"got {self}"
             )
         if self.per_sm not in BUDGET_BYTES:
             raise ValueError(f"expected 1 to 3 programs an SM, got {self}")
@@ -312,9 +313,10 @@ def linear_plan(n: int, k: int, *, elem_bytes: int) -> LinearPlan:
     if elem_bytes == 1 and (n, k) in MEASURED:
         return MEASURED[n, k]
     if elem_bytes == 4:
-        tall = triton.cdiv(n, FP32_BLOCK_N)
+        block_n = FP32_BLOCK_N if n > FP32_BLOCK_N // 2 else FP32_BLOCK_N // 2
+        tall = triton.cdiv(n, block_n)
         splits = min(triton.cdiv(2 * MIN_PROGRAMS, tall), max(1, k // 64))
-        return LinearPlan(FP32_BLOCK_N, splits, prefetch=2)
+        return LinearPlan(block_n, splits, prefetch=2)
     min_split_k = 512 // elem_bytes
     wide = triton.cdiv(n, 128)
     if wide >= UNSPLIT_PROGRAMS:
@@ -462,6 +464,7 @@ class _Tiles:
     x_pitch: int
     w_pitch: int
     plan: LinearPlan
+    fp32: bool  # weights without tensor cores: more warps hide more latency
     unroll: int
     block_t: int
     block_k: int
@@ -492,6 +495,7 @@ class _Tiles:
             x_pitch=x.stride(0),
             w_pitch=w.stride(0),
             plan=plan,
+            fp32=w.dtype == torch.float32,
             unroll=unroll,
             block_t=block_t,
             block_k=block_k,
@@ -509,7 +513,7 @@ class _Tiles:
 
     @property
     def num_warps(self) -> int:
-        return self.plan.block_n // 16  # a warp group for each 64 weight rows
+        return 8 if self.fp32 else self.plan.block_n // 16  # a warp group for each 64 weight rows
 
     def constexprs(self, dst: torch.Tensor, launch: Launcher) -> dict[str, Any]:
         block_n, splits = self.plan.block_n, self.plan.splits

@@ -222,8 +222,8 @@ def test_a_plan_of_the_same_splits_gives_the_same_bits(
         results.append(torch.empty(17, 70))
         linear_fp8(LAUNCH, xq, xs, wq, ws, out=results[-1], workspace=space, plan=plan)
     torch.testing.assert_close(*results, rtol=1e-6, atol=1e-4)
-    with pytest.raises(ValueError, match="block_n 64 or 128"):
-        LinearPlan(32, 1)
+    with pytest.raises(ValueError, match="64 or 128 and at least one"):
+        LinearPlan(48, 1)
     with pytest.raises(ValueError, match="1 to 3 programs"):
         LinearPlan(64, 1, per_sm=4)
 

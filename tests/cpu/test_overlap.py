@@ -73,7 +73,16 @@ def test_early_lets_dependents_go_and_late_does_so_after_the_stream(
 
 def test_before_the_wait_only_what_no_step_writes_is_loaded() -> None:
     """By source: the loads above `await_inputs` name weights and nothing else."""
-    allowed = {"weight", "w_uk", "w_rows", "w_uv", "q_norm_weight", "kv_norm_weight", "ahead"}
+    allowed = {
+        "weight",
+        "w_uk",
+        "w_rows",
+        "w_uv",
+        "q_norm_weight",
+        "kv_norm_weight",
+        "ahead",
+        "w_scale",
+    }
     checked = 0
     for path in sorted((ROOT / "kernels" / "triton").glob("*.py")):
         for function in ast.parse(path.read_text()).body:
