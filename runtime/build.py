@@ -34,11 +34,12 @@ from graphs.timing import GraphTimer
 from graphs.weights import add_part_views
 from kernels.triton.overlap import MODES
 from runtime.assemble import list_kernels, make_step
+from runtime.attention_tuning import AttentionTuner
 from runtime.config import RuntimeConfig
 from runtime.engine import Engine
 from runtime.ranks import Ranks
 from runtime.selection import Selection, choose, with_attention
-from runtime.tuning import AttentionTuner, Tuner, check_kernels, pinned, record_calls, share
+from runtime.tuning import Tuner, check_kernels, pinned, record_calls, share
 
 # (kind of work, pieces in all, piece)
 Progress = Callable[[str, int, object], None]
