@@ -12,6 +12,7 @@ import torch.distributed as dist
 from barriers.transport import (
     BufferSpec,
     Received,
+    Stateless,
     TransportConfig,
     check_combine,
     check_dispatch,
@@ -34,7 +35,7 @@ class Meeting(Protocol):
     ) -> AbstractContextManager[None]: ...
 
 
-class AllGather:
+class AllGather(Stateless):
     """Every token to every rank, every partial sum back.
 
     Slow where that is simpler. Before they are captured, its collectives must have run once.
@@ -47,6 +48,7 @@ class AllGather:
     """
 
     name = "allgather"
+    live = "its collectives belong to the communicator of this process"
 
     def __init__(
         self,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,6 +71,8 @@ class GroupConfig:
 
 def all_fields(fields: Mapping[str, str] | None) -> dict[str, str]:
     """The caller's fields and those that every world must agree on."""
+    import socket  # a run of one rank does not need it
+
     boot = Path("/proc/sys/kernel/random/boot_id")
     host = (
         f"{socket.gethostname()} (boot {boot.read_text().strip() if boot.exists() else 'unknown'})"

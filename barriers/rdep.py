@@ -19,6 +19,7 @@ from barriers.device_code import STATE_AT, State, cuda_headers, cuda_source, loa
 from barriers.transport import (
     BufferSpec,
     Received,
+    Stateless,
     TransportConfig,
     check_combine,
     check_dispatch,
@@ -27,6 +28,8 @@ from barriers.transport import (
 )
 from barriers.watch import OPERATIONS, Record
 from capture_cache.driver import Device
+from capture_cache.kernel import CompiledKernel
+from capture_cache.launch import LoadedKernel
 from capture_cache.layout import ArenaLayout, Entry, Section
 from capture_cache.nvrtc import CudaModule, compile_cuda
 from capture_cache.store import Store
@@ -55,6 +58,7 @@ class RdepTuning:
         share_blocks: up to this many blocks signal one by one, each as soon as it is done; in a
             larger grid the last block signals for all (0: always).
         pdl: launch with programmatic dependent launch.
+        sum_pdl: `sum`, too; not where it is the first kernel after a join of two streams.
     """
 
     send_threads: int = 224
@@ -64,6 +68,7 @@ class RdepTuning:
     bulk_pull: bool = False
     share_blocks: int = 160
     pdl: bool = True
+    sum_pdl: bool = True
 
     def __post_init__(self) -> None:
         for name in ("send_threads", "sum_threads", "pull_threads"):
@@ -140,7 +145,8 @@ def load_rdep(
     for part in ("send", "sum", "pull"):
         kinds = {n: PARAMS[n] for n in module.kernels if n.startswith(f"rdep_{part}")}
         warps = asdict(tuning)[f"{part}_threads"] // 32
-        kernels.update(load_kernels(device, module, kinds, num_warps=warps, pdl=tuning.pdl))
+        pdl = tuning.pdl and (tuning.sum_pdl or part != "sum")
+        kernels.update(load_kernels(device, module, kinds, num_warps=warps, pdl=pdl))
     return kernels
 
 
@@ -174,7 +180,7 @@ class _DeviceBytes:
         }
 
 
-class Rdep:
+class Rdep(Stateless):
     """The default transport on GPUs of one node.
 
     Args:
@@ -208,6 +214,18 @@ class Rdep:
         self._out = wire_views(buffers)
         # Zero silent rows: the first `send` takes back every id that the memory may hold.
         buffers["ep_words"].copy_(torch.tensor([config.rank, 0, 0, 0], dtype=torch.int32))
+
+    @property
+    def handles(self) -> dict[int, CompiledKernel]:
+        """Its kernels, by the driver's handle (CUfunction)."""
+        loaded = [k for k in self.kernels.values() if isinstance(k, LoadedKernel)]
+        return {k.handle: k.kernel for k in loaded}
+
+    @property
+    def memory(self) -> tuple[int, int]:
+        """(address, bytes) of all ranks' memory, this rank's first."""
+        base, stride = self._peers
+        return base, stride * self.config.world
 
     @staticmethod
     def buffers(config: TransportConfig) -> Iterator[BufferSpec]:

@@ -24,6 +24,7 @@ MAX_WORLD = 8  # ranks of one node
 MAX_TOP_K = 16
 GROUP = activation.GROUP
 NAMES = ("auto", "local", "allgather", "rdep", "deepep", "deepep-normal")
+DEEPEP = ("deepep", "deepep-normal")  # the names that need the upstream package
 
 BufferSpec = tuple[str, str, tuple[int, ...], str]  # (arena section, name, shape, dtype name)
 
@@ -106,14 +107,14 @@ class TransportConfig:
 
 @dataclass(frozen=True)
 class Received:
-    """What the experts of this rank read; R rows of up to K choices each.
+    """What the experts of this rank read; R rows of up to C choices each.
 
     Attributes:
         x: e4m3 or act [R, H]; a row without an id >= 0 may hold anything.
         scale: fp32 [R, ceil(H/128)] of e4m3 rows, else None.
-        ids: int32 [R, K]; index among this rank's experts (so a graph that uses them serves every
+        ids: int32 [R, C]; index among this rank's experts (so a graph that uses them serves every
             rank), -1 for what is not its own.
-        weights: fp32 [R, K]; undefined where the id is -1.
+        weights: fp32 [R, C]; undefined where the id is -1.
     """
 
     x: torch.Tensor
@@ -125,10 +126,19 @@ class Received:
 class Transport(Protocol):
     """A step calls, per layer and in this order: `dispatch`, its experts, `combine`.
 
-    Shapes: T tokens of this rank's key, T <= capacity; R received rows, a function of T alone.
+    Shapes: T tokens of this rank's key, T <= capacity; R received rows of up to C choices each, as
+    `received_shape` says. C is K where a row is a token, 1 where it is a (token, choice).
+
+    Attributes:
+        live: why a graph with it serves only the process that captured it; "" if it can be stored.
+        allocates: its calls take memory from torch, so a capture needs a pool of its own.
+        takes_act: its `dispatch` quantises by itself and takes no e4m3 tokens.
     """
 
     name: str
+    live: str
+    allocates: bool
+    takes_act: bool
     config: TransportConfig
 
     def dispatch(
@@ -175,12 +185,26 @@ class Transport(Protocol):
 
         Args:
             out: act [T, H].
-            y: act [R*K, H]; row r*K + k is choice k of received row r; not read where the id is -1.
+            y: act [R*C, H]; row r*C + c is choice c of received row r; not read where the id is -1.
             received: what `dispatch` of this layer returned.
             ids: as dispatched.
             shared: act [T, H] or None.
             layer: as in `dispatch`.
         """
+
+    def require_settled(self, doing: str) -> None:
+        """Raises a named error if `doing` (a capture, a replay) must not begin or end here."""
+
+
+class Stateless:
+    """What transports have in common whose calls are launches and nothing else."""
+
+    live = ""
+    allocates = False
+    takes_act = False
+
+    def require_settled(self, doing: str) -> None:
+        """Fine at any time: the host keeps nothing between calls."""
 
 
 def resolve(name: str, *, world: int, on_device: bool) -> str:
@@ -201,7 +225,26 @@ def resolve(name: str, *, world: int, on_device: bool) -> str:
         raise ValueError(
             f"--transport {name} needs GPUs with NVLink; on the CPU use auto or allgather"
         )
+    if name in DEEPEP and world not in (2, 4, 8):
+        raise ValueError(
+            f"--transport {name} serves 2, 4 or 8 ranks of a node, got {world}; use auto or rdep"
+        )
     return name
+
+
+def received_shape(name: str, config: TransportConfig, tokens: int) -> tuple[int, int]:
+    """(rows, choices a row) that `dispatch` of the transport `name` gives for a key of `tokens`."""
+    if name == "local":
+        return tokens, config.top_k
+    if name == "deepep":
+        return config.local_experts * config.world * deepep_capacity(config), 1
+    return config.recv_rows, config.top_k
+
+
+def deepep_capacity(config: TransportConfig) -> int:
+    """Tokens a rank of DeepEP's low-latency buffers: a multiple of 4 over all ranks."""
+    step = max(1, 4 // config.world)
+    return -(-config.capacity // step) * step
 
 
 def wire_buffers(config: TransportConfig, section: str) -> Iterator[BufferSpec]:
@@ -281,7 +324,7 @@ def check_combine(
             )
 
 
-class Local:
+class Local(Stateless):
     """One rank: the experts read the tokens where they lie, and nothing is copied.
 
     Args:

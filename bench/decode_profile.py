@@ -69,7 +69,7 @@ def main(argv: list[str] | None = None) -> int:
         raise ValueError(f"--steps {args.steps}: expected at least 2, to time what lies between")
     with Bar() as bar:
         engine = build(selection(args, verify=False), bar)
-    with Runtime(engine) as runtime:
+    with Runtime(engine, engine.options.scheduling) as runtime:
         wide.quiet = console.quiet
         report, step = profile(runtime, args)
     show(report, wide)

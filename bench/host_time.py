@@ -18,10 +18,10 @@ from typing import Any, cast
 import numpy as np
 from rich.table import Table
 
-from graphs.buffers import StepConfig, mailbox_layout
 from graphs.keys import GraphKey, Ladder
 from graphs.model_config import ModelConfig
 from graphs.presets import PRESETS
+from graphs.step_config import StepConfig, mailbox_layout
 from kernels.triton.state import HEADER, RING_SLOTS, RingLayout
 from runtime.cli import command, console, print_json, run
 from runtime.driver import Runtime

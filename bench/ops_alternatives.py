@@ -293,9 +293,11 @@ def _combine(call: Call) -> list[Result]:
     return _outputs(call, out if shared is None else out + shared.double())
 
 
-def _greedy(call: Call) -> list[Result]:
-    logits, sample_tok = call.args
-    token = torch.full(call.kwargs["out_token"].shape, -1, dtype=torch.int32)
+def _sample(call: Call) -> list[Result]:
+    """Rows here ask for nothing but the likeliest token."""
+    b = call.args[0]
+    logits, sample_tok = b["logits"], b["sample_tok"]
+    token = torch.full(b["out_token"].shape, -1, dtype=torch.int32)
     logprob = torch.zeros(token.shape, dtype=torch.float64)
     for s, at in enumerate(sample_tok.tolist()):
         if at >= 0:
@@ -323,5 +325,5 @@ FORMULATIONS: dict[str, Callable[[Call], list[Result]]] = {
     "grouped_gate_up": _grouped_gate_up,
     "grouped_down": _grouped_down,
     "combine": _combine,
-    "greedy": _greedy,
+    "sample": _sample,
 }

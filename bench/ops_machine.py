@@ -26,6 +26,7 @@ from graphs.timing import GraphTimer, HostTimer, Timer
 from runtime.assemble import list_kernels, make_step
 from runtime.build import build
 from runtime.config import RuntimeConfig
+from runtime.driver import Runtime
 from runtime.engine import Engine
 from runtime.selection import choose
 
@@ -114,13 +115,11 @@ class Machine:
 
     def _place_rows(self) -> None:
         """All rows hold `ctx_len` tokens, each in its own pages of random KV."""
-        engine, rows = self.engine, self.engine.config.max_rows
-        per_row = -(-(self.setting.ctx_len + 1) // engine.config.page_size)
-        pages = [list(range(1 + r * per_row, 1 + (r + 1) * per_row)) for r in range(rows)]
+        engine = self.engine
         engine.fill_kv(seed=0)
-        # The new token's own KV is the last of ctx_len.
-        length = self.setting.ctx_len - 1
-        engine.adopt(list(range(rows)), length, length + 2, pages)
+        # `walk` takes a token back: the new token's own KV is the last of ctx_len.
+        runtime = Runtime(engine, engine.options.scheduling)
+        runtime.occupy(engine.config.max_rows, self.setting.ctx_len, 1)
 
     def timer(self, replays: int) -> Timer:
         backend = self.engine.graphs.backend

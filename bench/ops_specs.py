@@ -11,12 +11,13 @@ from graphs.calls import Call
 from kernels.triton.tiles import dequantize_rows, sum_parts
 
 # They change the state of rows and host words: the proof of a capture checks these.
-UNCHECKED = ("intake", "settle")
+UNCHECKED = ("intake", "copy_masks", "count_tokens", "answer", "settle")
 # Bytes past which one weight is not copied to be rotated: it is larger than any cache.
 MAX_COPY_BYTES = 600 << 20
 ROTATED_BYTES = 1 << 20  # smaller weights may well lie in L2
 TOLERANCE = {"float8": 3e-2, "bfloat16": 6e-3, "float16": 2e-3, "float32": 2e-3}
 INPUT_RESULTS: dict[str, tuple[int | str, ...]] = {"add_rmsnorm": (0,)}
+SAMPLED = ("out_token", "out_logprob")  # of the buffers that `sample` takes all together
 NAMED_RESULTS = {"advance": ("kv_slot", "kv_len"), "align": ("offsets",)}
 
 
@@ -52,6 +53,8 @@ class Result:
 
 def results(call: Call) -> list[Result]:
     """Copies of what `call` has written; quantised results with their scales applied."""
+    if call.op == "sample":
+        return [Result(name, call.args[0][name].clone()) for name in SAMPLED]
     found = [Result(f"{call.op} in place", call[k].clone()) for k in INPUT_RESULTS.get(call.op, ())]
     for key, tensor in call.tensors():
         value = _value(call, str(key), tensor) if isinstance(key, str) else None

@@ -39,7 +39,7 @@ LAUNCHES = 24  # a graph
 REPLAYS = 7
 # Name, N and K of a DeepSeek-V3 layer's FP8 products.
 DENSE = {
-    "qkv_a": (2176, 7168),
+    "qkv_a": (2112, 7168),
     "q_b": (24576, 1536),
     "o": (7168, 16384),
     "shared_gate_up": (4096, 7168),
@@ -157,12 +157,7 @@ def _dense(name: str, n: int, k: int, t: int) -> Case:
 
 
 def _grouped_plans(block_ns: Sequence[int]) -> tuple[GroupedPlan, ...]:
-    return tuple(
-        GroupedPlan(block_n, per_sm, prefetch)
-        for block_n in block_ns
-        for per_sm in (1, 2, 3)
-        for prefetch in (0, 4)
-    )
+    return tuple(GroupedPlan(block_n, per_sm) for block_n in block_ns for per_sm in (1, 2, 3))
 
 
 def _gate_up(t: int, experts: int) -> Case:

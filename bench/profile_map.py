@@ -8,19 +8,21 @@ between two known kernels belongs to the part of the first.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import torch
 
 from barriers.transport import Local, Transport
 from bench.ops_specs import Floors
 from graphs.buffers import kv_bytes_per_token, transport_config
-from graphs.calls import Call, NoLauncher, RecordingOps, RecordingTransport
+from graphs.calls import Call, NoLauncher, RecordingBranches, RecordingTransport
 from graphs.choices import ChosenOps
 from graphs.keys import GraphKey
 from graphs.ops import Ops
 from kernels.triton.launch import Arg
-from runtime.assemble import listed_transport, make_step
+from runtime.assemble import exchange_launcher, listed_transport, make_step
 from runtime.engine import Engine
 
 LOOK_AHEAD = 12  # launches that a profile may lack: those of an attention that is not used
@@ -107,13 +109,19 @@ class StepMap:
         plain = dataclasses.replace(
             engine.selection, step=dataclasses.replace(engine.config, attention="triton")
         )
-        step = make_step(plain, RecordingOps(ops, hook), views, self._transport(names, hook))
+        step = make_step(
+            plain, RecordingBranches(ops, hook), views, self._transport(names, hook, views)
+        )
         step.run(key, self._close_part)
 
-    def _transport(self, names: _Names, hook: Any) -> Transport | None:
+    def _transport(
+        self, names: _Names, hook: Any, views: Mapping[str, torch.Tensor]
+    ) -> Transport | None:
         engine = self._engine
         if engine.config.ep_size > 1:
-            return listed_transport(engine.selection, names)
+            return listed_transport(
+                engine.selection, exchange_launcher(engine.selection, names), views
+            )
         sizes = transport_config(engine.model_config, engine.config, engine.ladder.max_tokens)
         if not engine.model_config.num_experts:
             return None

@@ -1,11 +1,22 @@
 """Dispatch and combine alone, every transport side by side, in CUDA graphs, checked first.
 
     torchrun --nproc-per-node 4 -m bench.transport_microbench --mode all --rows 8,32,64,128
+    torchrun --nproc-per-node 2 -m bench.transport_microbench --mode rdep,deepep --rows 32
 
 Times are of one layer: `dispatch` with quantisation, `combine` with the weighted sum of a rank's
 own experts (`sum`), the exchange and the ordered sum, `both` of them one after the other. `net` is
-both without `sum`, which a transport that is given partial sums does not do. The floor is the bytes
-of one copy of a token a rank each way, at the link's measured bandwidth, and no latency at all.
+both without `sum`, which a transport that is given partial sums does not do. A library is timed by
+its own calls alone, tokens and sums prepared; its `step` is both as the decode step needs it. The
+floor is the bytes of one copy of a token a rank each way, at the link's measured bandwidth, and no
+latency at all.
+
+Ranks meet in front of every call, and the meetings are taken off (`bench.transport_timing`).
+Modes take turns, a round of replays each; told is the median over a rank's replays, of that the
+mean and the highest of all ranks, and the range from the lowest p10 to the highest p90.
+
+A library that hangs takes the device's context with it. So `deepep-normal` comes by itself, after
+the others; every mode is told as soon as it is done (with --json: on stderr); and where the context
+is lost, what was measured before is told and the command ends with 1.
 """
 
 from __future__ import annotations
@@ -15,7 +26,9 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from contextlib import ExitStack
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -24,26 +37,20 @@ import torch
 
 from barriers.config import GroupConfig
 from barriers.deepep import DeepEpMissing
-from barriers.errors import RankError
+from barriers.errors import RanksMissing
 from barriers.group import RankGroup
 from barriers.rdep import RdepTuning
-from barriers.rdep_ref import quantize_ref, relative_error
 from barriers.transport import TransportConfig
 from bench.routing import KINDS
-from bench.transport_cases import (
-    Tokens,
-    make_gains,
-    make_tokens,
-    oracle,
-    reference,
-    run_experts,
-    wire_bytes,
-)
-from bench.transport_modes import MODES, Subject, make_subject
+from bench.transport_cases import make_gains, make_tokens
+from bench.transport_layer import Layer, Plan, TimedLayer
+from bench.transport_modes import LAST, MODES, SizesMissing, Subject, make_subject
 from bench.transport_report import merge, print_mode
+from bench.transport_timing import WARM_UP, Aligner
 from capture_cache.driver import Device
 from runtime.report import provenance
 
+_MEET_S = 120.0  # for the slowest rank of a part
 LINK_GBPS = 353.0  # one way, measured on H200 with NV18 (bytes of 128 tokens, two ranks)
 # One change at a time from the default.
 SWEEP: tuple[dict[str, Any], ...] = (
@@ -66,19 +73,13 @@ SWEEP: tuple[dict[str, Any], ...] = (
 )
 
 
-@dataclass(frozen=True)
-class Timing:
-    """How often: calls in a graph, replays of it."""
-
-    inner: int
-    replays: int
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code: 0, 1 (a mode failed or was wrong), 2 (bad arguments)."""
     args = _parser().parse_args(argv)
     try:
         place = GroupConfig.from_env(os.environ)
+        args.asked = () if args.mode == "all" else tuple(args.mode.split(","))
+        args.mode = _modes(args.asked)
         rows = _rows(args, place.world)
         config = TransportConfig(
             rank=place.rank,
@@ -91,6 +92,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         if args.plain and args.prequantized:
             raise ValueError("--plain sends bf16 tokens and --prequantized e4m3 ones: choose one")
+        plan = Plan(
+            inner=args.inner,
+            replays=args.replays,
+            rounds=args.rounds,
+            prequantized=args.prequantized,
+            routing=args.routing,
+            routing_file=args.routing_file,
+        )
         make_tokens(config, 0, 1, torch.device("cpu"), routing=args.routing, path=args.routing_file)
         if not torch.cuda.is_available():
             raise ValueError(
@@ -105,26 +114,38 @@ def main(argv: Sequence[str] | None = None) -> int:
         "config": {k: v for k, v in asdict(config).items() if k != "rank"},
         "routing": args.routing,
         "prequantized": args.prequantized,
-        "modes": {},
+        "replays": args.replays,
+        "back_to_back": args.back_to_back,
     }
-    names = MODES if args.mode == "all" else (args.mode,)
     with RankGroup(place, {"config": json.dumps(report["config"])}) as group:
         device = Device(torch.cuda.current_device())
-        for name in names:
-            report["modes"][name] = _run_mode(name, args, config, rows, group, device)
-            if place.rank == 0 and not args.json:
-                print_mode(name, report["modes"][name])
-    failed = [n for n, r in report["modes"].items() if not r["ok"] and not r.get("absent")]
-    missing = args.mode != "all" and report["modes"][args.mode].get("absent", False)
-    if place.rank == 0 and args.json:
-        print(json.dumps({**report, **provenance(device.name)}))
-    return 1 if failed or missing else 0
+        aligner = Aligner(
+            group, device, deadline_ms=args.deadline_ms, back_to_back=args.back_to_back
+        )
+        make = partial(
+            make_subject,
+            config=config,
+            group=group,
+            device=device,
+            deadline_ms=args.deadline_ms,
+            tunings=[replace(RdepTuning(), **c) for c in (SWEEP if args.sweep else SWEEP[:1])],
+        )
+        bench = Bench(args, plan, config, group, aligner, make)
+        report["modes"] = modes = bench.run(args.mode, rows)
+        if place.rank == 0 and args.json:
+            print(json.dumps({**report, **provenance(device.name)}), flush=True)
+        group.barrier("all is told")  # a rank that ends with 1 has the others ended
+        wanted = [m for n, m in modes.items() if n in args.asked or not m.get("absent")]
+        code = 0 if all(m["ok"] for m in wanted) else 1
+        if bench.lost:
+            os._exit(code)  # nothing can be given back: whatever tries fails, or waits for it
+    return code
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m bench.transport_microbench")
     add = parser.add_argument
-    add("--mode", choices=(*MODES, "all"), default="all")
+    add("--mode", default="all", help=f"all, or some of {','.join(MODES)}")
     add("--decode-batch-size", type=int, default=256, help="global batch: rows a rank times ranks")
     add("--rows", help="rows a rank, such as 8,32,64,128, instead of the batch")
     add("--capacity", type=int, help="rows a rank that the buffers hold; default: the most rows")
@@ -137,11 +158,24 @@ def _parser() -> argparse.ArgumentParser:
     add("--routing-file", type=Path, help=".npy of integers [N, topk], with --routing file")
     add("--sweep", action="store_true", help="time rdep under each tuning, too")
     add("--inner", type=int, default=20, help="layers in a graph")
-    add("--replays", type=int, default=15)
-    add("--deadline-ms", type=int, default=3000, help="of each wait of rdep")
+    add("--replays", type=int, default=200, help="of each graph, in all rounds together")
+    add("--rounds", type=int, default=5, help="turns that every mode gets")
+    add("--back-to-back", action="store_true", help="ranks do not meet in front of every call")
+    add("--deadline-ms", type=int, default=3000, help="of each wait of rdep and of each meeting")
     add("--link-gbps", type=float, default=LINK_GBPS, help="one way; for the floor")
     add("--json", action="store_true", help="print one JSON object as the last line")
     return parser
+
+
+def _modes(asked: Sequence[str]) -> list[str]:
+    """In the order in which they are measured; all of them where none is asked for."""
+    unknown = [name for name in asked if name not in MODES]
+    if unknown:
+        raise ValueError(
+            f"--mode must be all or some of {','.join(MODES)}, got {unknown[0]!r}; name them with "
+            "commas between"
+        )
+    return [name for name in MODES if name in asked or not asked]
 
 
 def _rows(args: argparse.Namespace, world: int) -> list[int]:
@@ -157,172 +191,208 @@ def _rows(args: argparse.Namespace, world: int) -> list[int]:
     return [int(p) for p in parts]
 
 
-# -- one mode ------------------------------------------------------------------------------------
+# -- all modes -----------------------------------------------------------------------------------
 
 
-def _run_mode(
-    name: str,
-    args: argparse.Namespace,
-    config: TransportConfig,
-    rows: list[int],
-    group: RankGroup,
-    device: Device,
-) -> dict[str, Any]:
-    """Set up, measure, close; what all ranks found. A failure is a result, not an end."""
-    subject: Subject | None = None
-    try:
-        error = None
-        try:
-            subject = make_subject(
-                name,
-                config,
-                group,
-                device,
-                deadline_ms=args.deadline_ms,
-                tunings=[replace(RdepTuning(), **c) for c in (SWEEP if args.sweep else SWEEP[:1])],
-            )
-        except (DeepEpMissing, RankError):
-            raise  # alike on all ranks
-        except Exception as e:
-            error = f"{type(e).__name__}: {e}"
-        group.agree(f"setting {name} up", error)
-        assert subject is not None
-        found: dict[str, Any] = {"error": None, "cases": []}
-        try:
-            found["cases"] = [_measure(subject, args, count) for count in rows]
-            if args.sweep and subject.retune is not None:
-                found["sweep"] = _sweep(subject, args, rows)
-        except Exception as e:
-            found["error"] = f"{type(e).__name__}: {str(e)[:400]}"
-        parts = group.allgather(f"results of {name}", found)
-        return merge([p.value for p in parts], link_gbps=args.link_gbps, sweep=SWEEP)
-    except DeepEpMissing as e:
-        return {"ok": False, "absent": True, "error": str(e)}
-    except RankError as e:
-        return {"ok": False, "error": str(e)}
-    finally:
-        if subject is not None:
-            subject.close()
+class ContextLost(RuntimeError):
+    """The device takes no more work in this process, on one rank at least."""
 
 
-def _measure(subject: Subject, args: argparse.Namespace, count: int) -> dict[str, Any]:
-    """This rank's numbers for `count` rows on every rank."""
-    config, device = subject.transport.config, torch.device("cuda", torch.cuda.current_device())
-    every = [
-        make_tokens(config, r, count, device, routing=args.routing, path=args.routing_file)
-        for r in range(config.world)
-    ]
-    own, gains = every[config.rank], make_gains(config, device)
-    layer = _Layer(subject, own, gains, prequantized=args.prequantized)
-    outs = [layer.whole().clone() for _ in range(3)]
-    case: dict[str, Any] = {
-        "rows": count,
-        "rel_error": relative_error(outs[0], reference(config, own, gains)),
-        "repeats": all(torch.equal(outs[0], o) for o in outs[1:]),
-        "oracle_bits": torch.equal(outs[0], oracle(config, every, gains)[config.rank]),
-        "bytes": wire_bytes(config, own.ids),
-        "us": {},
-    }
-    timing = Timing(args.inner, args.replays)
-    for part, run in layer.parts():
-        case["us"][part] = round(_time(run, timing, subject), 2)
-    again = layer.whole()
-    case["repeats"] = case["repeats"] and torch.equal(again, outs[0])
-    return case
+class Bench:
+    """The modes of a stage beside each other; sizes one after the other, modes in turns.
 
+    Args:
+        make: makes a mode ready, by its name; all ranks together.
 
-class _Layer:
-    """One layer's calls on one rank's tokens."""
+    Attributes:
+        lost: a mode ended the device's context; nothing of this process can be given back.
+    """
 
     def __init__(
-        self, subject: Subject, tokens: Tokens, gains: torch.Tensor, *, prequantized: bool
+        self,
+        args: argparse.Namespace,
+        plan: Plan,
+        config: TransportConfig,
+        group: RankGroup,
+        aligner: Aligner,
+        make: Callable[[str], Subject],
     ) -> None:
-        self.subject, self.tokens, self.gains = subject, tokens, gains
-        self.sent: tuple[torch.Tensor, torch.Tensor | None] = (tokens.x, None)
-        if prequantized:
-            self.sent = quantize_ref(tokens.x)
-        self.out = torch.empty_like(tokens.x)
-        self.received = self.dispatch()
-        self.y = tokens.x.new_empty(self.received.ids.numel(), tokens.x.shape[1])
-        self.whole_after_dispatch()
+        self.args, self.plan, self.config = args, plan, config
+        self.group, self.aligner, self._make = group, aligner, make
+        self.lost = False
+        self.failed: dict[str, dict[str, Any]] = {}  # verdicts on modes that are out
+        self.subjects: dict[str, Subject] = {}
+        # By mode: what each rank found, rank by rank.
+        self.found: dict[str, list[dict[str, Any]]] = {}
+        self._kept: list[ExitStack] = []  # never closed, for there is no context to do it in
 
-    def dispatch(self) -> Any:
-        t = self.tokens
-        self.received = self.subject.transport.dispatch(*self.sent, t.ids, t.weights)
-        return self.received
+    def run(self, names: Sequence[str], rows: list[int]) -> dict[str, Any]:
+        """What all ranks found, by mode. A failure is a result, not an end."""
+        results: dict[str, Any] = {}
+        for stage in ([n for n in names if n not in LAST], [n for n in names if n in LAST]):
+            if not self.lost:
+                self._run_stage(stage, rows)
+            for name in stage:
+                results[name] = self._verdict(name, len(rows))
+                if self.group.rank == 0:
+                    print_mode(name, results[name], sys.stderr if self.args.json else sys.stdout)
+        if not self.lost:
+            self.aligner.close()
+        return results
 
-    def combine(self) -> None:
-        t = self.tokens
-        self.subject.transport.combine(self.out, self.y, self.received, t.ids, t.shared)
+    def _run_stage(self, names: Sequence[str], rows: list[int]) -> None:
+        """Fill `found`."""
+        held = ExitStack()
+        try:
+            for name in names:
+                self._set_up(name, held)
+            for name in self.subjects:
+                self.found[name] = [{"cases": []} for _ in range(self.group.world)]
+            for count in rows:
+                for name, cases in self._measure(count).items():
+                    for part, case in zip(self.found[name], cases, strict=True):
+                        part["cases"].append(case)
+            if self.args.sweep and "rdep" in self.subjects:
+                self._add_sweep(rows, self.found["rdep"])
+        except ContextLost:
+            self.lost = True
+            self._kept.append(held)
+            return
+        self.subjects.clear()
+        held.close()
 
-    def both(self) -> None:
-        self.dispatch()
-        self.combine()
+    def _verdict(self, name: str, sizes: int) -> dict[str, Any]:
+        """One mode's numbers, as far as they go, and what went wrong."""
+        found = self.found.get(name, [{"cases": []}])
+        told: dict[str, Any] = {"ok": False}
+        if found[0]["cases"]:
+            told = merge(found, link_gbps=self.args.link_gbps, sweep=SWEEP)
+        if name in self.failed:
+            return told | self.failed[name]
+        if len(found[0]["cases"]) < sizes:
+            culprit = list(self.failed)[-1]
+            error = f"{culprit} ended the device's context before; give --mode without it"
+            return told | {"ok": False, "error": error}
+        return told
 
-    def whole_after_dispatch(self) -> torch.Tensor:
-        run_experts(self.subject.transport.config, self.received, self.gains, self.y)
-        self.combine()
-        self.subject.finish()
-        return self.out
+    def _set_up(self, name: str, opened: ExitStack) -> None:
+        def make() -> None:
+            self.subjects[name] = self._make(name)
 
-    def whole(self) -> torch.Tensor:
-        """With its experts, for checking."""
-        self.dispatch()
-        return self.whole_after_dispatch()
+        try:
+            self._try(name, "setting up", make)
+        except (DeepEpMissing, SizesMissing) as e:  # alike on all ranks
+            self.failed[name] = {"ok": False, "absent": True, "error": str(e)}
+            return
+        if name in self.subjects:
+            opened.callback(self._close, name, self.subjects[name])
 
-    def parts(self) -> list[tuple[str, Callable[[], object]]]:
-        found: list[tuple[str, Callable[[], object]]] = [("both", self.both)]
-        if self.subject.separable:
-            found += [("dispatch", self.dispatch), ("combine", self.combine)]
-        if self.subject.sum_alone is not None:
-            alone = self.subject.sum_alone
-            found.append(("sum", lambda: alone(self.y, self.received)))
+    def _close(self, name: str, subject: Subject) -> None:
+        # A library that failed would wait for the other ranks in its end.
+        if subject.upstream is None or name not in self.failed:
+            subject.close()
+
+    def _try(self, name: str, doing: str, act: Callable[[], None]) -> bool:
+        """Did `act` do on every rank? If not the mode is out, and each rank says why.
+
+        Raises:
+            ContextLost: after a failure, a rank's device takes no more work; on all ranks.
+        """
+        errors = self._everywhere(f"{name}: {doing}", act)
+        if errors:
+            self.failed[name] = {"ok": False, "error": errors, "doing": doing}
+            self.subjects.pop(name, None)
+            useless = self._everywhere(f"{name}: settling", self.aligner.settle)
+            if useless:
+                self.failed[name]["context_lost"] = useless
+                raise ContextLost(name)
+            self.aligner.rearm()
+        return not errors
+
+    def _everywhere(self, what: str, act: Callable[[], None]) -> dict[str, str]:
+        """Do `act` on all ranks; what went wrong, by rank."""
+        error = None
+        try:
+            act()
+        except (DeepEpMissing, SizesMissing, RanksMissing):
+            raise  # alike on all ranks
+        except Exception as e:
+            error = f"{type(e).__name__}: {str(e)[:400]}"
+        return {f"rank {r}": text for r, text in enumerate(self._gather(what, error)) if text}
+
+    def _measure(self, count: int) -> dict[str, list[dict[str, Any]]]:
+        """Every rank's numbers for `count` rows on every rank, by mode."""
+        graphs = ExitStack()
+        try:
+            cases = self._cases(count, graphs)
+        except ContextLost:
+            self._kept.append(graphs)  # closing a graph would fail, too
+            raise
+        graphs.close()
+        return {name: self._gather(f"{name}: {count}", cases[name]) for name in self.subjects}
+
+    def _cases(self, count: int, graphs: ExitStack) -> dict[str, dict[str, Any]]:
+        """This rank's numbers, by mode; `graphs` closes what was captured for them."""
+        ready: dict[str, TimedLayer] = {}
+
+        def prepare(name: str) -> None:
+            ready[name] = TimedLayer(self.subjects[name], self.plan, count, self.aligner)
+            graphs.callback(ready[name].close)
+
+        for name in list(self.subjects):
+            self._try(name, f"{count} rows", partial(prepare, name))
+        meetings = self.aligner.capture_nothing(self.plan.inner)
+        graphs.callback(meetings.close)
+        for turn in range(self.plan.rounds + 1):  # the first one warms up
+            replays = self.plan.share if turn else WARM_UP
+            meetings.replay(replays, self.aligner.finish)
+            for name in list(self.subjects):
+                replay = partial(ready[name].replay, replays)
+                self._try(name, f"{count} rows, round {turn}", replay)
+            if turn == 0:
+                for graph in (meetings, *(g for timed in ready.values() for g in timed.graphs)):
+                    graph.times.clear()
+        taken_off = 0.0 if self.args.back_to_back else median(meetings.times)
+        cases: dict[str, dict[str, Any]] = {}
+
+        def conclude(name: str) -> None:
+            cases[name] = ready[name].case(taken_off)
+
+        for name in list(self.subjects):
+            self._try(name, f"{count} rows again", partial(conclude, name))
+        return cases
+
+    def _gather(self, what: str, value: Any) -> list[Any]:
+        return [part.value for part in self.group.allgather(what, value, timeout_s=_MEET_S)]
+
+    def _add_sweep(self, rows: list[int], found: list[dict[str, Any]]) -> None:
+        lines: list[list[float]] = []
+        if self._try("rdep", "sweep", lambda: lines.extend(self._sweep(rows))):
+            for part, theirs in zip(found, self._gather("sweep", lines), strict=True):
+                part["sweep"] = theirs
+
+    def _sweep(self, rows: list[int]) -> list[list[float]]:
+        """`both` of each tuning in `SWEEP` for each number of rows."""
+        subject, found = self.subjects["rdep"], []
+        assert subject.retune is not None
+        gains = make_gains(self.config, self.aligner.device)
+        meetings = self.aligner.capture_nothing(self.plan.inner)
+        meetings.replay(WARM_UP + self.plan.share, self.aligner.finish)
+        taken_off = 0.0 if self.args.back_to_back else median(meetings.times[WARM_UP:])
+        for change in SWEEP:
+            subject.retune(replace(RdepTuning(), **change))
+            line = []
+            for count in rows:
+                own = self.plan.tokens(self.config, self.config.rank, count, self.aligner.device)
+                layer = Layer(subject, own, gains, prequantized=self.plan.prequantized)
+                layer.both()
+                subject.finish()
+                graph = self.aligner.capture(layer.both, self.plan.inner)
+                graph.replay(WARM_UP + self.plan.share, subject.finish)
+                line.append(round(median(graph.times[WARM_UP:]) - taken_off, 2))
+                graph.close()
+            found.append(line)
         return found
-
-
-def _time(run: Callable[[], object], timing: Timing, subject: Subject) -> float:
-    """Median microseconds of one call inside a graph."""
-    run()
-    subject.finish()
-    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
-    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-        for _ in range(timing.inner):
-            run()
-    graph.replay()
-    subject.finish()
-    begin, end = _event(), _event()
-    times: list[float] = []
-    for _ in range(timing.replays):
-        begin.record()
-        graph.replay()
-        end.record()
-        subject.finish()
-        times.append(begin.elapsed_time(end) * 1e3 / timing.inner)
-    return median(times)
-
-
-def _event() -> Any:
-    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-
-
-def _sweep(subject: Subject, args: argparse.Namespace, rows: list[int]) -> list[list[float]]:
-    """`both` of each tuning in `SWEEP` for each number of rows."""
-    assert subject.retune is not None
-    found = []
-    device = torch.device("cuda", torch.cuda.current_device())
-    gains = make_gains(subject.transport.config, device)
-    for change in SWEEP:
-        subject.retune(replace(RdepTuning(), **change))
-        line = []
-        for count in rows:
-            config = subject.transport.config
-            own = make_tokens(
-                config, config.rank, count, device, routing=args.routing, path=args.routing_file
-            )
-            layer = _Layer(subject, own, gains, prequantized=args.prequantized)
-            line.append(round(_time(layer.both, Timing(args.inner, args.replays), subject), 2))
-        found.append(line)
-    return found
 
 
 if __name__ == "__main__":

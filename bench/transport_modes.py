@@ -5,24 +5,32 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from barriers.allgather import AllGather
-from barriers.deepep import DeepEpLowLatency, DeepEpNormal, load_buffer_class
+from barriers.deepep import DeepEpLowLatency, DeepEpNormal, check_sizes, load_buffer_class
 from barriers.device_barrier import DeviceWatch
 from barriers.group import RankGroup
 from barriers.rdep import Rdep, RdepTuning, load_rdep, peer_layout, peer_views
+from barriers.rdep_ref import quantize_ref
 from barriers.symmetric import CONTROL_BYTES
 from barriers.symmetric_device import DeviceMemory
-from barriers.transport import BufferSpec, Received, Transport, TransportConfig
+from barriers.transport import DEEPEP, BufferSpec, Received, Transport, TransportConfig, resolve
+from bench.transport_cases import Tokens
 from capture_cache.driver import Device, wait_stream
 from kernels.triton.launch import JitLauncher
 
-MODES = ("rdep", "deepep", "deepep-normal", "nccl")
+MODES = ("rdep", "nccl", "deepep", "deepep-normal")
+LAST = ("deepep-normal",)  # what hangs there ends the context, with all that is in it
 _WAIT_S = 20.0  # for the device, beyond every deadline
+
+
+class SizesMissing(ValueError):
+    """The mode does not serve these sizes or so many ranks."""
 
 
 @dataclass
@@ -34,6 +42,8 @@ class Subject:
         close: gives everything back; never raises for a failed run.
         separable: dispatch and combine may be repeated each by itself.
         sum_alone: the part of `combine` that makes partial sums, if it can run alone.
+        upstream: gets a layer's tokens and y; calls of a library alone, by part, without what the
+            decode step needs around them.
         retune: puts the same transport there with another tuning.
     """
 
@@ -42,7 +52,16 @@ class Subject:
     close: Callable[[], None]
     separable: bool = False
     sum_alone: Callable[[torch.Tensor, Received], None] | None = None
+    upstream: Callable[[Tokens, torch.Tensor], dict[str, Calls]] | None = None
     retune: Callable[[RdepTuning], None] | None = None
+
+
+@dataclass(frozen=True)
+class Calls:
+    """A run of one or more calls of the same kind, which leaves everything as it was."""
+
+    run: Callable[[], object]
+    count: int = 1
 
 
 def make_subject(
@@ -62,24 +81,84 @@ def make_subject(
 
     Raises:
         DeepEpMissing: the mode needs a package that is not here.
-        ValueError: sizes that the mode does not have.
+        SizesMissing: of this world or these tokens.
     """
+    if mode in DEEPEP:
+        try:
+            resolve(mode, world=config.world, on_device=True)
+            check_sizes(mode, config)
+        except ValueError as e:
+            raise SizesMissing(str(e)) from e
     if mode == "rdep":
         return _rdep(config, group, device, deadline_ms, tunings)
     if mode != "nccl":
         load_buffer_class()  # before a process group is made for nothing
     nccl = _nccl(group, device)
     launch = JitLauncher(device.num_sms)
-    transport: AllGather | DeepEpLowLatency | DeepEpNormal
     if mode == "nccl":
-        transport = AllGather(config, _allocate(AllGather.buffers(config)), nccl, launch)
-        return Subject(transport, _finish, lambda: None, separable=True)
+        gathered = AllGather(config, _allocate(AllGather.buffers(config)), nccl, launch)
+        return Subject(gathered, _finish, lambda: None, separable=True)
+    group.barrier(f"starting {mode}")
     if mode == "deepep":
-        transport = DeepEpLowLatency(config, _allocate(DeepEpLowLatency.buffers(config)), nccl)
-    else:
-        buffers = _allocate(DeepEpNormal.buffers(config))
-        transport = DeepEpNormal(config, buffers, nccl, launch)
-    return Subject(transport, _finish, transport.close)
+        buffers = _allocate(DeepEpLowLatency.buffers(config))
+        fast = DeepEpLowLatency.open(config, buffers, nccl)
+        return Subject(fast, _finish, fast.close, upstream=partial(low_latency_calls, fast))
+    buffers = _allocate(DeepEpNormal.buffers(config))
+    normal = DeepEpNormal.open(config, buffers, nccl, launch)
+    return Subject(normal, _finish, normal.close, upstream=partial(normal_calls, normal))
+
+
+def low_latency_calls(
+    transport: DeepEpLowLatency, tokens: Tokens, y: torch.Tensor
+) -> dict[str, Calls]:
+    """As upstream's own benchmark calls it. Its buffers alternate, so each kind comes in twos."""
+    config, upstream = transport.config, transport.upstream
+    topk, out = tokens.ids.long(), torch.empty_like(tokens.x)
+    per_expert = y.view(config.local_experts, -1, config.hidden)
+    capacity = per_expert.shape[1] // config.world
+
+    def dispatch() -> Any:
+        return upstream.low_latency_dispatch(
+            tokens.x, topk, capacity, config.num_experts, use_fp8=config.fp8
+        )[2]
+
+    def combine(handle: Any) -> None:
+        upstream.low_latency_combine(per_expert, topk, tokens.weights, handle, out=out)
+
+    def two_dispatches() -> None:
+        dispatch()
+        dispatch()
+
+    def two_combines() -> None:
+        combine(held)
+        combine(held)
+
+    held = dispatch()
+    combine(held)
+    return {
+        "both": Calls(lambda: combine(dispatch())),
+        "dispatch": Calls(two_dispatches, 2),
+        "combine": Calls(two_combines, 2),
+    }
+
+
+def normal_calls(transport: DeepEpNormal, tokens: Tokens, y: torch.Tensor) -> dict[str, Calls]:
+    """Tokens are quantised beforehand and partial sums are there: it does neither.
+
+    No combine alone: it reads what its own dispatch left in a handle, so it is timed behind it.
+    """
+    topk = tokens.ids.long()
+    x, scale = quantize_ref(tokens.x) if transport.config.fp8 else (tokens.x, None)
+    partial_sums = torch.zeros_like(transport.partial)
+
+    def dispatch() -> None:
+        transport.send(x, scale, topk, tokens.weights)
+
+    def both() -> None:
+        dispatch()
+        transport.collect(partial_sums, tokens.shared)
+
+    return {"both": Calls(both), "dispatch": Calls(dispatch)}
 
 
 def _rdep(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TextIO
 
 MAX_ERROR = 3e-3  # of bf16 sums against float64
 
@@ -14,12 +14,12 @@ def merge(
     """One mode's verdict and numbers from what each rank found.
 
     Args:
-        ranks: by rank: error (text or None), cases, and sweep if asked for.
+        ranks: by rank: cases, and sweep if asked for.
         sweep: the tunings of the sweep, in order.
+
+    Where dispatch is timed and combine is not, combine is what both take beyond dispatch; it says
+    `derived`.
     """
-    errors = {f"rank {r}": v["error"] for r, v in enumerate(ranks) if v["error"]}
-    if errors:
-        return {"ok": False, "error": errors}
     cases = []
     for same in zip(*(v["cases"] for v in ranks), strict=True):
         sent = max(c["bytes"][0] for c in same)
@@ -34,14 +34,18 @@ def merge(
             "floor_us": round((sent + got) / link_gbps / 1e3, 2),
         }
         for part in same[0]["us"]:
-            times = [c["us"][part] for c in same]
+            spreads = [c["us"][part] for c in same]
+            times = [s["median"] for s in spreads]
             case[f"{part}_us"] = {
                 "mean": round(sum(times) / len(times), 2),
                 "max": max(times),
+                "p10": min(s["p10"] for s in spreads),
+                "p90": max(s["p90"] for s in spreads),
             }
         if "sum" in same[0]["us"]:
-            nets = [c["us"]["both"] - c["us"]["sum"] for c in same]
-            case["net_us"] = {"mean": round(sum(nets) / len(nets), 2), "max": round(max(nets), 2)}
+            case["net_us"] = _beyond(same, "sum")
+        if "dispatch_us" in case and "combine_us" not in case:
+            case["combine_us"] = _beyond(same, "dispatch") | {"derived": True}
         case["gb_per_s"] = round((sent + got) / case["both_us"]["max"] / 1e3, 1)
         case["ok"] = case["rel_error"] < MAX_ERROR and case["repeats"]
         cases.append(case)
@@ -54,23 +58,38 @@ def merge(
     return merged
 
 
-def print_mode(name: str, result: Mapping[str, Any]) -> None:
+def _beyond(same: Sequence[Mapping[str, Any]], part: str) -> dict[str, Any]:
+    """What `both` takes beyond `part`, of all ranks."""
+    times = [c["us"]["both"]["median"] - c["us"][part]["median"] for c in same]
+    return {"mean": round(sum(times) / len(times), 2), "max": round(max(times), 2)}
+
+
+def _told(part: str, us: Mapping[str, Any]) -> str:
+    spread = f" ({us['p10']:.1f}-{us['p90']:.1f})" if "p10" in us else ""
+    if us.get("derived"):
+        spread = " (derived: both - dispatch)"
+    return f"{part} {us['mean']:.1f}/{us['max']:.1f}{spread}"
+
+
+def print_mode(name: str, result: Mapping[str, Any], file: TextIO) -> None:
     """A line a case, for people."""
-    if "cases" not in result:
-        print(f"{name}: {'absent' if result.get('absent') else 'FAILED'}: {result['error']}")
-        return
-    for case in result["cases"]:
+    for case in result.get("cases", ()):
         times = "  ".join(
-            f"{part} {case[f'{part}_us']['mean']:.1f}/{case[f'{part}_us']['max']:.1f}"
-            for part in ("dispatch", "combine", "sum", "both", "net")
+            _told(part, case[f"{part}_us"])
+            for part in ("dispatch", "combine", "sum", "both", "net", "step")
             if f"{part}_us" in case
         )
         verdict = "ok" if case["ok"] else "WRONG"
+        bits = "yes" if case["oracle_bits"] else "no"
         print(
-            f"{name:14s} rows {case['rows']:4d}  us mean/max: {times}  floor {case['floor_us']:.1f}"
-            f"  {case['gb_per_s']:.0f} GB/s  error {case['rel_error']:.1e}"
-            f"  oracle bits {'yes' if case['oracle_bits'] else 'no'}  {verdict}",
-            flush=True,
+            f"{name:14s} rows {case['rows']:4d}  us mean/max (p10-p90): {times}"
+            f"  floor {case['floor_us']:.1f}  {case['gb_per_s']:.0f} GB/s"
+            f"  error {case['rel_error']:.1e}  oracle bits {bits}  {verdict}",
+            file=file,
         )
     for line in result.get("sweep", ()):
-        print(f"  {line['both_us']} us both  {line['tuning'] or 'default'}", flush=True)
+        print(f"  {line['both_us']} us both  {line['tuning'] or 'default'}", file=file)
+    if "error" in result:
+        verdict = "absent" if result.get("absent") else f"FAILED {result.get('doing', '')}".rstrip()
+        print(f"{name}: {verdict}: {result['error']}", file=file)
+    file.flush()

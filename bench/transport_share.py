@@ -38,7 +38,8 @@ class Stamped:
     """
 
     def __init__(self, inner: Transport, engine: Engine, first: int) -> None:
-        self.name, self.config = inner.name, inner.config
+        self.name, self.config, self.live = inner.name, inner.config, inner.live
+        self.allocates, self.takes_act = inner.allocates, inner.takes_act
         self._inner, self._first = inner, first
         self._launch = engine.launcher
         self._stamps = engine.graphs.step.buffers["stamps"]
@@ -51,6 +52,9 @@ class Stamped:
                 f"{layers} layers need {self.num_marks} timestamps, and a step has room for "
                 f"{self._stamps.numel()}; choose fewer --layers"
             )
+
+    def require_settled(self, doing: str) -> None:
+        self._inner.require_settled(doing)
 
     def dispatch(self, *args: Any, layer: int = 0, opens_step: bool = False) -> Received:
         self._mark(layer, 0)
@@ -75,13 +79,29 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--ctx-len", type=int, default=2000, help="KV tokens a row holds")
     p.add_argument("--steps", type=int, default=30, help="measured steps")
     p.add_argument("--rows", type=int, help="live rows a rank; default: all")
+    p.add_argument(
+        "--compare-overlap",
+        action="store_true",
+        help="once more, with the shared expert behind the routed ones",
+    )
     return p
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
+    report = _run(args)
+    if args.compare_overlap:
+        args.overlap = False
+        report["without_overlap"] = _run(args)
+    if args.json and report["rank"] == 0:
+        print_json(report)
+    return 0
+
+
+def _run(args: argparse.Namespace) -> dict[str, Any]:
+    """One engine, measured; rank 0 shows it."""
     with Bar() as bar:
-        engine = build(selection(args, verify=False), bar)
+        engine = build(selection(args, verify=False, bundle=False), bar)
     model = engine.model_config
     if not engine.selection.on_device or model.first_k_dense_replace >= model.num_layers:
         engine.close()
@@ -93,16 +113,16 @@ def main(argv: list[str] | None = None) -> int:
         report = provenance(engine.device_name) | {
             "model": args.model,
             "transport": engine.config.transport,
+            "overlap": engine.config.overlap,
+            "rank": engine.ranks.rank,
             "ranks": engine.config.ep_size,
             "rows": rows,
             "ctx_len": args.ctx_len,
         }
         report |= _gather(engine, plain_us, marks, spans, loads)
-    if engine.ranks.rank == 0:
+    if report["rank"] == 0:
         _show(report)
-        if args.json:
-            print_json(report)
-    return 0
+    return report
 
 
 def _measure(
@@ -191,7 +211,9 @@ def _gather(
 
 
 def _show(report: dict[str, Any]) -> None:
-    table = Table(title=f"{report['transport']}, mean of a layer, {report['device']}")
+    where = "beside" if report["overlap"] else "behind"
+    title = f"{report['transport']}, shared expert {where}, mean of a layer, {report['device']}"
+    table = Table(title=title)
     names = ("dispatch us", "experts us", "combine us", "experts touched", "(row, choice) pairs")
     for column in ("rank", *names):
         table.add_column(column, justify="right")

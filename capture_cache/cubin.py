@@ -62,9 +62,10 @@ def kernel_facts(cubin: bytes) -> dict[str, KernelFacts]:
             for name in by_name
             if name.startswith(".text.") and f".nv.info.{name.removeprefix('.text.')}" in by_name
         }
-    except (struct.error, IndexError, KeyError, ValueError) as e:
+    except (struct.error, IndexError, KeyError, ValueError, OverflowError) as e:
         raise CompileError(
-            f"expected a CUDA ELF image, got {len(cubin)} bytes that are not ({e!r}); compile again"
+            f"expected a CUDA ELF image, got {len(cubin)} bytes that are not ({e!r:.200}); "
+            "compile again"
         ) from e
 
 

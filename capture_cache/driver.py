@@ -14,7 +14,7 @@ from typing import Any
 
 from capture_cache.errors import CudaError
 
-_REMEDIES = {
+REMEDIES = {
     "CUDA_ERROR_OUT_OF_MEMORY": "free device memory or lower --num-pages, --max-seq-len or --bs",
     "CUDA_ERROR_NO_DEVICE": "no GPU is visible: check CUDA_VISIBLE_DEVICES, or use --device cpu",
     "CUDA_ERROR_INVALID_DEVICE": "choose a device that exists (see nvidia-smi)",
@@ -67,7 +67,7 @@ def check(result: tuple[Any, ...], doing: str, remedy: str | None = None) -> Any
     """
     status, *values = result
     if int(status) != 0:
-        raise CudaError(status.name, doing, remedy or _REMEDIES.get(status.name, _DEFAULT_REMEDY))
+        raise CudaError(status.name, doing, remedy or REMEDIES.get(status.name, _DEFAULT_REMEDY))
     return values[0] if len(values) == 1 else (tuple(values) or None)
 
 
@@ -192,6 +192,11 @@ def memory_info() -> tuple[int, int]:
 def driver_version() -> str:
     """The driver's release and the CUDA version it serves, as "580.95.05 (CUDA 13.0)"."""
     version = int(check(cuda().cuDriverGetVersion(), "asking for the driver's version"))
+    return f"{nvml_release()} (CUDA {version // 1000}.{version % 1000 // 10})"
+
+
+def nvml_release() -> str:
+    """The driver's release, such as "580.95.05"."""
     text = ctypes.create_string_buffer(96)
     try:
         nvml = ctypes.CDLL("libnvidia-ml.so.1")  # comes with every driver
@@ -199,7 +204,7 @@ def driver_version() -> str:
         nvml = None
     if nvml is None or nvml.nvmlInit_v2() or nvml.nvmlSystemGetDriverVersion(text, len(text)):
         text.value = b"unknown release"
-    return f"{text.value.decode()} (CUDA {version // 1000}.{version % 1000 // 10})"
+    return text.value.decode()
 
 
 def wait_stream(stream: int, timeout_s: float, doing: str) -> None:

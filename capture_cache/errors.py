@@ -47,3 +47,7 @@ class CompileError(RuntimeError):
 
 class CaptureError(RuntimeError):
     """Something that capture forbids was attempted, such as compiling a kernel."""
+
+
+class NotRestorable(RuntimeError):
+    """A captured graph holds something that another process could not rebuild; it stays live."""

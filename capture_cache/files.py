@@ -9,8 +9,8 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import shutil
 import stat
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,6 +19,8 @@ from capture_cache.errors import CorruptBundle, StoreError
 # Non-blocking: a pipe planted in the place of a file must not hang its reader.
 _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+TAKEN = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR, errno.EISDIR)  # of a rename
+_STALE_S = 24 * 3600
 REMEDY = "delete it; it will be made again"
 
 
@@ -36,6 +38,26 @@ class Files:
             file.flush()
             os.fsync(fd)
 
+    def allocate(self, path: Path, nbytes: int) -> None:
+        """Create `path`, which must not exist, with `nbytes` of zeros that the disk has room for.
+
+        What is written into it later needs `sync_file`; through a mapping, too, it cannot fail for
+        lack of space.
+        """
+        fd = os.open(path, _CREATE & ~os.O_WRONLY | os.O_RDWR, 0o644)
+        try:
+            os.posix_fallocate(fd, 0, nbytes)
+        finally:
+            os.close(fd)
+
+    def sync_file(self, path: Path) -> None:
+        """Force a file's contents to the disk."""
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
     def sync_dir(self, path: Path) -> None:
         """Force a directory's own entries (new names, renames) to the disk."""
         fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -50,6 +72,8 @@ class Files:
     def remove(self, path: Path) -> None:
         """Remove a file, a link or a tree."""
         if path.is_dir() and not path.is_symlink():
+            import shutil  # brings compressors with it, which a reader does not need
+
             shutil.rmtree(path)
         else:
             path.unlink()
@@ -128,6 +152,34 @@ def read_file(dir_fd: int, name: str, shown: Path, max_bytes: int) -> bytes:
     finally:
         for fd in held:
             os.close(fd)
+
+
+def write_failure(e: OSError, path: Path, option: str) -> StoreError:
+    """What to raise for a failed write, with the remedy.
+
+    Args:
+        option: of the command, where another directory can be given.
+    """
+    remedies = {
+        errno.ENOSPC: f"free space, or give another directory with {option}",
+        errno.EDQUOT: f"free quota, or give another directory with {option}",
+        errno.EACCES: f"make it writable, or give another directory with {option}",
+        errno.EPERM: f"make it writable, or give another directory with {option}",
+        errno.EROFS: f"it is read-only: give another directory with {option}",
+    }
+    remedy = remedies.get(e.errno or 0, f"check the file system, or give another {option}")
+    return StoreError(f"cannot write {path}: {e.strerror} ({e.filename}); {remedy}")
+
+
+def sweep(folder: Path, files: Files) -> None:
+    """Remove what writers that died left in `folder` more than a day ago."""
+    oldest = time.time() - _STALE_S
+    for path in folder.glob(".tmp-*"):
+        # Another sweeper was quicker, or another user's: not ours to judge.
+        with contextlib.suppress(OSError):
+            info = path.lstat()
+            if info.st_mtime < oldest and unsafe(info) is None:
+                files.remove(path)
 
 
 def unsafe(info: os.stat_result) -> str | None:

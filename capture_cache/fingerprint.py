@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 from capture_cache.errors import FingerprintMismatch
@@ -66,12 +66,7 @@ class Fingerprint:
 def diff(stored: Fingerprint, current: Fingerprint) -> list[str]:
     """The differing fields as "driver 580.159 → 595.20", in the current one's order."""
     old, new = dict(stored.fields), dict(current.fields)
-    return [
-        f"{name} {_show(old, name)} → {_show(new, name)}"
-        for name in [*new, *(n for n in old if n not in new)]
-        # As JSON, because 1 == True in Python but not in the digest.
-        if (name in old, json.dumps(old.get(name))) != (name in new, json.dumps(new.get(name)))
-    ]
+    return [f"{name} {show(old, name)} → {show(new, name)}" for name in differing(stored, current)]
 
 
 def check(stored: Fingerprint, current: Fingerprint) -> None:
@@ -84,12 +79,31 @@ def check(stored: Fingerprint, current: Fingerprint) -> None:
         )
 
 
+def matches(
+    stored: Fingerprint, current: Fingerprint, *, unset: Collection[str] = frozenset()
+) -> bool:
+    """Whether they agree in every field but those of `unset`."""
+    return not any(name not in unset for name in differing(stored, current))
+
+
+def differing(stored: Fingerprint, current: Fingerprint) -> list[str]:
+    """Names of the fields that differ, in the current one's order."""
+    old, new = dict(stored.fields), dict(current.fields)
+    return [
+        name
+        for name in [*new, *(n for n in old if n not in new)]
+        # As JSON, because 1 == True in Python but not in the digest.
+        if (name in old, json.dumps(old.get(name))) != (name in new, json.dumps(new.get(name)))
+    ]
+
+
 def nearest(candidates: Iterable[Fingerprint], current: Fingerprint) -> Fingerprint | None:
     """The candidate with the fewest differing fields."""
     return min(candidates, key=lambda c: len(diff(c, current)), default=None)
 
 
-def _show(fields: Mapping[str, Value], name: str) -> str:
+def show(fields: Mapping[str, Value], name: str) -> str:
+    """A field's value as a person reads it."""
     if name not in fields:
         return "(absent)"
     value = fields[name]

@@ -102,19 +102,42 @@ class CompiledKernel:
                 for m in fields["tensor_maps"]
             )
             kernel = cls(**fields, cubin=files[CUBIN])
+            kernel._check_types()
             unknown = sorted(set(kernel.params) - set(PARAM_KINDS))
             maps = kernel.params.count("tensormap")
         except (KeyError, TypeError, ValueError, IndexError) as e:
             raise CorruptBundle(
-                f"{shown}: expected the record of a compiled kernel, got {e!r}; "
+                f"{shown}: expected the record of a compiled kernel, got {e!r:.200}; "
                 "delete it; it will be compiled again"
             ) from e
         if unknown or maps != len(kernel.tensor_maps):
             raise CorruptBundle(
                 f"{shown}: expected known parameters with {len(kernel.tensor_maps)} tensor maps, "
-                f"got {maps} and the unknown {unknown}; delete it; it will be compiled again"
+                f"got {maps} and the unknown {unknown[:4]!r:.200}; "
+                "delete it; it will be compiled again"
             )
         return kernel
+
+    def _check_types(self) -> None:
+        """Raises ValueError: a field that no launch could use."""
+        numbers = {
+            "num_warps": self.num_warps,
+            "num_ctas": self.num_ctas,
+            "shared_bytes": self.shared_bytes,
+            "registers": self.registers,
+            "local_bytes": self.local_bytes,
+            "spill_bytes": self.spill_bytes,
+        }
+        for m in self.tensor_maps:
+            numbers |= {"elem_type": m.elem_type, "swizzle": m.swizzle, "rows": m.block[0]}
+            if not 1 <= m.elem_bytes <= 16 or m.block[1] < 1:
+                raise ValueError(f"tensor map {m!r:.100}")
+        for name, value in numbers.items():
+            if type(value) is not int or not 0 <= value < 1 << 31:
+                raise ValueError(f"{name} {value!r:.40}")
+        texts = (self.name, self.arch, *self.params)
+        if not all(isinstance(t, str) for t in texts) or type(self.pdl) is not bool:
+            raise ValueError("expected names as text and pdl as a bool")
 
 
 def param_bytes(kinds: Sequence[str]) -> tuple[int, ...]:

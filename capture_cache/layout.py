@@ -12,6 +12,7 @@ import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from capture_cache.errors import LayoutError
@@ -185,17 +186,21 @@ class ArenaLayout:
         """Bytes by section, rounded up to 2 MiB, empty sections included."""
         return {e.section.name: e.nbytes for e in self.extents}
 
-    @property
+    @cached_property
     def by_name(self) -> dict[str, Place]:
         return {p.entry.name: p for p in self.places}
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """sha256 of the canonical JSON: equal tables have equal digests on every machine."""
-        text = json.dumps(self.to_json(), sort_keys=True, separators=(",", ":"))
+        text = json.dumps(self._table, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
 
     def to_json(self) -> dict[str, Any]:
+        return dict(self._table)
+
+    @cached_property
+    def _table(self) -> dict[str, Any]:
         return {
             "sections": [
                 {"name": e.section.name, "host": e.section.host, "bytes": e.nbytes}
@@ -231,9 +236,9 @@ class ArenaLayout:
             layout = cls.build(entries, sections)
         except (TypeError, KeyError) as e:
             raise LayoutError(f"stored arena table is malformed ({e!r}); capture again") from e
+        computed = layout._table
         for field in ("sections", "entries"):
-            computed = layout.to_json()[field]
-            for stored, now in zip(table[field], computed, strict=True):
+            for stored, now in zip(table[field], computed[field], strict=True):
                 if stored != now:
                     raise LayoutError(
                         f"stored arena table disagrees: expected {now}, got {stored}; capture again"

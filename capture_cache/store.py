@@ -13,19 +13,17 @@ fails its own checks is reported (`CorruptBundle`), and replaced when it is publ
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import re
-import time
-import uuid
-from collections.abc import Mapping
+import threading
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from capture_cache.errors import CorruptBundle, FingerprintMismatch, StoreError
-from capture_cache.files import REMEDY, Files, open_dir, read_file, unsafe
-from capture_cache.fingerprint import Fingerprint, diff, nearest
+from capture_cache.files import REMEDY, TAKEN, Files, open_dir, read_file, sweep, write_failure
+from capture_cache.fingerprint import Fingerprint, diff, matches, nearest
 from capture_cache.manifest import (
     MAX_RECORD_BYTES,
     FileRecord,
@@ -38,9 +36,9 @@ from capture_cache.manifest import (
 
 _HEX = re.compile(r"[0-9a-f]{64}")
 _ARCH = re.compile(r"sm_[0-9]{2,3}[a-z]?")
-_TAKEN = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR, errno.EISDIR)
 _ATTEMPTS = 4
-_STALE_S = 24 * 3600
+_THREADS = 4  # that hash an entry of more than
+_SERIAL_BYTES = 4 << 20
 MANIFEST = "manifest.json"
 META = "meta.json"
 
@@ -123,8 +121,31 @@ class Store:
             CorruptBundle: there is one, and it is not what its manifest says.
             StoreError: the store cannot be read safely.
         """
-        loaded = self._load((fingerprint.digest,), MANIFEST)
+        loaded = self.read(fingerprint)
         return None if loaded is None else _bundle(loaded)
+
+    def read(self, fingerprint: Fingerprint) -> Loaded | None:
+        """As `load`, its manifest still as JSON: `parse` reads that."""
+        return self._load((fingerprint.digest,), MANIFEST)
+
+    @staticmethod
+    def parse(loaded: Loaded) -> Bundle:
+        """The bundle that `read` found; raises CorruptBundle."""
+        return _bundle(loaded)
+
+    def find(
+        self, fingerprint: Fingerprint, *, unset: Collection[str] = frozenset()
+    ) -> Fingerprint | None:
+        """The stored fingerprint that is valid here: `fingerprint` itself, or one that agrees.
+
+        Args:
+            unset: fields in which this installation cannot differ, such as the version of a
+                compiler that it has not got.
+        """
+        if (self.root / fingerprint.digest).exists() or not unset:
+            return fingerprint if (self.root / fingerprint.digest).exists() else None
+        stored = (e.manifest.fingerprint for e in self.entries() if e.manifest is not None)
+        return next((s for s in stored if matches(s, fingerprint, unset=unset)), None)
 
     def require(self, fingerprint: Fingerprint) -> Bundle:
         """`load`, where a miss is an error.
@@ -181,7 +202,7 @@ class Store:
         Raises:
             StoreError: no space, no permission, an unsafe directory.
         """
-        parts = _kernel_parts(arch, digest)
+        parts = kernel_parts(arch, digest)
         winner = self._publish(parts, META, {"meta": dict(meta)}, files, replace_existing)
         if winner is not None:
             return _kernel(winner)
@@ -194,8 +215,24 @@ class Store:
             CorruptBundle: it is not what its record says.
             StoreError: the store cannot be read safely.
         """
-        loaded = self._load(_kernel_parts(arch, digest), META)
+        loaded = self._load(kernel_parts(arch, digest), META)
         return None if loaded is None else _kernel(loaded)
+
+    def kernels(self) -> list[tuple[str, str]]:
+        """(arch, digest) of every stored kernel, damaged ones included."""
+        folder, found = self.root / "kernels", []
+        for arch in sorted(_names(folder, _ARCH)):
+            found += [(arch, digest) for digest in sorted(_names(folder / arch, _HEX))]
+        return found
+
+    def kernel_record(self, arch: str, digest: str) -> dict[str, Any] | None:
+        """What `load_kernel` would read first: the record alone; raises as that."""
+        return self._record(kernel_parts(arch, digest), META)
+
+    def weights(self) -> list[Path]:
+        """Directories of packed weights, damaged ones included."""
+        folder = self.root / "weights"
+        return [folder / name for name in sorted(_names(folder, _HEX))]
 
     # -- measurements ----------------------------------------------------------------------------
 
@@ -206,7 +243,7 @@ class Store:
             StoreError: no space, no permission, an unsafe directory.
             ValueError: something in it is not JSON.
         """
-        self._publish(_record_parts(digest), META, {"meta": dict(record)}, {}, True)
+        self._publish(record_parts(digest), META, {"meta": dict(record)}, {}, True)
 
     def load_record(self, digest: str) -> Mapping[str, Any] | None:
         """The record that was published; None if there is none.
@@ -215,10 +252,29 @@ class Store:
             CorruptBundle: it is not what was written.
             StoreError: the store cannot be read safely.
         """
-        loaded = self._load(_record_parts(digest), META)
+        loaded = self._load(record_parts(digest), META)
         return None if loaded is None else dict(loaded.record["meta"])
 
+    def records(self) -> list[str]:
+        """Digests of all measurements, damaged ones included."""
+        return sorted(_names(self.root / "records", _HEX))
+
     # -- entries ---------------------------------------------------------------------------------
+
+    def remove(self, parts: tuple[str, ...]) -> None:
+        """Remove an entry: it vanishes in one step, then its files go.
+
+        Raises:
+            StoreError: no permission.
+        """
+        aside = self._temporary()
+        try:
+            self._files.rename(self.root.joinpath(*parts), aside)
+        except FileNotFoundError:
+            return  # another was quicker
+        except OSError as e:
+            raise self._failure(e, self.root.joinpath(*parts)) from e
+        self._discard(aside)
 
     def _record(self, parts: tuple[str, ...], record_name: str) -> dict[str, Any] | None:
         with open_dir(self.root, parts) as fd:
@@ -238,11 +294,8 @@ class Store:
                     f"{path}: expected the record of {'/'.join(parts)}, got "
                     f"{record.get('entry')!r:.100}; {REMEDY}"
                 )
-            contents = {}
-            for name, expected in files_from_json(record.get("files"), path / record_name).items():
-                contents[name] = read_file(fd, name, path, max(expected.nbytes, 0))
-                expected.check(contents[name], path / name)
-            return Loaded(path, record, contents)
+            records = files_from_json(record.get("files"), path / record_name)
+            return Loaded(path, record, _read_all(fd, records, path))
 
     def _publish(
         self,
@@ -285,7 +338,7 @@ class Store:
                 self._files.sync_dir(final.parent)
                 return None
             except OSError as e:
-                if e.errno not in _TAKEN:
+                if e.errno not in TAKEN:
                     raise
             winner = None if replace_existing else self._valid(parts, record_name)
             if winner is not None:
@@ -321,22 +374,11 @@ class Store:
         except OSError as e:
             raise self._failure(e, self.root) from e
         if not self._ready:
-            self._sweep()
+            sweep(self.root, self._files)
             self._ready = True
 
-    def _sweep(self) -> None:
-        """Remove what writers that died left behind."""
-        oldest = time.time() - _STALE_S
-        for path in self.root.glob(".tmp-*"):
-            with contextlib.suppress(
-                OSError
-            ):  # another sweeper, or another user's: not ours to judge
-                info = path.lstat()
-                if info.st_mtime < oldest and unsafe(info) is None:
-                    self._files.remove(path)
-
     def _temporary(self) -> Path:
-        return self.root / f".tmp-{uuid.uuid4().hex}"
+        return self.root / f".tmp-{os.urandom(16).hex()}"
 
     def _discard(self, path: Path) -> None:
         # What cannot be removed now is invisible under its name and swept later.
@@ -344,15 +386,39 @@ class Store:
             self._files.remove(path)
 
     def _failure(self, e: OSError, path: Path) -> StoreError:
-        remedies = {
-            errno.ENOSPC: "free space, or give another directory with --store",
-            errno.EDQUOT: "free quota, or give another directory with --store",
-            errno.EACCES: "make it writable, or give another directory with --store",
-            errno.EPERM: "make it writable, or give another directory with --store",
-            errno.EROFS: "it is read-only: give another directory with --store",
-        }
-        remedy = remedies.get(e.errno or 0, "check the file system, or give another --store")
-        return StoreError(f"cannot write {path}: {e.strerror} ({e.filename}); {remedy}")
+        return write_failure(e, path, "--store")
+
+
+def _names(folder: Path, pattern: re.Pattern[str]) -> list[str]:
+    return [n for n in os.listdir(folder) if pattern.fullmatch(n)] if folder.is_dir() else []
+
+
+def _read_all(fd: int, records: Mapping[str, FileRecord], path: Path) -> dict[str, bytes]:
+    """Contents of all files, every byte checked; large entries by several threads, for hashing
+    is what takes the time, and gives up Python's lock."""
+    contents: dict[str, bytes] = dict.fromkeys(records, b"")  # in the record's order
+    failures: list[CorruptBundle] = []
+
+    def read(names: Sequence[str]) -> None:
+        try:
+            for name in names:
+                data = read_file(fd, name, path, max(records[name].nbytes, 0))
+                records[name].check(data, path / name)
+                contents[name] = data
+        except CorruptBundle as e:
+            failures.append(e)
+
+    names = sorted(records, key=lambda n: records[n].nbytes)
+    count = _THREADS if sum(r.nbytes for r in records.values()) > _SERIAL_BYTES else 1
+    threads = [threading.Thread(target=read, args=(names[i::count],)) for i in range(1, count)]
+    for thread in threads:
+        thread.start()
+    read(names[::count])
+    for thread in threads:
+        thread.join()
+    if failures:
+        raise failures[0]
+    return contents
 
 
 def _bundle(loaded: Loaded) -> Bundle:
@@ -373,13 +439,15 @@ def _kernel(loaded: Loaded) -> Loaded:
     return replace(loaded, record=loaded.record["meta"])
 
 
-def _record_parts(digest: str) -> tuple[str, ...]:
+def record_parts(digest: str) -> tuple[str, ...]:
+    """Where a measurement lies below the root. Raises ValueError for names that are none."""
     if not _HEX.fullmatch(digest):
         raise ValueError(f"expected 64 hex digits, got {digest!r}")
     return ("records", digest)
 
 
-def _kernel_parts(arch: str, digest: str) -> tuple[str, ...]:
+def kernel_parts(arch: str, digest: str) -> tuple[str, ...]:
+    """Where a kernel lies below the root. Raises ValueError for names that are none."""
     if not _ARCH.fullmatch(arch) or not _HEX.fullmatch(digest):
         raise ValueError(f"expected an architecture and 64 hex digits, got {arch!r}, {digest!r}")
     return ("kernels", arch, digest)

@@ -25,6 +25,9 @@ class Loaded(Protocol):
 
     kernel: CompiledKernel
 
+    @property
+    def handle(self) -> int: ...
+
     def launch(
         self, grid: tuple[int, ...], values: Sequence[int | float | bytes], stream: int
     ) -> None: ...
@@ -77,6 +80,11 @@ class AotLauncher:
     def kernels(self) -> Mapping[KernelSpec, CompiledKernel]:
         """What has been launched so far."""
         return {spec: loaded.kernel for spec, loaded in self._kernels.items()}
+
+    @property
+    def handles(self) -> dict[int, CompiledKernel]:
+        """What has been launched so far, by the driver's handle (CUfunction)."""
+        return {loaded.handle: loaded.kernel for loaded in self._kernels.values()}
 
     @property
     def used(self) -> list[tuple[str, str]]:

@@ -8,20 +8,28 @@ them.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Protocol
 
 import torch
 
-from graphs.buffers import StepConfig
 from graphs.flashinfer_mla import FlashinferMla
 from graphs.model_config import ModelConfig
 from graphs.ops import Ops
+from graphs.step_config import StepConfig
 
 Buffers = Mapping[str, torch.Tensor]
 
 
 class Attention(Protocol):
-    """Decode attention of a step: `plan` once, then `run` once a layer; both capture-safe."""
+    """Decode attention of a step: `plan` once, then `run` once a layer; both capture-safe.
+
+    Attributes:
+        libraries: host libraries that hold kernels of it which we did not compile.
+    """
+
+    @property
+    def libraries(self) -> tuple[Path, ...]: ...
 
     def plan(self, b: Buffers) -> None: ...
 
@@ -33,6 +41,11 @@ class TritonAttention:
 
     def __init__(self, cfg: ModelConfig, config: StepConfig, ops: Ops) -> None:
         self._cfg, self._config, self._ops = cfg, config, ops
+
+    @property
+    def libraries(self) -> tuple[Path, ...]:
+        """All its kernels are ours."""
+        return ()
 
     def plan(self, b: Buffers) -> None:
         """Nothing to plan: a token's splits follow from its own length."""
@@ -65,6 +78,11 @@ class FlashinferAttention:
             softmax_scale=cfg.softmax_scale,
             cut=config.cut,
         )
+
+    @property
+    def libraries(self) -> tuple[Path, ...]:
+        """flashinfer's own."""
+        return (self._mla.library(),)
 
     def plan(self, b: Buffers) -> None:
         self._mla.plan(

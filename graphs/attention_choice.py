@@ -13,11 +13,11 @@ from statistics import fmean
 
 import torch
 
-from graphs.buffers import StepConfig
 from graphs.calls import Call
 from graphs.flashinfer_mla import FlashinferMla
 from graphs.model_config import ModelConfig
 from graphs.ops import Ops
+from graphs.step_config import StepConfig
 from graphs.timing import clearly_faster
 from kernels.triton.mla_decode import num_splits
 

@@ -9,86 +9,42 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 
 import torch
 
 from barriers.allgather import AllGather
-from barriers.transport import TransportConfig
+from barriers.deepep import DeepEpLowLatency, DeepEpNormal
+from barriers.transport import BufferSpec, TransportConfig, received_shape
 from capture_cache.layout import ArenaLayout, Entry
 from graphs.flashinfer_mla import FlashinferMla
 from graphs.keys import GraphKey, Ladder
 from graphs.model_config import ModelConfig
+from graphs.step_config import MAX_STOPS, StepConfig, mailbox_layout
 from graphs.weights import ITEM_BYTES, shared_joins, stored_table, weight_table
+from kernels.triton.draw_pipeline import row_tensors, scratch_tensors
 from kernels.triton.linear import linear_plan, linear_workspace_elems
-from kernels.triton.mla_decode import num_splits
 from kernels.triton.mla_query import fuses_query
 from kernels.triton.sample import num_chunks
-from kernels.triton.state import RING_SLOTS, MailboxLayout, RingLayout
+from kernels.triton.state import (
+    INT_PARAMS,
+    MAX_STOP_LENGTH,
+    MAX_STOP_SEQUENCES,
+    MAX_TOP,
+    PARAMS,
+    REAL_PARAMS,
+    RING_SLOTS,
+    RingLayout,
+    mask_words,
+    param_pitch,
+)
 
-MAX_STOPS = 16
+# Transports whose buffers lie in the arena; those of rdep are peer memory.
+IN_ARENA: dict[str, Callable[[TransportConfig], Iterator[BufferSpec]]] = {
+    "allgather": AllGather.buffers,
+    "deepep": DeepEpLowLatency.buffers,
+    "deepep-normal": DeepEpNormal.buffers,
+}
 STAMPS = 4096
-
-
-@dataclass(frozen=True)
-class StepConfig:
-    """Sizes a runtime is compiled for, per rank.
-
-    Attributes:
-        max_rows: concurrent requests of this rank (`bs / ep_size`).
-        max_seq_len: tokens, prompt and output together.
-        page_size: tokens a KV page.
-        num_pages: KV pages of this rank, the null page included.
-        cut: KV tokens a split of decode attention takes; fixes the reduction order.
-        ep_size, ep_rank: expert parallelism.
-        attention: "flashinfer" or "triton".
-        transport: how tokens reach the experts of other ranks; a name of `barriers.transport`.
-        pdl: how kernels overlap; a key of `kernels.triton.overlap.MODES`.
-        prefetch: ask L2 for the weights of later kernels while the memory is idle.
-    """
-
-    max_rows: int
-    max_seq_len: int
-    num_pages: int
-    page_size: int = 64
-    cut: int = 1024
-    ep_size: int = 1
-    ep_rank: int = 0
-    attention: str = "triton"
-    transport: str = "local"
-    pdl: str = "off"
-    prefetch: bool = False
-
-    def __post_init__(self) -> None:
-        for name in ("max_rows", "max_seq_len", "page_size", "cut", "ep_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.page_size & (self.page_size - 1) or self.cut % self.page_size:
-            raise ValueError(
-                f"page_size must be a power of two that divides the attention cut {self.cut}, "
-                f"got {self.page_size}"
-            )
-        if self.num_pages < 2:
-            raise ValueError(
-                f"num_pages must be at least 2 (the null page and one more), got {self.num_pages}"
-            )
-
-    @property
-    def max_pages(self) -> int:
-        """Pages of one row's table."""
-        return -(-self.max_seq_len // self.page_size)
-
-    @property
-    def splits(self) -> int:
-        return num_splits(self.max_pages * self.page_size, self.cut)
-
-
-def default_cut(max_seq_len: int) -> int:
-    """Attention cut in tokens: 1024, and longer where more than 16 splits would be needed."""
-    cut = 1024
-    while cut * 16 < max_seq_len:
-        cut *= 2
-    return cut
 
 
 def arena_layout(cfg: ModelConfig, step: StepConfig, ladder: Ladder) -> ArenaLayout:
@@ -96,11 +52,11 @@ def arena_layout(cfg: ModelConfig, step: StepConfig, ladder: Ladder) -> ArenaLay
     return ArenaLayout.build(
         [
             *_weights(cfg, step),
-            *_rows(step, ladder),
+            *_rows(cfg, step),
             *_kv(cfg, step),
             *_scratch(cfg, step, ladder.max_tokens, ladder.max_rows, ladder.max_tokens),
             *_exchange(cfg, step, ladder.max_tokens),
-            *_ring(step, ladder),
+            *_ring(cfg, step, ladder),
         ]
     )
 
@@ -151,10 +107,6 @@ def query_fuses(cfg: ModelConfig) -> bool:
     )
 
 
-def mailbox_layout(step: StepConfig, ladder: Ladder) -> MailboxLayout:
-    return MailboxLayout(step.max_rows, ladder.max_tokens, MAX_STOPS)
-
-
 def _weights(cfg: ModelConfig, step: StepConfig) -> Iterator[Entry]:
     table = stored_table(cfg, ep_size=step.ep_size, transport=step.transport)
     for name, spec in table.items():
@@ -162,12 +114,22 @@ def _weights(cfg: ModelConfig, step: StepConfig) -> Iterator[Entry]:
     yield Entry("weights", "rope_table", (step.max_seq_len, cfg.qk_rope_head_dim), "float32")
 
 
-def _rows(step: StepConfig, ladder: Ladder) -> Iterator[Entry]:
+def _rows(cfg: ModelConfig, step: StepConfig) -> Iterator[Entry]:
     rows = step.max_rows
     for name in ("phase", "seq_len", "last_token", "limit"):
         yield Entry("rows", name, (rows,), "int32")
     yield Entry("rows", "stop_ids", (rows, MAX_STOPS), "int32")
     yield Entry("rows", "page_table", (rows, step.max_pages), "int32")
+    yield Entry("rows", "row_params", (PARAMS, param_pitch(rows)), "int32")
+    yield Entry("rows", "deadline_ns", (rows,), "int64")
+    sequences = MAX_STOP_SEQUENCES * MAX_STOP_LENGTH
+    yield Entry("rows", "stop_sequences", (rows, sequences), "int32")
+    yield Entry("rows", "tail", (rows, MAX_STOP_LENGTH), "int32")
+    yield Entry("rows", "mask_step", (rows,), "int32")
+    yield Entry("rows", "token_mask", (rows, mask_words(cfg.vocab_size)), "int32")
+    for name, (shape, dtype) in row_tensors(rows, cfg.vocab_size).items():
+        if name not in (*INT_PARAMS, *REAL_PARAMS, "stop_ids"):
+            yield Entry("rows", name, shape, dtype)
     yield Entry("rows", "step", (1,), "int64")
     yield Entry("rows", "begin_ns", (1,), "int64")
     yield Entry("rows", "fault", (1,), "int32")
@@ -181,16 +143,21 @@ def _kv(cfg: ModelConfig, step: StepConfig) -> Iterator[Entry]:
         yield Entry("kv", f"kv.{layer}", (slots, cfg.latent_dim), cfg.act_dtype)
 
 
-def _ring(step: StepConfig, ladder: Ladder) -> Iterator[Entry]:
+def _ring(cfg: ModelConfig, step: StepConfig, ladder: Ladder) -> Iterator[Entry]:
+    rows, vocab = step.max_rows, cfg.vocab_size
     yield Entry("ring", "mailbox", (2, mailbox_layout(step, ladder).words), "int32")
     yield Entry("ring", "ring", (RING_SLOTS, RingLayout(step.max_rows).words), "int32")
     yield Entry("ring", "ring_step", (RING_SLOTS,), "int64")
+    yield Entry("ring", "ring_top", (RING_SLOTS, rows, 2, MAX_TOP), "int32")
+    yield Entry("ring", "ring_logits", (2, step.logits_rows, vocab), "float32")
+    yield Entry("ring", "forced_tokens", (rows, step.max_seq_len), "int32")
+    yield Entry("ring", "masks", (2, rows, mask_words(vocab)), "int32")
 
 
 def _exchange(cfg: ModelConfig, step: StepConfig, capacity: int) -> Iterator[Entry]:
     """Buffers of the expert-parallel transport that lie in this rank's arena."""
-    if cfg.first_k_dense_replace < cfg.num_layers and step.transport == "allgather":
-        for buffer in AllGather.buffers(transport_config(cfg, step, capacity)):
+    if cfg.first_k_dense_replace < cfg.num_layers and step.transport in IN_ARENA:
+        for buffer in IN_ARENA[step.transport](transport_config(cfg, step, capacity)):
             yield Entry(*buffer)
 
 
@@ -224,7 +191,7 @@ def _scratch(
     for name in ("tok_row", "tok_pos", "tok_id", "kv_len"):
         yield entry(name, (tokens,), "int32")
     yield entry("kv_slot", (tokens,), "int64")
-    for name in ("sample_tok", "sample_row", "out_token"):
+    for name in ("sample_tok", "sample_row", "sample_pos", "out_token"):
         yield entry(name, (rows,), "int32")
     yield entry("out_logprob", (rows,), "float32")
     yield entry("x", (tokens, hidden), act)
@@ -250,12 +217,13 @@ def _scratch(
     yield entry("delta", (tokens, hidden), act)
     if cfg.first_k_dense_replace > 0:
         yield product("dense_out", hidden, cfg.intermediate_size)
-    received = tokens if step.ep_size == 1 else step.ep_size * capacity
-    yield from _mlp_scratch(cfg, step, tokens, received, activation, entry)
+    yield from _mlp_scratch(cfg, step, tokens, capacity, activation, entry)
     yield entry("final", (rows, hidden), act)
     yield entry("logits", (rows, cfg.vocab_size), "float32")
     for name, dtype in (("part_max", "float32"), ("part_arg", "int32"), ("part_sum", "float32")):
         yield entry(name, (rows, num_chunks(cfg.vocab_size)), dtype)
+    for name, (shape, dtype) in scratch_tensors(rows, cfg.vocab_size).items():
+        yield entry(name, shape, dtype)
     yield entry("workspace", (max(1, _workspace_elems(cfg, step, tokens, rows)),), "float32")
 
 
@@ -263,7 +231,7 @@ def _mlp_scratch(
     cfg: ModelConfig,
     step: StepConfig,
     tokens: int,
-    received: int,
+    capacity: int,
     activation: Callable[..., Iterator[Entry]],
     entry: Callable[[str, tuple[int, ...], str], Entry],
 ) -> Iterator[Entry]:
@@ -275,12 +243,10 @@ def _mlp_scratch(
         yield from mlp("dense", cfg.intermediate_size)
     if cfg.first_k_dense_replace >= cfg.num_layers:
         return
+    sizes = transport_config(cfg, step, capacity)
+    pairs = math.prod(received_shape(step.transport, sizes, tokens))
     joins, top_k = shared_joins(cfg, step.transport), choices(cfg, step)
-    pairs = received * top_k
-    # Left in the router's K splits for the choice to add up.
-    parts = linear_plan(cfg.num_experts, cfg.hidden_size, elem_bytes=4).splits
-    shape = (tokens, cfg.num_experts)
-    yield entry("router_logits", shape if parts == 1 else (parts, *shape), "float32")
+    yield entry("router_logits", (tokens, cfg.num_experts), "float32")
     yield entry("topk_ids", (tokens, top_k), "int32")
     yield entry("topk_weights", (tokens, top_k), "float32")
     yield entry("offsets", (cfg.num_experts // step.ep_size + joins + 1,), "int32")
@@ -290,6 +256,9 @@ def _mlp_scratch(
     if cfg.num_shared_experts and not joins:
         yield from mlp("shared", cfg.shared_intermediate_size)
         yield entry("shared_out", (tokens, cfg.hidden_size), cfg.act_dtype)
+        if step.overlap:
+            elems = _workspace_elems(cfg, step, tokens, rows=0, only=".shared_")
+            yield entry("shared_workspace", (max(1, elems),), "float32")
 
 
 def workspace_per_token(cfg: ModelConfig, step: StepConfig) -> int:
@@ -302,11 +271,13 @@ def workspace_per_token(cfg: ModelConfig, step: StepConfig) -> int:
     return max(elems)
 
 
-def _workspace_elems(cfg: ModelConfig, step: StepConfig, tokens: int, rows: int) -> int:
-    """fp32 words that the widest split matrix product of a step needs."""
+def _workspace_elems(
+    cfg: ModelConfig, step: StepConfig, tokens: int, rows: int, only: str = ""
+) -> int:
+    """fp32 words that the widest split product needs, of those with `only` in their names."""
     elems = [0]
     for name, spec in weight_table(cfg, ep_size=step.ep_size).items():
-        if len(spec.shape) == 2 and not name.endswith("_scale"):
+        if only in name and len(spec.shape) == 2 and not name.endswith("_scale"):
             count = rows if name in ("head", "embed") else tokens
             n, k = spec.shape
             elems.append(linear_workspace_elems(count, n, k, elem_bytes=spec.nbytes // (n * k)))
@@ -356,11 +327,18 @@ class StaticBuffers:
         return _scratch(self._cfg, self._step, key.tokens, key.rows, self._capacity)
 
     def for_key(self, key: GraphKey) -> dict[str, torch.Tensor]:
-        """All buffers, scratch cut down to the prefixes that `key` uses."""
-        views = dict(self._tensors)
+        """All buffers, scratch cut down to the prefixes that `key` uses, and each row parameter."""
+        views = dict(self._tensors) | param_views(self["row_params"], self._step.max_rows)
         for e in self._scratch_of(key):
             views[e.name] = self._tensors[e.name].flatten()[: math.prod(e.shape)].view(e.shape)
         return views
+
+
+def param_views(row_params: torch.Tensor, rows: int) -> dict[str, torch.Tensor]:
+    """The parameters of all rows under the names that sampling knows them by, [rows] each."""
+    reals = row_params.view(torch.float32)
+    ints = {name: row_params[line, :rows] for name, line in INT_PARAMS.items()}
+    return ints | {name: reals[line, :rows] for name, line in REAL_PARAMS.items()}
 
 
 def _describe(tensor: torch.Tensor | None) -> str:

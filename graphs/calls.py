@@ -7,13 +7,13 @@ choice of kernels then work on exactly what a step launches, whatever its shapes
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from barriers.transport import Received, Transport
+from barriers.transport import Received, Stateless, Transport
 from graphs.ops import Op, Ops
 from kernels.triton.launch import Arg
 from kernels.triton.overlap import OFF
@@ -56,6 +56,8 @@ class Call:
         def fact(value: Any) -> Any:
             if isinstance(value, torch.Tensor):
                 return tuple(value.shape), str(value.dtype), value.stride()
+            if isinstance(value, Mapping):
+                return tuple((name, fact(value[name])) for name in sorted(value))
             return value if isinstance(value, int | float | bool | str | None) else str(type(value))
 
         named = sorted((k, fact(v)) for k, v in self.kwargs.items())
@@ -84,11 +86,19 @@ class RecordingOps(Ops):
         return record
 
 
-class RecordingTransport:
+class RecordingBranches(RecordingOps):
+    """Tells `hook` of the calls of a step's branches as well, in the order of the code."""
+
+    def ordinary(self) -> Ops:
+        """These operations: nothing is launched, so there is nothing to depend on."""
+        return self
+
+
+class RecordingTransport(Stateless):
     """A transport whose `dispatch` is another's and whose weighted sum is told to `hook`.
 
     Args:
-        inner: of one rank; a transport between ranks would wait for them.
+        inner: of one rank, and without host state; a transport between ranks would wait for them.
     """
 
     def __init__(self, inner: Transport, hook: Hook) -> None:

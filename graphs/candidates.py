@@ -166,7 +166,7 @@ def _grouped_plans(call: Call) -> list[GroupedPlan]:
     default = GATE_UP_PLAN if call.op == "grouped_gate_up" else DOWN_PLAN
     plans = [
         default,
-        replace(default, prefetch=0),
+        *(replace(default, per_sm=per_sm) for per_sm in (1, 2, 3)),
         replace(default, block_n=64),
     ]
     return [p for p in dict.fromkeys(plans) if _fits(p, call)]

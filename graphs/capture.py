@@ -22,6 +22,7 @@ import torch
 from capture_cache.driver import graph_nodes, memory_info
 from capture_cache.errors import CaptureError
 from capture_cache.replay import GraphExec
+from graphs.branch import Branch, InLine, SideStream
 from graphs.keys import GraphKey, Ladder, NotCaptured
 from graphs.step import DecodeStep
 from kernels.triton.settle import stamp
@@ -82,6 +83,10 @@ class GraphBackend(Protocol):
 
     name: str
 
+    @property
+    def branch(self) -> Branch:
+        """Where a part of a step may run beside the rest."""
+
     def on_stream(self) -> AbstractContextManager[Any]:
         """Within it, torch's own operations are ordered with replays."""
 
@@ -89,6 +94,9 @@ class GraphBackend(Protocol):
         """Run once, outside any graph, and wait."""
 
     def capture(self, key: GraphKey, run: Callable[[], None]) -> Captured: ...
+
+    def capture_live(self, key: GraphKey, run: Callable[[], None]) -> Captured:
+        """`capture` of a step that allocates; its memory lives as long as such graphs do."""
 
     def synchronize(self) -> None: ...
 
@@ -101,6 +109,7 @@ class TwinBackend:
     """CPU twin: no CUDA graph, for correctness only. A "replay" runs the step's oracles."""
 
     name = "cpu"
+    branch: Branch = InLine()
 
     def on_stream(self) -> AbstractContextManager[Any]:
         return nullcontext()
@@ -110,6 +119,9 @@ class TwinBackend:
 
     def capture(self, key: GraphKey, run: Callable[[], None]) -> Captured:
         return Captured(key, run)
+
+    def capture_live(self, key: GraphKey, run: Callable[[], None]) -> Captured:
+        return self.capture(key, run)
 
     def synchronize(self) -> None:
         """Everything has run already."""
@@ -126,6 +138,8 @@ class CudaBackend:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self.branch: Branch = SideStream(device)
+        self._pool: Any = None  # of graphs that allocate; one replays at a time, so they share it
 
     def on_stream(self) -> AbstractContextManager[Any]:
         return torch.cuda.stream(self.stream)
@@ -141,10 +155,33 @@ class CudaBackend:
         Raises:
             CaptureError: the step allocated, synchronised or compiled while being captured.
         """
+        captured, allocations = self._capture(key, run, {})
+        if allocations:
+            captured.close()
+            raise CaptureError(
+                f"key {key}: the step made {allocations} allocations while being captured; "
+                "every buffer of a step must lie in the arena"
+            )
+        return captured
+
+    def capture_live(self, key: GraphKey, run: Callable[[], None]) -> Captured:
+        """Capture and instantiate a step that may allocate; the largest key comes first.
+
+        Raises:
+            CaptureError: the step synchronised or compiled while being captured.
+        """
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()  # type: ignore[no-untyped-call]
+        return self._capture(key, run, {"pool": self._pool})[0]
+
+    def _capture(
+        self, key: GraphKey, run: Callable[[], None], options: dict[str, Any]
+    ) -> tuple[Captured, int]:
+        """The graph, and how many allocations `run` made."""
         free, start = memory_info()[0], time.perf_counter()
         graph = torch.cuda.CUDAGraph(keep_graph=True)
         with torch.cuda.stream(self.stream):
-            graph.capture_begin(capture_error_mode="thread_local")
+            graph.capture_begin(**options, capture_error_mode="thread_local")
             before = self._num_allocations()  # beginning a capture may allocate torch's own state
             try:
                 run()
@@ -155,16 +192,11 @@ class CudaBackend:
                 raise CaptureError(f"key {key} could not be captured: {error}") from error
             after = self._num_allocations()
             graph.capture_end()
-        if after != before:
-            raise CaptureError(
-                f"key {key}: the step made {after - before} allocations while being captured; "
-                "every buffer of a step must lie in the arena"
-            )
         # Instantiated by us and not by torch, whose replay takes 20 us of host time around 1 us of
         # driver call.
         handle = int(graph.raw_cuda_graph())
         executable = GraphExec(handle, self.stream.cuda_stream)
-        return Captured(
+        captured = Captured(
             key,
             executable.launch,
             graph=handle,
@@ -174,6 +206,7 @@ class CudaBackend:
             executable=executable,
             owner=graph,
         )
+        return captured, after - before
 
     def _num_allocations(self) -> int:
         """Allocations that torch has made on the device so far."""
@@ -205,6 +238,7 @@ class GraphSet:
         self.state = State.CREATED
         self.graphs: dict[GraphKey, Captured] = {}
         self._forbid_compile = forbid_compile
+        self.live = step.live  # why these graphs cannot be stored, or ""
         self._addresses: dict[str, int] = {}
         self._generation = -1
 
@@ -236,11 +270,19 @@ class GraphSet:
         self._expect(State.WARMED_UP, "capture")
         self._forbid_compile()
         for key in self._largest_first():
-            self.graphs[key] = self.backend.capture(key, partial(self.step.run, key))
+            self.graphs[key] = self._capture(key, partial(self.step.run, key))
             progress("capture", key)
         self._addresses = self.step.buffers.addresses()
         self._generation = self.step.buffers.generation
         self.state = State.CAPTURED
+
+    def _capture(self, key: GraphKey, run: Callable[[], None]) -> Captured:
+        """A graph that leaves the transport's host state as it found it."""
+        self.step.require_settled(f"capturing key {key}")
+        capture = self.backend.capture_live if self.step.allocates else self.backend.capture
+        captured = capture(key, run)
+        self.step.require_settled(f"the capture of key {key}")
+        return captured
 
     @contextmanager
     def stamped(self, key: GraphKey) -> Iterator[list[str]]:
@@ -251,7 +293,7 @@ class GraphSet:
         """
         self._expect(State.CAPTURED, "stamped")
         plain = self._graph(key)
-        self.graphs[key] = self.backend.capture(key, lambda: self._run_stamped(key))
+        self.graphs[key] = self._capture(key, lambda: self._run_stamped(key))
         try:
             yield self.step.part_names()
         finally:
@@ -284,6 +326,8 @@ class GraphSet:
             self._expect(State.CAPTURED, "replay")
         if self.step.buffers.generation != self._generation:
             self._refuse_moved()
+        if self.live:
+            self.step.require_settled("a replay")
         self._graph(key).launch()
 
     def _graph(self, key: GraphKey) -> Captured:

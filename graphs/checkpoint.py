@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from graphs.checkpoint_plan import FP8, plan_load
+from graphs.checkpoint_plan import FP8, LoadPlan, plan_load
 from graphs.fp8_blocks import dequantise_blocks, quantise_blocks
 from graphs.hf_layout import Kind, Part, padded_rows
 from graphs.model_config import FP8_BLOCK, ModelConfig
@@ -63,6 +63,7 @@ def load_checkpoint(
     *,
     ep_rank: int = 0,
     ep_size: int = 1,
+    replicated: bool = True,
     progress: Callable[[int, int], None] | None = None,
 ) -> LoadReport:
     """Fill the packed tensors from a directory of safetensors.
@@ -71,6 +72,7 @@ def load_checkpoint(
         views: every tensor of `weight_table(cfg, ep_size=ep_size)`, on any device; others in the
             mapping are left alone.
         ep_rank: which experts to read; everything else is the same on every rank.
+        replicated: read that too; else the experts alone.
         progress: called with (bytes read, bytes to read) after each tensor.
     Raises:
         CheckpointError: the directory is damaged, its tensors are not this model's, or one of
@@ -78,33 +80,51 @@ def load_checkpoint(
         ValueError: views or ranks that do not fit `cfg`.
     Host memory: a few pieces of 64 MiB, or the largest kv_b_proj in float32.
     """
-    num_local = local_experts(cfg, ep_size)
-    if not 0 <= ep_rank < ep_size:
-        raise ValueError(f"ep_rank: expected 0 … {ep_size - 1}, got {ep_rank}")
+    first = first_local_expert(cfg, ep_rank, ep_size)
     check_views(cfg, views, ep_size=ep_size)
     checkpoint = open_checkpoint(Path(path))
     plan = plan_load(checkpoint, cfg)
-    first = ep_rank * num_local
     parts = [
         (part, stored)
-        for part, stored in plan.parts
-        if part.expert is None or first <= part.expert < first + num_local
+        for part, stored in local_parts(plan, first, local_experts(cfg, ep_size))
+        if replicated or part.expert is not None
     ]
     todo = [_bytes_of(part, stored, checkpoint) for part, stored in parts]
     total, done = sum(todo), 0
-    for name, begin, end in padded_rows(cfg):
+    for name, begin, end in padded_rows(cfg) if replicated else ():
         views[name][begin:end].view(torch.uint8).zero_()
     with ExitStack() as files:
-        loader = _Loader(checkpoint, cfg, views, first, files)
+        loader = Loader(checkpoint, cfg, views, first, files)
         for (part, stored), nbytes in zip(parts, todo, strict=True):
             loader.load(part, stored)
             done += nbytes
             if progress is not None:
                 progress(done, total)
-        loader.check_tied_head()
+        if replicated:
+            loader.check_tied_head()
     read = {part.source for part, _ in parts}
     quantised = tuple(name for name in plan.quantised if name in read)
     return LoadReport(len(parts), total, plan.left_out, quantised)
+
+
+def first_local_expert(cfg: ModelConfig, ep_rank: int, ep_size: int) -> int:
+    """The first expert of a rank.
+
+    Raises:
+        ValueError: no such rank, or experts that do not divide.
+    """
+    if not 0 <= ep_rank < ep_size:
+        raise ValueError(f"ep_rank: expected 0 … {ep_size - 1}, got {ep_rank}")
+    return ep_rank * local_experts(cfg, ep_size)
+
+
+def local_parts(plan: LoadPlan, first: int, num_local: int) -> list[tuple[Part, Stored]]:
+    """What of the plan a rank reads: everything but other ranks' experts."""
+    return [
+        (part, stored)
+        for part, stored in plan.parts
+        if part.expert is None or first <= part.expert < first + num_local
+    ]
 
 
 def _bytes_of(part: Part, stored: Stored, checkpoint: CheckpointDir) -> int:
@@ -114,8 +134,13 @@ def _bytes_of(part: Part, stored: Stored, checkpoint: CheckpointDir) -> int:
     return nbytes // max(1, part.num_fused)
 
 
-class _Loader:
-    """Copies one part at a time; files stay open (they are memory maps) until the stack closes."""
+class Loader:
+    """Copies one part at a time; files stay open (they are memory maps) until the stack closes.
+
+    Args:
+        views: the packed tensors.
+        first_expert: of this rank.
+    """
 
     def __init__(
         self,
@@ -144,6 +169,20 @@ class _Loader:
             rows = target[part.row + begin : part.row + begin + len(x)]
             self._cast(x, rows, part.source, stored)
 
+    def check(self, part: Part, stored: Stored) -> None:
+        """Read the part as `load` would, and write nothing.
+
+        Raises:
+            CheckpointError: a value is not finite, or cannot be read.
+        """
+        name = f"{part.target}w_uk" if part.kind is Kind.KV_B else part.target
+        target = self._views[name]
+        for _, x in self._pieces(part.source, stored, part.slab, target.device):
+            if target.dtype is torch.float16 and not _all_finite(x.to(target.dtype)):
+                raise self._too_large(part.source, stored)
+        if stored.dtype == FP8:
+            self._scales(part, target.device)
+
     def check_tied_head(self) -> None:
         """A model whose head is its embedding may store the head too, if it is the same.
 
@@ -154,11 +193,16 @@ class _Loader:
         if head is None or not self._cfg.tie_word_embeddings:
             return
         embed = self._views["embed"]
+        incoming = self._checkpoint.tensors.get("model.embed_tokens.weight")
         problem = "expected model.embed_tokens.weight, to which config.json ties it, got other "
         if head.shape != tuple(embed.shape):
             raise self._error("lm_head.weight", head, f"{problem}shape {list(head.shape)}")
         for begin, x in self._pieces("lm_head.weight", head, None, embed.device):
-            if not torch.equal(x.to(embed.dtype), embed[begin : begin + len(x)]):
+            rows = embed[begin : begin + len(x)]
+            if incoming is not None:
+                at = slice(begin, begin + len(x))
+                rows = self._read("model.embed_tokens.weight", incoming, at).to(rows)
+            if not torch.equal(x.to(embed.dtype), rows):
                 raise self._error("lm_head.weight", head, f"{problem}values", _UNTIE)
 
     def _load_fp8(
@@ -222,8 +266,11 @@ class _Loader:
     def _cast(self, x: torch.Tensor, target: torch.Tensor, name: str, stored: Stored) -> None:
         target.copy_(x)
         if target.dtype is torch.float16 and not _all_finite(target):
-            problem = "expected values that fit float16, got larger ones"
-            raise self._error(name, stored, problem, "run with --override dtype=bfloat16")
+            raise self._too_large(name, stored)
+
+    def _too_large(self, name: str, stored: Stored) -> CheckpointError:
+        problem = "expected values that fit float16, got larger ones"
+        return self._error(name, stored, problem, "run with --override dtype=bfloat16")
 
     def _error(
         self, name: str, stored: Stored, problem: str, remedy: str = "download the file again"

@@ -33,9 +33,11 @@ class LoadPlan:
     quantised: tuple[str, ...]
 
 
-def plan_load(checkpoint: CheckpointDir, cfg: ModelConfig) -> LoadPlan:
+def plan_load(checkpoint: CheckpointDir, cfg: ModelConfig, *, whole: bool = True) -> LoadPlan:
     """Match every tensor of the directory with the model.
 
+    Args:
+        whole: every tensor of the model must be there; else those that are there are read.
     Raises:
         CheckpointError: naming each tensor that is missing, extra, or of a wrong shape or type.
     """
@@ -45,6 +47,8 @@ def plan_load(checkpoint: CheckpointDir, cfg: ModelConfig) -> LoadPlan:
     known: set[str] = set()
     for part in checkpoint_parts(cfg, fused=stored):
         tensor = stored.get(part.source)
+        if tensor is None and not whole:
+            continue
         if part.source not in known:
             known.add(part.source)
             if tensor is None or tensor.dtype == FP8:

@@ -130,6 +130,11 @@ class KernelChoices:
         }
         return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()[:16]
 
+    @property
+    def kernels(self) -> tuple[str | None, str]:
+        """Attention and `digest`: two captures that agree in it run the same kernels."""
+        return self.attention, self.digest
+
     def to_json(self) -> dict[str, Any]:
         return {
             "schema": SCHEMA,

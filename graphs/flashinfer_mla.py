@@ -99,6 +99,10 @@ class FlashinferMla:
             ("part_lse", (tokens, splits, num_heads), "float32"),
         ]
 
+    def library(self) -> Path:
+        """The shared object that the kernel is taken from."""
+        return _library_path(self._library)
+
     def load(self) -> None:
         """Load the kernel now, compiling it where no library is found; `run` would do it otherwise.
 
@@ -244,16 +248,21 @@ def library_name() -> str:
 
 
 def _load(library: Path | None) -> Any:
-    if library is None:
-        spec = _spec()
-        # `build_and_load` would ask ninja whether a compiled kernel is fresh, and ninja would want
-        # the sources where they were compiled. The cache's path holds version and chip already.
-        if not spec.is_compiled:
-            spec.build()
-        library = Path(spec.get_library_path())
+    path = _library_path(library)
     import tvm_ffi  # type: ignore[import-not-found,import-untyped]
 
-    return tvm_ffi.load_module(str(library))
+    return tvm_ffi.load_module(str(path))
+
+
+def _library_path(library: Path | None) -> Path:
+    if library is not None:
+        return library
+    spec = _spec()
+    # `build_and_load` would ask ninja whether a compiled kernel is fresh, and ninja would want
+    # the sources where they were compiled. The cache's path holds version and chip already.
+    if not spec.is_compiled:
+        spec.build()
+    return Path(spec.get_library_path())
 
 
 def _spec() -> Any:

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from graphs.buffers import StepConfig, kv_bytes_per_token
+from graphs.buffers import kv_bytes_per_token
 from graphs.model_config import ModelConfig
+from graphs.step_config import StepConfig
 from graphs.weights import weight_table
 
 # Read-only stream, bytes per second, by device name (measured; a datasheet promises more).

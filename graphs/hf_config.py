@@ -91,7 +91,7 @@ def fields_from_hf(hf: Mapping[str, Any], *, layers: int | None) -> dict[str, An
     Raises:
         UnsupportedModel: another architecture, an unsupported value, a missing or mistyped field.
     """
-    _check_architecture(hf)
+    check_architecture(hf)
     for key, value in _FIXED.items():
         if hf.get(key, value) != value:
             raise refuse(key, repr(value), hf[key], "no other value is implemented")
@@ -120,7 +120,11 @@ def token_ids(hf: Mapping[str, Any], key: str) -> tuple[int, ...]:
     return tuple(ids)
 
 
-def _check_architecture(hf: Mapping[str, Any]) -> None:
+def check_architecture(hf: Mapping[str, Any]) -> None:
+    """
+    Raises:
+        UnsupportedModel: a config of another architecture than the step computes.
+    """
     named = hf.get("architectures")
     if named is None and hf.get("model_type") in MODEL_TYPES:
         return

@@ -6,7 +6,6 @@ other is refused, so that a misspelt override cannot pass for one that took effe
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -47,6 +46,8 @@ def parse_overrides(items: Iterable[str]) -> dict[str, Any]:
 def _check_override_keys(overrides: Mapping[str, Any]) -> None:
     for key in overrides:
         if key not in OVERRIDE_KEYS:
+            import difflib
+
             near = difflib.get_close_matches(key, OVERRIDE_KEYS, n=3, cutoff=0.5)
             hint = f"did you mean {' or '.join(near)}?" if near else ""
             raise refuse("override", "a config.json key that this runtime reads", key, hint)

@@ -62,11 +62,19 @@ class Ladder:
             raise ValueError("the ladder is empty; give at least one bucket, such as --ladder 1")
         self.max_tokens = max(k.tokens for k in self.keys)
         self.max_rows = max(k.rows for k in self.keys)
+        self._chosen: dict[tuple[int, int], GraphKey] = {}
+        self._most_tokens = [
+            max(k.tokens for k in self.keys if k.rows >= rows) for rows in range(self.max_rows + 1)
+        ]
 
     @classmethod
     def default(cls, max_rows: int) -> Ladder:
-        """Pure decode at 1, 2, 4, 8, 16, 24, ... rows, and mixed keys at a few row counts."""
-        rows = sorted({r for r in (1, 2, 4, *range(8, max_rows, 8)) if r < max_rows} | {max_rows})
+        """Pure decode at so many rows that padding stays small, and mixed keys at a few counts.
+
+        1, 2, 4, then steps of 8 up to 32 rows, 16 up to 64, 32 up to 256, and 64 from there.
+        """
+        steps = (1, 2, 4, *range(8, 32, 8), *range(32, 64, 16), *range(64, 256, 32))
+        rows = sorted({r for r in (*steps, *range(256, max_rows, 64)) if r < max_rows} | {max_rows})
         mixed = sorted({min(8, max_rows), max(1, max_rows // 4), max_rows})
         return cls(
             [GraphKey(r, r) for r in rows]
@@ -95,8 +103,12 @@ class Ladder:
         Raises:
             NotCaptured: no key does; names the ladder and the flag that adds the bucket.
         """
+        chosen = self._chosen.get((tokens, rows))
+        if chosen is not None:
+            return chosen
         for key in self.keys:
             if key.tokens >= tokens and key.rows >= rows:
+                self._chosen[tokens, rows] = key
                 return key
         wanted = GraphKey(max(tokens, rows, 1), max(rows, 1))
         raise NotCaptured(
@@ -106,7 +118,11 @@ class Ladder:
 
     def most_tokens(self, rows: int) -> int:
         """Step tokens of the largest key that has `rows` sampling rows; 0 if none has."""
-        return max((k.tokens for k in self.keys if k.rows >= rows), default=0)
+        return self._most_tokens[rows] if rows <= self.max_rows else 0
+
+    def most_heads(self, tokens: int, rows: int) -> int:
+        """Tokens that can still join `tokens` of which `rows` sample, if each of them samples."""
+        return max(min(k.tokens - tokens, k.rows - rows) for k in self.keys)
 
     def __str__(self) -> str:
         return ",".join(str(k) for k in self.keys)

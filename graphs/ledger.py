@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from capture_cache.kernel import CompiledKernel
-from graphs.buffers import StepConfig, arena_layout, kv_bytes_per_token, scratch_bytes
+from graphs.buffers import arena_layout, kv_bytes_per_token, scratch_bytes
 from graphs.capture import Captured
 from graphs.choices import KernelChoices
 from graphs.keys import GraphKey, Ladder
 from graphs.model_config import ModelConfig
 from graphs.prove import Proof
+from graphs.step_config import StepConfig
 from kernels.triton.launch import KernelSpec
+
+# Buffers that exist because a row may ask for more than greedy tokens.
+CONTRACT_BUFFERS = (
+    *("counts", "token_mask", "bias_ids", "bias_values", "processed", "top_part"),
+    *("forced_tokens", "masks", "ring_top", "ring_logits"),
+)
 
 
 @dataclass(frozen=True)
@@ -73,19 +80,24 @@ class Ledger:
 
     Attributes:
         section_bytes: of the arena.
+        contract_bytes: of the larger buffers behind what a row may ask for, by name; the last four
+            lie in pinned host memory.
         kv_capacity_tokens: KV tokens that the cache holds.
         kernels: empty on the CPU twin.
         choices: which plan each operation took, its time and the runner-up's; see
             `graphs.choices.KernelChoices`.
+        live: why these graphs serve the process that captured them alone, or "".
     """
 
     section_bytes: dict[str, int]
+    contract_bytes: dict[str, int]
     kv_bytes_per_token: int
     kv_capacity_tokens: int
     attention: str
     keys: tuple[KeyCost, ...]
     kernels: tuple[KernelUse, ...]
-    choices: dict[str, Any]
+    live: str = ""
+    choices: dict[str, Any] = field(default_factory=dict)
 
     @property
     def general_kernels(self) -> list[str]:
@@ -103,7 +115,9 @@ def make_ledger(
     graphs: Mapping[GraphKey, Captured],
     proofs: Mapping[GraphKey, Proof],
     kernels: Mapping[KernelSpec, CompiledKernel],
-    choices: KernelChoices,
+    *,
+    choices: KernelChoices | None = None,
+    live: str = "",
 ) -> Ledger:
     """Sum up a capture."""
     need = {key: scratch_bytes(cfg, step, key) for key in ladder.keys}
@@ -128,12 +142,16 @@ def make_ledger(
                 replays_proved=proof.replays if proof else 0,
             )
         )
+    layout = arena_layout(cfg, step, ladder)
+    places = layout.by_name
     return Ledger(
-        section_bytes=arena_layout(cfg, step, ladder).section_bytes,
+        section_bytes=layout.section_bytes,
+        contract_bytes={name: places[name].nbytes for name in CONTRACT_BUFFERS},
         kv_bytes_per_token=per_token,
         kv_capacity_tokens=(step.num_pages - 1) * step.page_size,
         attention=step.attention,
         keys=tuple(costs),
         kernels=tuple(KernelUse.of(*used) for used in kernels.items()),
-        choices=choices.to_json(),
+        live=live,
+        choices=(choices or KernelChoices()).to_json(),
     )

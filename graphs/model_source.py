@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from graphs.hf_config import token_ids
+from graphs.hf_config import check_architecture, token_ids
 from graphs.model_config import ModelConfig
 from graphs.presets import PRESETS
 from graphs.safetensors_dir import (
     CONFIG_FILE,
     CheckpointError,
+    checkpoint_digest,
     open_checkpoint,
     read_config,
     read_json,
 )
 
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 GENERATION_FILE = "generation_config.json"
 
 
@@ -66,10 +69,18 @@ def resolve_model(
         cfg = ModelConfig.from_hf(PRESETS[name], layers=layers, overrides=overrides)
         return cfg, ModelSource(name, None)
     if not is_dir:
-        raise ValueError(
+        problem = (
             f"model: expected a directory or one of the presets {', '.join(PRESETS)}, got {name!r}"
         )
+        if _HUB_ID.fullmatch(name):
+            problem += (
+                f"; if that is a Hugging Face id, `hf download {name}` first and give the "
+                "directory that it prints"
+            )
+        raise ValueError(problem)
     hf = read_config(path)
+    # Before the weights are looked at: what they lack says less than that this is another model.
+    check_architecture(hf | dict(overrides or {}))
     if not hf.get("dtype") and not hf.get("torch_dtype"):
         hf["dtype"] = _stored_dtype(path)
     if (path / GENERATION_FILE).exists():
@@ -84,14 +95,31 @@ def model_digest(path: str | Path) -> str:
 
     It changes with every re-layout of the weights, but not with the bytes of a tensor alone.
 
+    Packed weights have the digest of the checkpoint that they were made from.
+
     Raises:
         CheckpointError: the directory is not a whole checkpoint.
+        CorruptBundle: it holds packed weights, and they are damaged.
     """
-    return open_checkpoint(Path(path)).digest
+    from capture_cache.packed import PackedWeights, is_packed  # a preset needs neither
+
+    if not is_packed(Path(path)):
+        return checkpoint_digest(Path(path))
+    packed = PackedWeights(path)
+    packed.check_small()
+    return str(dict(packed.index.identity.fields)["source"])
 
 
 def _stored_dtype(path: Path) -> str:
     """The embedding's type: what a config that names none was saved in."""
+    from capture_cache.packed import PackedWeights, is_packed
+
+    if is_packed(path):
+        stored = PackedWeights(path).index.stored_dtype
+        if stored is not None:
+            return stored
+        problem = f"{CONFIG_FILE}: expected dtype or torch_dtype, got neither"
+        raise CheckpointError(path, [problem], "pack the checkpoint again")
     embed = open_checkpoint(path).tensors.get("model.embed_tokens.weight")
     if embed is None:
         problem = f"{CONFIG_FILE}: expected dtype or torch_dtype, got neither"

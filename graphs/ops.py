@@ -11,19 +11,20 @@ from functools import partial
 
 from kernels.triton import (
     activation,
+    draw_pipeline,
     grouped,
     intake,
     linear,
+    logits_counts,
     mla_absorb,
     mla_decode,
     mla_prep,
     mla_query,
     norm,
     routing,
-    sample,
     settle,
 )
-from kernels.triton.launch import Launcher
+from kernels.triton.launch import Launcher, Ordinary
 
 Op = Callable[..., None]
 
@@ -39,6 +40,8 @@ class Ops:
 
         self.intake = bind(intake.intake, intake.intake_ref)
         self.advance = bind(intake.advance, intake.advance_ref)
+        self.copy_masks = bind(intake.copy_masks, intake.copy_masks_ref)
+        self.answer = bind(settle.answer, settle.answer_ref)
         self.settle = bind(settle.settle, settle.settle_ref)
         self.embed = bind(norm.embed, norm.embed_ref)
         self.add_rmsnorm = bind(norm.add_rmsnorm, norm.add_rmsnorm_ref)
@@ -57,4 +60,9 @@ class Ops:
         self.combine = bind(routing.combine, routing.combine_ref)
         self.grouped_gate_up = bind(grouped.grouped_gate_up, grouped.grouped_gate_up_ref)
         self.grouped_down = bind(grouped.grouped_down, grouped.grouped_down_ref)
-        self.greedy = bind(sample.greedy, sample.greedy_ref)
+        self.count_tokens = bind(logits_counts.count_tokens, logits_counts.count_tokens_ref)
+        self.sample = bind(draw_pipeline.sample_step, draw_pipeline.sample_step_ref)
+
+    def ordinary(self) -> Ops:
+        """The same operations without dependent launches."""
+        return Ops(None if self.launch is None else Ordinary(self.launch))

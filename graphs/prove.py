@@ -1,15 +1,16 @@
 """The proof that a key gets at capture: its replay does what the eager step does, bit for bit.
 
-For each key a synthetic state (random lengths, pages and tokens, and a prompt chunk where the key
-has room) is run eagerly once. Then the graph is replayed from the same state with every scratch
-byte, the null page and all padded rows poisoned, and again many times: tokens, log-probs, logits,
-row state and the KV written must have the same bits each time. A second state shows that the graph
-reads its inputs where they are.
+For each key a synthetic state (random lengths, pages, tokens and wishes of sampling, and a prompt
+chunk where the key has room) is run eagerly once. Then the graph is replayed from the same state
+with every scratch byte, the null page and all padded rows poisoned, and again many times: tokens,
+log-probs, alternatives, logits, row state and the KV written must have the same bits each time. A
+second state shows that the graph reads its inputs where they are.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,11 +18,26 @@ import torch
 from capture_cache.errors import CaptureError
 from graphs.capture import GraphSet
 from graphs.keys import GraphKey
-from kernels.triton.state import DECODE, PREFILL
+from kernels.triton.rows import RowState
+from kernels.triton.state import (
+    DECODE,
+    F_MASKED,
+    F_PROCESSED,
+    INT_PARAMS,
+    MAX_TOP,
+    P_FORCED_LEN,
+    P_LOGITS,
+    P_SEQUENCES,
+    P_TOP,
+    PARAMS,
+    PREFILL,
+    REAL_PARAMS,
+)
 
-ROWS = ("phase", "seq_len", "last_token", "limit", "stop_ids", "page_table", "step")
-OUTPUTS = ("tok_row", "tok_pos", "sample_row", "out_token", "out_logprob", "final", "logits")
-ANSWERS = ("fault", *ROWS, *OUTPUTS)
+ROWS = (*RowState.names(), "step")
+OUTPUTS = ("tok_row", "tok_pos", "sample_row", "sample_pos", "forced", "final", "logits")
+CHOICES = ("out_token", "out_logprob", "top_ids", "top_logprobs")
+ANSWERS = ("fault", *ROWS, *OUTPUTS, *CHOICES)
 POISON = 0xFF  # NaN in every float type, -1 in every integer type
 
 
@@ -185,6 +201,7 @@ class Prover:
             place(int(row), length, 1)
             phase[row], lengths[row] = DECODE, length
             live += 1
+        self._ask(lengths, rng)
         rows = self._write(phase, lengths, table, rng)
         self._write_mailbox(int(order[-1]), chunk, rng)
         return _State(rows, live, chunk, torch.tensor(slots, dtype=torch.int64, device=self.device))
@@ -195,6 +212,48 @@ class Prover:
         wanted = (most, 1, size - 1, size, size + 1, cut - 1, cut, cut + 1)
         length = wanted[index] if index < len(wanted) else int(rng.integers(1, 3 * size))
         return min(length, most, (spare_pages + 1) * size - 1)
+
+    def _ask(
+        self, lengths: np.ndarray[tuple[int], np.dtype[np.int32]], rng: np.random.Generator
+    ) -> None:
+        """Give rows in turn each wish that sampling knows; counts start anew at every replay."""
+        vocab, rows = self.step.cfg.vocab_size, self.config.max_rows
+        words = np.zeros((PARAMS, self.buffers["row_params"].shape[1]), np.int32)
+        ints = {name: words[line] for name, line in INT_PARAMS.items()}
+        reals = {name: words[line].view(np.float32) for name, line in REAL_PARAMS.items()}
+        for name in ("top_p", "repetition"):
+            reals[name][:] = 1.0
+        ints["fresh"][:] = 1
+        wish = np.arange(len(words[0])) % 7
+        reals["temperature"][np.isin(wish, (1, 2, 4))] = 0.8
+        reals["top_p"][wish == 1], ints["top_k"][wish == 1] = 0.9, 50
+        reals["repetition"][wish == 2], reals["presence"][wish == 2] = 1.2, 0.5
+        reals["frequency"][wish == 2], reals["min_p"][wish == 4] = 0.1, 0.05
+        ints["flags"][wish == 3], ints["flags"][wish == 4] = F_MASKED, F_PROCESSED
+        ints["bias_count"][wish == 3] = 5
+        ints["min_len"][wish == 5] = 2**30
+        ints["top_n"][wish == 4] = words[P_TOP][wish == 4] = MAX_TOP
+        ends = np.minimum(lengths + 2, self.config.max_seq_len)
+        words[P_FORCED_LEN, :rows] = np.where(wish[:rows] == 4, ends, 0)
+        words[P_SEQUENCES][wish == 6] = 2
+        words[P_LOGITS][:7][wish[:7] == 6] = 1
+        token = rng.integers(0, vocab, self.buffers["forced_tokens"].shape, dtype=np.int32)
+        mask = rng.integers(-(2**31), 2**31, self.buffers["token_mask"].shape, dtype=np.int64)
+        values: dict[str, np.ndarray[Any, Any]] = {
+            "row_params": words,
+            "forced_tokens": token,
+            "token_mask": mask.astype(np.int32),
+            "seed": rng.integers(0, 2**31, (rows, 2), dtype=np.int32),
+            "bias_ids": np.arange(self.buffers["bias_ids"].numel(), dtype=np.int32) % vocab,
+            "bias_values": rng.random(self.buffers["bias_values"].numel(), dtype=np.float32),
+            "stop_sequences": rng.integers(
+                -1, vocab, self.buffers["stop_sequences"].shape, dtype=np.int32
+            ),
+        }
+        for name, value in values.items():
+            self.buffers[name].copy_(torch.from_numpy(value).view(self.buffers[name].shape))
+        for name, rest in (("tail", -1), ("mask_step", -1), ("deadline_ns", 0)):
+            self.buffers[name].fill_(rest)
 
     def _write(
         self,
@@ -219,7 +278,7 @@ class Prover:
         box[0] = -1
         if chunk:
             ids = rng.integers(0, self.step.cfg.vocab_size, chunk, dtype=np.int32)
-            box[1:6] = torch.tensor([0, 0, 0, 1, chunk], dtype=torch.int32)
+            box[1:7] = torch.tensor([0, 0, 0, 1, chunk, 0], dtype=torch.int32)
             box[at.chunks : at.chunks + 4] = torch.tensor([row, 0, chunk, 1], dtype=torch.int32)
             box[at.ids : at.ids + chunk] = torch.from_numpy(ids)
             box[0] = step

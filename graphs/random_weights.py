@@ -38,12 +38,16 @@ def random_weights(
     launch: Launcher | None = None,
     ep_rank: int = 0,
     ep_size: int = 1,
+    replicated: bool = True,
+    zeroed: bool = False,
 ) -> None:
     """Fill the packed tensors with numbers that `seed` decides.
 
     Args:
         views: every tensor of `weight_table(cfg, ep_size=ep_size)`, all on one device.
         launch: how to run kernels; required where the tensors are on a GPU, unused otherwise.
+        replicated: fill what every rank holds, too; else this rank's experts alone.
+        zeroed: the padding rows are zero already.
     Raises:
         ValueError: views or ranks that do not fit `cfg`, or a GPU without `launch`.
     """
@@ -52,11 +56,11 @@ def random_weights(
         raise ValueError(f"ep_rank: expected 0 … {ep_size - 1}, got {ep_rank}")
     check_views(cfg, views, ep_size=ep_size)
     fill = _filler(views["embed"].device, launch)
-    for name, begin, end in padded_rows(cfg):
+    for name, begin, end in padded_rows(cfg) if replicated and not zeroed else ():
         views[name][begin:end].view(torch.uint8).zero_()
     first = ep_rank * num_local
     for part in checkpoint_parts(cfg):
-        if part.expert is None or first <= part.expert < first + num_local:
+        if replicated if part.expert is None else first <= part.expert < first + num_local:
             for out, name, half_width, mean in _fills(cfg, views, part, first):
                 fill(out, seed=_stream(seed, name), scale=half_width, mean=mean)
 

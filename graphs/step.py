@@ -14,21 +14,20 @@ import torch
 
 from barriers.transport import Received, Transport
 from graphs.attention import Attention
-from graphs.buffers import StaticBuffers, StepConfig, query_fuses
+from graphs.branch import Branch
+from graphs.buffers import StaticBuffers, query_fuses
 from graphs.keys import GraphKey
 from graphs.model_config import ModelConfig
 from graphs.ops import Ops
+from graphs.step_config import StepConfig
 from graphs.weights import shared_joins
-from kernels.triton.linear import linear_plan
-from kernels.triton.overlap import Ahead
+from kernels.triton.rows import RowState
 
 Buffers = Mapping[str, torch.Tensor]
 Stamp = Callable[[str], None]
 
 
 LAYER_PARTS = ("attention", "mlp")
-AHEAD_BYTES = 30 << 20  # of weights that are asked for at once: L2 holds them till they are read
-AHEAD_GRAIN = 64  # elements
 
 
 def _no_stamp(_: str) -> None:
@@ -75,6 +74,7 @@ class DecodeStep:
     Args:
         weights: packed tensors by the names of `graphs.weights.stored_table`, plus `rope_table`.
         transport: None for a model without experts.
+        branch: where the shared expert runs with `config.overlap`.
     """
 
     def __init__(
@@ -88,18 +88,40 @@ class DecodeStep:
         transport: Transport | None,
         *,
         on_device: bool,
+        branch: Branch,
     ) -> None:
         self.cfg, self.config = cfg, config
         self.ops, self.buffers, self.weights = ops, buffers, weights
         self.attention, self._transport = attention, transport
         self.on_device = on_device
         self.shared_joins = shared_joins(cfg, config.transport)
+        self._branch, self._beside = branch, ops.ordinary()
+
+    @property
+    def transport_or_none(self) -> Transport | None:
+        """As `transport`; None for a model without experts."""
+        return self._transport
 
     @property
     def transport(self) -> Transport:
         """Carries tokens to experts; a model without experts has none."""
         assert self._transport is not None
         return self._transport
+
+    @property
+    def live(self) -> str:
+        """Why a capture of this step serves this process alone; "" if it can be stored."""
+        return "" if self._transport is None else self._transport.live
+
+    @property
+    def allocates(self) -> bool:
+        """A capture of this step needs a pool of memory of its own."""
+        return self._transport is not None and self._transport.allocates
+
+    def require_settled(self, doing: str) -> None:
+        """Raises a named error where the transport's host state forbids `doing`."""
+        if self._transport is not None:
+            self._transport.require_settled(doing)
 
     def replace_transport(self, transport: Transport) -> None:
         """For measurements: what is captured from now on goes through `transport`."""
@@ -134,14 +156,20 @@ class DecodeStep:
 
     def _begin(self, b: Buffers) -> None:
         self.ops.intake(
-            b["mailbox"],
-            b["step"],
-            *(b[n] for n in ("phase", "seq_len", "last_token", "limit", "stop_ids", "page_table")),
+            *(b[n] for n in ("mailbox", "forced_tokens", "step")),
+            RowState.of(b),
             layout=self.buffers.mailbox_layout,
-            **{n: b[n] for n in ("tok_row", "tok_pos", "tok_id", "sample_tok", "sample_row")},
+            **{n: b[n] for n in ("tok_row", "tok_pos", "tok_id")},
+            **{n: b[n] for n in ("sample_tok", "sample_row", "sample_pos", "forced")},
             fault=b["fault"],
             begin_ns=b["begin_ns"],
             on_device=self.on_device,
+        )
+        self.ops.copy_masks(b["step"], b["mask_step"], b["masks"], token_mask=b["token_mask"])
+        self.ops.count_tokens(
+            *(b[n] for n in ("tok_row", "tok_pos", "tok_id")),
+            **{n: b[n] for n in ("prompt_len", "repetition", "presence", "frequency")},
+            **{n: b[n] for n in ("fresh", "counts")},
         )
         self.ops.advance(
             b["tok_row"],
@@ -153,21 +181,22 @@ class DecodeStep:
             fault=b["fault"],
         )
 
-    def _linear(self, b: Buffers, name: str, x: Activation, out: torch.Tensor) -> None:
+    def _linear(
+        self,
+        b: Buffers,
+        name: str,
+        x: Activation,
+        out: torch.Tensor,
+        *,
+        ops: Ops | None = None,
+        workspace: str = "workspace",
+    ) -> None:
+        ops = ops or self.ops
         weight, scale = self.weights[name], self.weights.get(f"{name}_scale")
         if scale is None:
-            self.ops.linear(x.plain, weight, out=out, workspace=b["workspace"])
+            ops.linear(x.plain, weight, out=out, workspace=b[workspace])
         else:
-            self.ops.linear_fp8(x.q, x.scale, weight, scale, out=out, workspace=b["workspace"])
-
-    def _ahead(self, weight: torch.Tensor, *, bands: int = 0) -> Ahead | None:
-        """The begin of `weight`, or of every row and band of it: AHEAD_BYTES at most."""
-        most = AHEAD_BYTES // weight.element_size()
-        span = min(weight.numel(), most)
-        if bands:
-            span = min(weight.shape[1] // bands, most // (weight.shape[0] * bands))
-        span -= span % AHEAD_GRAIN
-        return Ahead(weight, span, bands) if self.config.prefetch and span else None
+            ops.linear_fp8(x.q, x.scale, weight, scale, out=out, workspace=b[workspace])
 
     def _norm(
         self,
@@ -176,7 +205,6 @@ class DecodeStep:
         delta: Delta | None,
         *,
         plain: bool,
-        ahead: Ahead | None = None,
     ) -> Activation:
         """x += delta, then RMSNorm, as the consumers want it."""
         norm = Activation.of(b, "norm")
@@ -189,15 +217,13 @@ class DecodeStep:
             self.weights[name],
             eps=self.cfg.rms_eps,
             choices=None if delta is None else delta.choices,
-            ahead=ahead,
             **outs,
         )
         return norm
 
     def _attention(self, b: Buffers, layer: int, delta: Delta | None) -> None:
         cfg, w, name = self.cfg, self.weights, f"layers.{layer}."
-        ahead = self._ahead(w[name + "qkv_a"])
-        x = self._norm(b, name + "attn_norm", delta, plain=False, ahead=ahead)
+        x = self._norm(b, name + "attn_norm", delta, plain=False)
         self._linear(b, name + "qkv_a", x, b["qkv"])
         compressed = cfg.q_lora_rank is not None
         q_norm = Activation.of(b, "q_norm")
@@ -212,7 +238,6 @@ class DecodeStep:
             eps=cfg.latent_rms_eps,
             kv_start=cfg.q_part_padded,
             interleave=cfg.rope_interleave,
-            ahead=self._ahead(w[name + "q_b"]) if compressed else None,
             kv_cache=b[f"kv.{layer}"],
             **(q_norm.quantised_only if compressed else {}),
         )
@@ -220,10 +245,7 @@ class DecodeStep:
         self.attention.run(b, b[f"kv.{layer}"])
         o = Activation.of(b, "o")
         if o.plain is None:
-            weight = w[name + "o"]
-            splits = linear_plan(*weight.shape, elem_bytes=weight.element_size()).splits
-            ahead = self._ahead(weight, bands=splits)
-            self.ops.absorb_v(b["o_latent"], w[name + "w_uv"], ahead=ahead, **o.quantised_only)
+            self.ops.absorb_v(b["o_latent"], w[name + "w_uv"], **o.quantised_only)
         else:
             self.ops.absorb_v(b["o_latent"], w[name + "w_uv"], out=o.plain)
             if o.q is not None:
@@ -238,9 +260,7 @@ class DecodeStep:
         if query_fuses(cfg):
             weight, scale = w[name + "q_b"], w[name + "q_b_scale"]
             x = (q_norm.q, q_norm.scale)
-            # Attention leaves the memory half idle: what follows it can come meanwhile.
-            ahead = self._ahead(w[name + "w_uv"].flatten(0, 1))
-            self.ops.latent_query(*x, weight, scale, w[name + "w_uk"], *places, ahead=ahead, **rest)
+            self.ops.latent_query(*x, weight, scale, w[name + "w_uk"], *places, **rest)
             return
         q = b["qkv"][:, : cfg.q_part_width]
         if cfg.q_lora_rank is not None:
@@ -248,11 +268,23 @@ class DecodeStep:
             self._linear(b, name + "q_b", q_norm, q)
         self.ops.absorb_q(q, w[name + "w_uk"], *places, **rest)
 
-    def _mlp(self, b: Buffers, name: str, buffer: str, x: Activation, out: torch.Tensor) -> None:
-        h = Activation.of(b, f"{buffer}_h")
-        self._linear(b, f"{name}gate_up", x, b[f"{buffer}_gate_up"])
-        self.ops.silu_mul(b[f"{buffer}_gate_up"], **h.quantised_only)
-        self._linear(b, f"{name}down", h, out)
+    def _mlp(
+        self,
+        b: Buffers,
+        name: str,
+        buffer: str,
+        x: Activation,
+        out: torch.Tensor,
+        *,
+        ops: Ops | None = None,
+        workspace: str = "workspace",
+    ) -> None:
+        """`ops` and `workspace` are the branch's, where it runs in one."""
+        ops, h = ops or self.ops, Activation.of(b, f"{buffer}_h")
+        gate_up = b[f"{buffer}_gate_up"]
+        self._linear(b, f"{name}gate_up", x, gate_up, ops=ops, workspace=workspace)
+        ops.silu_mul(gate_up, **h.quantised_only)
+        self._linear(b, f"{name}down", h, out, ops=ops, workspace=workspace)
 
     def _is_last(self, layer: int) -> bool:
         """The final norm takes its residual whole, for it takes some rows only."""
@@ -260,17 +292,39 @@ class DecodeStep:
 
     def _dense(self, b: Buffers, layer: int) -> Delta:
         name = f"layers.{layer}."
-        ahead = self._ahead(self.weights[name + "gate_up"])
-        x = self._norm(b, name + "mlp_norm", Delta(b["o_out"]), plain=False, ahead=ahead)
+        x = self._norm(b, name + "mlp_norm", Delta(b["o_out"]), plain=False)
         out = b["delta" if self._is_last(layer) else "dense_out"]
         self._mlp(b, name, "dense", x, out)
         return Delta(out)
 
     def _moe(self, b: Buffers, layer: int) -> Delta:
-        cfg, w, name = self.cfg, self.weights, f"layers.{layer}."
-        # Whatever is routed where, the shared expert is needed, and until then the memory is idle.
-        ahead = self._ahead(w[name + "all_gate_up"][-1]) if self.shared_joins else None
-        x = self._norm(b, name + "mlp_norm", Delta(b["o_out"]), plain=True, ahead=ahead)
+        cfg, name = self.cfg, f"layers.{layer}."
+        x = self._route(b, name)
+        shared = b["shared_out"] if cfg.num_shared_experts and not self.shared_joins else None
+        if shared is not None and self.config.overlap:
+            # Its weights stream while the exchange waits for other ranks.
+            with self._branch.beside():
+                self._shared(b, name, x, ops=self._beside, workspace="shared_workspace")
+        received = self._dispatch(b, x, layer)
+        self._experts(b, name, received)
+        joined = self.shared_joins or not cfg.num_shared_experts
+        if self.config.transport == "local" and joined and not self._is_last(layer):
+            # The next norm reads every expert's result anyway: it does the sum as well.
+            return Delta(b["expert_y"], (received.ids, received.weights))
+        if shared is not None:
+            if self.config.overlap:
+                self._branch.join()
+            else:
+                self._shared(b, name, x, ops=self.ops, workspace="workspace")
+        self.transport.combine(
+            b["delta"], b["expert_y"], received, b["topk_ids"], shared, layer=layer
+        )
+        return Delta(b["delta"])
+
+    def _route(self, b: Buffers, name: str) -> Activation:
+        """What goes to the experts; to which of them, is in `topk_ids` and `topk_weights`."""
+        cfg, w = self.cfg, self.weights
+        x = self._norm(b, name + "mlp_norm", Delta(b["o_out"]), plain=True)
         self.ops.linear(
             x.plain, w[name + "router"], out=b["router_logits"], workspace=b["workspace"]
         )
@@ -287,30 +341,24 @@ class DecodeStep:
             out_ids=b["topk_ids"],
             out_weights=b["topk_weights"],
         )
-        first = cfg.first_k_dense_replace
-        x_in = x.plain if x.q is None else x.q
+        return x
+
+    def _shared(self, b: Buffers, name: str, x: Activation, *, ops: Ops, workspace: str) -> None:
+        name += "shared_"
+        self._mlp(b, name, "shared", x, b["shared_out"], ops=ops, workspace=workspace)
+
+    def _dispatch(self, b: Buffers, x: Activation, layer: int) -> Received:
+        plain = x.q is None or self.transport.takes_act
+        x_in = x.plain if plain else x.q
         assert x_in is not None
-        received = self.transport.dispatch(
+        return self.transport.dispatch(
             x_in,
-            x.scale,
+            None if plain else x.scale,
             b["topk_ids"],
             b["topk_weights"],
             layer=layer,
-            opens_step=layer == first,
+            opens_step=layer == self.cfg.first_k_dense_replace,
         )
-        self._experts(b, name, received)
-        joined = self.shared_joins or not cfg.num_shared_experts
-        if self.config.transport == "local" and joined and not self._is_last(layer):
-            # The next norm reads every expert's result anyway: it does the sum as well.
-            return Delta(b["expert_y"], (received.ids, received.weights))
-        shared = None
-        if cfg.num_shared_experts and not self.shared_joins:
-            shared = b["shared_out"]
-            self._mlp(b, name + "shared_", "shared", x, shared)
-        self.transport.combine(
-            b["delta"], b["expert_y"], received, b["topk_ids"], shared, layer=layer
-        )
-        return Delta(b["delta"])
 
     def _experts(self, b: Buffers, name: str, received: Received) -> None:
         """This rank's experts over the received rows; `expert_y` gets a line per (row, choice)."""
@@ -352,16 +400,20 @@ class DecodeStep:
         )
         head = w["embed"] if self.cfg.tie_word_embeddings else w["head"]
         self.ops.linear(b["final"], head, out=b["logits"], workspace=b["workspace"])
-        self.ops.greedy(
-            b["logits"],
-            b["sample_tok"],
-            **{n: b[n] for n in ("part_max", "part_arg", "part_sum", "out_token", "out_logprob")},
+        self.ops.sample(b)
+        self.ops.answer(
+            *(b[n] for n in ("sample_row", "sample_pos", "row_params", "step")),
+            *(b[n] for n in ("top_ids", "top_logprobs", "logits")),
+            ring_top=b["ring_top"],
+            ring_logits=b["ring_logits"],
         )
 
     def _settle(self, b: Buffers) -> None:
         self.ops.settle(
-            *(b[n] for n in ("sample_row", "out_token", "out_logprob", "step", "phase")),
-            *(b[n] for n in ("seq_len", "last_token", "limit", "stop_ids", "fault", "begin_ns")),
+            *(b[n] for n in ("sample_row", "sample_pos", "out_token", "out_logprob", "step")),
+            RowState.of(b),
+            b["fault"],
+            b["begin_ns"],
             ring=b["ring"],
             ring_step=b["ring_step"],
             on_device=self.on_device,

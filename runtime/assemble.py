@@ -5,13 +5,16 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
+from typing import Any
 
 import torch
 
+from barriers.deepep import DeepEpLowLatency, DeepEpNormal
 from barriers.rdep import Rdep
-from barriers.transport import Local, Transport
+from barriers.transport import Local, Transport, TransportConfig, deepep_capacity
 from graphs.attention import Attention, FlashinferAttention, TritonAttention
 from graphs.attention_choice import run_every_cut
+from graphs.branch import Branch, InLine
 from graphs.buffers import StaticBuffers, transport_config
 from graphs.calls import Call, Hook, RecordingOps
 from graphs.candidates import run_every
@@ -22,7 +25,7 @@ from graphs.devices import bind_views, torch_dtype
 from graphs.ops import Ops
 from graphs.step import DecodeStep
 from graphs.weights import add_part_views, stored_table
-from kernels.triton.launch import Launcher
+from kernels.triton.launch import Launcher, Ordinary
 from kernels.triton.overlap import MODES
 from kernels.triton.settle import stamp
 from runtime.selection import Selection
@@ -33,6 +36,7 @@ def make_step(
     ops: Ops,
     views: Mapping[str, torch.Tensor],
     transport: Transport | None,
+    branch: Branch | None = None,
 ) -> DecodeStep:
     """The step over bound views; on `meta` views it can be listed but not run."""
     model, step = selection.model, selection.step
@@ -43,8 +47,21 @@ def make_step(
     kind = FlashinferAttention if step.attention == "flashinfer" else TritonAttention
     attention: Attention = kind(model, step, ops)
     return DecodeStep(
-        model, step, ops, buffers, weights, attention, transport, on_device=selection.on_device
+        model,
+        step,
+        ops,
+        buffers,
+        weights,
+        attention,
+        transport,
+        on_device=selection.on_device,
+        branch=branch or InLine(),
     )
+
+
+def exchange_launcher(selection: Selection, launch: Launcher) -> Launcher:
+    """What a transport launches with: its first kernel may be the one after a join."""
+    return Ordinary(launch) if selection.step.overlap else launch
 
 
 def list_kernels(
@@ -73,7 +90,8 @@ def list_kernels(
         )
         views = bind_views(None, chosen.layout, meta)
         add_part_views(views)
-        step = make_step(chosen, ops, views, listed_transport(chosen, launcher))
+        transport = listed_transport(chosen, exchange_launcher(selection, launcher), views)
+        step = make_step(chosen, ops, views, transport)
         for key in chosen.ladder.keys:
             step.run(key)
         stamp(launcher, views["stamps"], 0)
@@ -105,14 +123,55 @@ class _Unlaunched:
         """CUDA C++ kernels are listed by their module, not by their launches."""
 
 
-def listed_transport(selection: Selection, launcher: Launcher) -> Transport | None:
+class _UnmadeBuffer:
+    """Stands where DeepEP's buffer would: tensors of the shapes that it would give."""
+
+    def __init__(self, config: TransportConfig) -> None:
+        self._config = config
+
+    def low_latency_dispatch(self, x: torch.Tensor, *_: Any, use_fp8: bool) -> Any:
+        c = self._config
+        shape = (c.local_experts, c.world * deepep_capacity(c))
+        rows = torch.empty(*shape, c.hidden, dtype=torch_dtype(c.row_dtype), device=x.device)
+        counts = x.new_empty(c.local_experts, dtype=torch.int32)
+        scales = x.new_empty(*shape, c.groups, dtype=torch.float32)
+        return (rows, scales) if use_fp8 else rows, counts, None, None, None
+
+    def low_latency_combine(self, *_: Any, **__: Any) -> None:
+        """Writes out, which exists."""
+
+    def get_dispatch_layout(self, *_: Any) -> Any:
+        return (None,) * 5
+
+    def dispatch(self, x: Any, *, topk_weights: torch.Tensor, **_: Any) -> Any:
+        c = self._config
+        parts = x if isinstance(x, tuple) else (x,)
+        rows = tuple(part.new_empty(c.recv_rows, part.shape[1]) for part in parts)
+        ids = topk_weights.new_empty(c.recv_rows, c.top_k, dtype=torch.int64)
+        got = rows if len(rows) > 1 else rows[0]
+        return got, ids, topk_weights.new_empty(c.recv_rows, c.top_k), [], None, None
+
+    def combine(self, x: torch.Tensor, _: Any, *, bias: torch.Tensor | None) -> Any:
+        return (x[:1] if bias is None else bias), None, None
+
+    def destroy(self) -> None:
+        """There is nothing."""
+
+
+def listed_transport(
+    selection: Selection, launcher: Launcher, views: Mapping[str, torch.Tensor]
+) -> Transport | None:
     """A transport that moves nothing and waits for nobody, to list what a step calls."""
     model, step = selection.model, selection.step
     if model.first_k_dense_replace >= model.num_layers:
         return None
     config = transport_config(model, step, selection.ladder.max_tokens)
-    if step.ep_size == 1:
+    if step.transport == "local":
         return Local(config, launcher)
+    if step.transport == "deepep":
+        return DeepEpLowLatency(config, views, _UnmadeBuffer(config))
+    if step.transport == "deepep-normal":
+        return DeepEpNormal(config, views, _UnmadeBuffer(config), launcher)
     buffers = {
         name: torch.empty(shape, dtype=torch_dtype(dtype), device="meta")
         for _, name, shape, dtype in Rdep.buffers(config)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from capture_cache.errors import CorruptBundle
+from capture_cache.machine import here
 from capture_cache.store import Store
 from graphs.aot import AotLauncher
 from graphs.attention_choice import (
@@ -24,7 +25,6 @@ from graphs.attention_choice import (
 )
 from graphs.capture import GraphBackend
 from graphs.compile import RecordingLauncher, compile_all
-from graphs.fingerprint import toolchain_facts
 from graphs.ops import Ops
 from graphs.timing import Timer
 from runtime.config import RuntimeConfig
@@ -52,16 +52,21 @@ class AttentionTuner:
         self._ops, self._progress = Ops(launcher), progress
         self._device = torch.device("cuda", torch.cuda.current_device())
 
+    def stored(self) -> AttentionCut | None:
+        """What was measured here before, if anything."""
+        try:
+            known = self._store.load_record(self._digest(self._found()))
+            return None if known is None else AttentionCut.parse(str(known["choice"]))
+        except (CorruptBundle, ValueError, KeyError):
+            return None  # measured again, and replaced, when asked to
+
     def choose(self) -> AttentionCut:
         """From the store, or measured."""
+        known = self.stored()
+        if known is not None:
+            return known
         found = self._found()
         digest = self._digest(found)
-        try:
-            known = self._store.load_record(digest)
-            if known is not None:
-                return AttentionCut.parse(str(known["choice"]))
-        except (CorruptBundle, ValueError, KeyError):
-            pass  # measured again, and replaced
         points = points_for(self._step.max_seq_len)
         self._compile(points)
         choice, times = choose_attention(found, points, self._measure)
@@ -79,7 +84,7 @@ class AttentionTuner:
         return [AttentionCut(step.attention, step.cut), *others]
 
     def _digest(self, found: Sequence[AttentionCut]) -> str:
-        facts = toolchain_facts(True) | {
+        facts = here(on_device=True, ordinal=self._options.local_rank) | {
             "model": self._model.digest(),
             "max seq len": self._step.max_seq_len,
             "page size": self._step.page_size,

@@ -14,10 +14,13 @@ from typing import Any
 
 import torch
 
+from barriers.rdep import RdepTuning
 from capture_cache.arena import Arena, DeviceArena, HostArena
-from capture_cache.errors import CorruptBundle, CudaError
+from capture_cache.errors import CorruptBundle, CudaError, NotRestorable
+from capture_cache.fingerprint import Fingerprint
 from capture_cache.manifest import Manifest
-from capture_cache.store import Store
+from capture_cache.restore_driver import Driver
+from capture_cache.store import Bundle, Store
 from graphs.aot import AotLauncher
 from graphs.attention_choice import AttentionCut
 from graphs.buffers import transport_config
@@ -33,16 +36,21 @@ from graphs.rope import rope_table
 from graphs.timing import GraphTimer
 from graphs.weights import add_part_views
 from kernels.triton.overlap import MODES
-from runtime.assemble import list_kernels, make_step
+from runtime.assemble import exchange_launcher, list_kernels, make_step
 from runtime.attention_tuning import AttentionTuner
+from runtime.bundle_names import LIVE, SKIPPED
 from runtime.config import RuntimeConfig
-from runtime.engine import Engine
+from runtime.engine import Engine, reset_state
 from runtime.ranks import Ranks
+from runtime.record import Recording, record
 from runtime.selection import Selection, choose, with_attention
 from runtime.tuning import Tuner, check_kernels, pinned, record_calls, share
+from runtime.weights import find as find_weights
+from runtime.weights import load as load_packed_weights
 
 # (kind of work, pieces in all, piece)
 Progress = Callable[[str, int, object], None]
+_CHUNK_BYTES = 64 << 20
 COMPILE_TIMEOUT_S = 1800.0  # how long the other ranks wait for rank 0 to compile
 
 
@@ -50,16 +58,20 @@ def _no_progress(*_: object) -> None:
     """Nobody watches."""
 
 
-def build(options: RuntimeConfig, progress: Progress = _no_progress) -> Engine:
+def build(
+    options: RuntimeConfig, progress: Progress = _no_progress, *, replace: bool = False
+) -> Engine:
     """Build, capture, prove and record.
 
+    Args:
+        replace: a stored bundle of the same capture must not be used: replace it.
     Raises:
         ValueError: options, config or weights; says which and what would do.
         CaptureError, ArenaError, CompileError, StoreError, RankError: named, with the remedy.
     """
     resources = ExitStack()
     try:
-        return _Builder(options, progress, resources).run()
+        return _Builder(options, progress, resources, replace).run()
     except BaseException:
         # A lost context cannot be tidied up; the first error is the one to tell.
         with suppress(CudaError):
@@ -70,10 +82,14 @@ def build(options: RuntimeConfig, progress: Progress = _no_progress) -> Engine:
 class _Builder:
     """One build; each method is a stage."""
 
-    def __init__(self, options: RuntimeConfig, progress: Progress, resources: ExitStack) -> None:
+    def __init__(
+        self, options: RuntimeConfig, progress: Progress, resources: ExitStack, replace: bool
+    ) -> None:
         self.options, self.progress, self.resources = options, progress, resources
+        self.replace = replace
         self.store = Store(options.store_path)
         self.seconds: dict[str, float] = {}
+        self.weights_note = ""
 
     @contextmanager
     def _timed(self, name: str) -> Iterator[None]:
@@ -98,8 +114,8 @@ class _Builder:
             self._compile(selection, launcher, ranks)
         backend: GraphBackend = CudaBackend(device) if selection.on_device else TwinBackend()
         with self._timed("weights"), backend.on_stream():
-            self._load_weights(selection, views, launcher)
-            _reset_state(views)
+            self._load_weights(selection, arena, views, launcher)
+            reset_state(views)
             backend.synchronize()
         with self._timed("transport"):
             graphs = self._make_graphs(selection, views, launcher, backend, ranks)
@@ -109,13 +125,11 @@ class _Builder:
             with self._timed("tune"):
                 engine.choices = self._tune(engine, views, launcher, backend)
         self._capture(engine)
-        with backend.on_stream():
-            _reset_state(views)
-            backend.synchronize()
+        engine.reset_state()
         ranks.meet("captured")
         with self._timed("store"):
-            self._record(engine)
-        engine.stages = self.seconds
+            self._record(engine, arena)
+        engine.stages, engine.weights_note = self.seconds, self.weights_note
         return engine
 
     def _meet(self, selection: Selection) -> tuple[Ranks, Selection]:
@@ -129,7 +143,7 @@ class _Builder:
             "page size": str(step.page_size),
             "attention": step.attention,
             "transport": step.transport,
-            "pdl": f"{step.pdl} prefetch {step.prefetch}",
+            "pdl": f"{step.pdl} overlap {step.overlap}",
             "kernels": f"{options.kernels} {options.allow_inexact}",
             "verify": f"{options.verify} {options.proof_replays}",
         }
@@ -165,21 +179,43 @@ class _Builder:
     def _load_weights(
         self,
         selection: Selection,
+        arena: Arena,
         views: dict[str, torch.Tensor],
         launcher: AotLauncher | None,
     ) -> None:
         model, step = selection.model, selection.step
-        experts = {"ep_rank": step.ep_rank, "ep_size": step.ep_size}
         views["rope_table"].copy_(rope_table(model, step.max_seq_len))
+        found = find_weights(self.options, model, selection.source)
+        self.weights_note = found.note
+        if found.packed is not None:
+            with _driver(selection) as driver:
+                load_packed_weights(
+                    found.packed,
+                    arena,
+                    self.options,
+                    rank=step.ep_rank,
+                    driver=driver,
+                    store=self.store,
+                    progress=_in_chunks(self.progress, "load"),
+                )
+            return
         if selection.source.path is None:
-            random_weights(model, views, seed=self.options.seed, launch=launcher, **experts)
+            random_weights(
+                model,
+                views,
+                seed=self.options.seed,
+                launch=launcher,
+                ep_rank=step.ep_rank,
+                ep_size=step.ep_size,
+            )
             return
         load_checkpoint(
             selection.source.path,
             model,
             views,
-            **experts,
-            progress=lambda _, total: self.progress("load", total, ""),
+            ep_rank=step.ep_rank,
+            ep_size=step.ep_size,
+            progress=_in_chunks(self.progress, "load"),
         )
 
     def _make_graphs(
@@ -193,11 +229,13 @@ class _Builder:
         transport = None
         if selection.model.first_k_dense_replace < selection.model.num_layers:
             sizes = transport_config(selection.model, selection.step, selection.ladder.max_tokens)
+            launch = None if launcher is None else exchange_launcher(selection, launcher)
+            tuning = RdepTuning(sum_pdl=not selection.step.overlap)
             transport = ranks.transport(
-                selection.step.transport, sizes, views, launcher, self.store
+                selection.step.transport, sizes, views, launch, self.store, tuning
             )
         ops = ChosenOps(Ops(launcher), KernelChoices())
-        step = make_step(selection, ops, views, transport)
+        step = make_step(selection, ops, views, transport, backend.branch)
         if launcher is None:
             return GraphSet(step, selection.ladder, backend)  # the twin compiles nothing
         return GraphSet(step, selection.ladder, backend, forbid_compile=launcher.freeze)
@@ -218,7 +256,8 @@ class _Builder:
                 tuner = AttentionTuner(
                     selection, options, self.store, launcher, backend, timer, self.progress
                 )
-                chosen = str(tuner.choose())
+                cut = tuner.choose() if options.kernels == "tune" else tuner.stored()
+                chosen = "" if cut is None else str(cut)
                 torch.cuda.empty_cache()
             else:
                 chosen = pins.attention or ""
@@ -238,19 +277,21 @@ class _Builder:
         """Choose kernels on rank 0, for all, and bind them to the step."""
         if self.options.kernels == "default":
             return KernelChoices()
+        choices: KernelChoices | None
         choices, selection, step = None, engine.selection, engine.graphs.step
-        if engine.ranks.rank == 0:
+        if engine.ranks.rank == 0 and self.options.kernels == "auto" and not self.store.records():
+            choices = KernelChoices()  # nothing was ever measured: as most runtimes start
+        elif engine.ranks.rank == 0:
             timer = GraphTimer(backend.stream, target_us=300.0, replays=5)
             tuner = Tuner(
                 selection, self.options, self.store, launcher, backend, timer, self.progress
             )
             choices = tuner.choose(record_calls(selection, views))
             choices = tuner.confirm(choices, step, views)
-            cut = AttentionCut(selection.step.attention, selection.step.cut)
-            choices = dataclasses.replace(choices, attention=str(cut))
-            with backend.on_stream():
-                _reset_state(views)
-                backend.synchronize()
+            if choices.origin != "default":
+                cut = AttentionCut(selection.step.attention, selection.step.cut)
+                choices = dataclasses.replace(choices, attention=str(cut))
+            engine.reset_state()
             torch.cuda.empty_cache()  # inputs of measurements lay outside the arena
         choices = share(engine.ranks, choices)
         assert isinstance(step.ops, ChosenOps)
@@ -274,8 +315,8 @@ class _Builder:
                 engine.proofs[key] = prover.prove(key)
                 self.progress("prove", total, key)
 
-    def _record(self, engine: Engine) -> None:
-        """Write the manifest: fingerprint, arena table, ledger, kernels."""
+    def _record(self, engine: Engine, arena: Arena) -> None:
+        """Write the bundle: fingerprint, arena, ledger, kernels, and graphs if they can be."""
         launcher = engine.launcher
         engine.ledger = make_ledger(
             engine.model_config,
@@ -284,29 +325,90 @@ class _Builder:
             engine.graphs.graphs,
             engine.proofs,
             launcher.kernels if launcher else {},
-            engine.choices,
+            choices=engine.choices,
+            live=engine.graphs.live,
         )
+        facts = engine.fingerprint()
+        first = engine.ranks.rank == 0 and not self.replace
+        stored = first and self._stored(facts, engine.choices) is not None
+        if engine.ranks.group.allgather("record", stored)[0].value:
+            engine.bundle_note = "the same capture is on record"
+            return  # a store may well be read-only by now
+        recording = self._recording(engine, arena)
         if engine.ranks.rank:
             return  # one bundle serves all ranks
-        facts = engine.fingerprint()
-        try:
-            stored = self.store.load(facts)
-            if stored is not None and _kernels_of(stored.manifest.ledger) == engine.choices.digest:
-                return  # the same capture is on record; a store may well be read-only by now
-        except CorruptBundle:
-            pass  # replaced below
         record = engine.ledger.to_json() | {"stages_s": self.seconds}
         kernels = tuple(launcher.used) if launcher else ()
-        manifest = Manifest(facts, engine.selection.layout, record, kernels)
-        self.store.publish(facts, manifest, {}, replace_existing=True)
+        manifest = Manifest(
+            facts, engine.selection.layout, record, kernels, restore=recording.restore
+        )
+        self.store.publish(facts, manifest, recording.files, replace_existing=True)
+
+    def _stored(self, facts: Fingerprint, choices: KernelChoices) -> Bundle | None:
+        """The bundle on record, unless this capture has more to say."""
+        try:
+            stored = self.store.load(facts)
+        except CorruptBundle:
+            return None  # replaced
+        if stored is not None and _kernels_of(stored.manifest.ledger) != choices.kernels:
+            return None  # something was measured since
+        restore = None if stored is None else stored.manifest.restore
+        more = isinstance(restore, dict) and restore.get("kind") == SKIPPED and self.options.bundle
+        return None if more else stored
+
+    def _recording(self, engine: Engine, arena: Arena) -> Recording:
+        if not self.options.bundle:
+            return self._without(engine, SKIPPED, "captured without a bundle, as asked")
+        if not isinstance(arena, DeviceArena):
+            return self._without(engine, LIVE, "the CPU twin has no graphs to restore")
+        try:
+            total = len(engine.ladder.keys)
+            recording = record(engine, arena, lambda key: self.progress("bundle", total, key))
+        except NotRestorable as e:
+            return self._without(engine, LIVE, str(e))
+        engine.bundle_note = f"{sum(map(len, recording.files.values())):,} bytes"
+        return recording
+
+    def _without(self, engine: Engine, kind: str, reason: str) -> Recording:
+        engine.bundle_note = f"no graphs stored: {reason}"
+        return Recording({}, {"kind": kind, "reason": reason})
 
 
-def _kernels_of(ledger: Any) -> str:
-    """Digest of the kernels that a stored capture took; empty if it does not say."""
+@contextmanager
+def _driver(selection: Selection) -> Iterator[Driver | None]:
+    """Driver calls in torch's own context; None for the CPU twin."""
+    if not selection.on_device:
+        yield None
+        return
+    driver = Driver()
+    driver.init()
+    driver.open(torch.cuda.current_device())
     try:
-        return KernelChoices.from_json(ledger["choices"], origin="stored").digest
+        yield driver
+    finally:
+        driver.close()
+
+
+def _in_chunks(progress: Progress, kind: str) -> Callable[[int, int], None]:
+    """Bytes (done, in all) told as pieces of 64 MiB, as `progress` counts."""
+    told = 0
+
+    def tell(done: int, total: int) -> None:
+        nonlocal told
+        pieces = max(1, -(-total // _CHUNK_BYTES))
+        while told < (pieces if done >= total else done // _CHUNK_BYTES):
+            told += 1
+            progress(kind, pieces, "x 64 MiB")
+
+    return tell
+
+
+def _kernels_of(ledger: Any) -> tuple[str | None, str]:
+    """`KernelChoices.kernels` of a stored capture; of none if it does not say."""
+    try:
+        return KernelChoices.from_json(ledger["choices"], origin="stored").kernels
     except (KeyError, TypeError, ValueError):
-        return ""
+        return None, ""
 
 
 def _launcher(store: Store, selection: Selection) -> AotLauncher:
@@ -317,13 +419,3 @@ def _launcher(store: Store, selection: Selection) -> AotLauncher:
         num_sms=properties.multi_processor_count,
         pdl=MODES[selection.step.pdl],
     )
-
-
-def _reset_state(views: dict[str, torch.Tensor]) -> None:
-    """Every row free, step 0, nothing published. The null page keeps the proof's poison."""
-    for name in ("phase", "seq_len", "last_token", "limit", "page_table", "step", "fault"):
-        views[name].zero_()
-    views["poison"].zero_()
-    views["stop_ids"].fill_(-1)
-    views["mailbox"].fill_(-1)
-    views["ring_step"].zero_()

@@ -32,6 +32,12 @@ def parser() -> argparse.ArgumentParser:
         default=True,
         help="prove that each key's replay equals the eager step bit for bit",
     )
+    p.add_argument(
+        "--bundle",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="store the captured graphs, so that Runtime.load restores them",
+    )
     p.add_argument("--proof-replays", type=int, help="replays per key of that proof")
     p.add_argument(
         "--save-kernels", metavar="FILE", type=Path, help="write the choice of kernels, to pin it"
@@ -45,7 +51,9 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
-    options = selection(args, verify=args.verify, proof_replays=args.proof_replays)
+    options = selection(
+        args, verify=args.verify, proof_replays=args.proof_replays, bundle=args.bundle
+    )
     if args.compile_only:
         from runtime.compile_only import compile_only
 
@@ -81,7 +89,9 @@ def _report(engine: Engine, seconds: float) -> dict[str, Any]:
         "kernels_compiled": launcher.num_compiled if launcher else 0,
         "kernels_loaded": launcher.num_loaded if launcher else 0,
         "seconds": seconds,
+        "weights": engine.weights_note,
         "stages_s": engine.stages,
+        "bundle": engine.bundle_note,
         "ledger": engine.ledger.to_json(),
     }
 
@@ -111,6 +121,7 @@ def _show(engine: Engine, report: dict[str, Any]) -> None:
         f"pages of {engine.config.page_size}, {engine.ledger.kv_bytes_per_token:,} bytes a token"
     )
     console.print(f"attention  {report['attention']}")
+    console.print(f"weights    {report['weights']}", soft_wrap=True)
     if engine.launcher:
         console.print(
             f"kernels    {report['kernels_compiled']} compiled, {report['kernels_loaded']} loaded"
@@ -122,6 +133,9 @@ def _show(engine: Engine, report: dict[str, Any]) -> None:
     stages = ", ".join(f"{name} {s:.1f}" for name, s in engine.stages.items() if s >= 0.05)
     console.print(f"seconds    {report['seconds']:.1f} ({stages})")
     console.print(f"stored     {report['fingerprint'][:16]} in {engine.options.store_path}")
+    console.print(f"bundle     {engine.bundle_note}")
+    if engine.ledger.live and engine.selection.on_device:
+        console.print(f"captured live: {engine.ledger.live}; these graphs serve this process alone")
     if not engine.selection.on_device:
         console.print(TWIN_NOTE)
 

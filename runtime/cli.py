@@ -6,12 +6,13 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from barriers.deepep import DeepEpMissing, ParityError
 from barriers.errors import RankError
 from barriers.transport import NAMES as TRANSPORTS
 from capture_cache.errors import (
@@ -34,9 +35,11 @@ NAMED_FAILURES = (
     CompileError,
     CorruptBundle,
     CudaError,
+    DeepEpMissing,
     FingerprintMismatch,
     NotCaptured,
     OutOfPages,
+    ParityError,
     RankError,
     StepFailed,
     StoreError,
@@ -63,9 +66,16 @@ class Once(argparse.Action):
         setattr(namespace, self.dest, values)
 
 
+class Parser(argparse.ArgumentParser):
+    """Says in one line what is wrong; `--help` has the page of all options."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}; see {self.prog} --help\n")
+
+
 def command(module: str, doc: str | None) -> argparse.ArgumentParser:
     """The parser of `python -m module`; options are spelled out, never guessed from a prefix."""
-    return argparse.ArgumentParser(prog=f"python -m {module}", description=doc, allow_abbrev=False)
+    return Parser(prog=f"python -m {module}", description=doc, allow_abbrev=False)
 
 
 def add_selection(parser: argparse.ArgumentParser) -> None:
@@ -74,7 +84,13 @@ def add_selection(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--model", "--model-path", "--ckpt", default="tiny", help="HF directory or preset name")
     add("--bs", "--max-batch-size", type=int, default=256, help="global decode batch")
-    add("--ladder", "--cuda-graph-bs", help="keys: ROWS or ROWS+PROMPT_TOKENS, as 1,2,4,8+64")
+    add(
+        "--ladder",
+        "--cuda-graph-bs",
+        nargs="+",
+        metavar="KEY",
+        help="graph keys: ROWS or ROWS+PROMPT_TOKENS, as 1,2,4,8+64 or 1 2 4 8+64",
+    )
     add(
         "--max-seq-len", "--max-model-len", type=int, default=4096, help="prompt and output, tokens"
     )
@@ -82,30 +98,40 @@ def add_selection(parser: argparse.ArgumentParser) -> None:
     add("--page-size", type=int, default=64, help="tokens a page")
     add("--layers", type=int, help="run only the first so many layers")
     add("--override", action="append", default=[], metavar="KEY=VALUE", help="of the model config")
-    add("--device", choices=DEVICES, default="auto")
+    add("--device", choices=DEVICES, default="auto", help="auto takes the GPU where there is one")
     add("--store", help="directory of compiled kernels and manifests")
+    add("--weights", help="packed weights (python -m runtime.pack); default: the store's, if any")
+    add("--verify-weights", action="store_true", help="compare every sha256 of packed weights")
     add("--ep-size", type=int, help="ranks that share the experts; default: torchrun's")
     add("--transport", choices=TRANSPORTS, default="auto", help="how tokens reach other ranks")
-    add("--attention", choices=ATTENTION, default="auto")
+    add("--attention", choices=ATTENTION, default="auto", help="kernel; auto takes the faster one")
     add(
-        "--prefetch",
+        "--prefix-cache",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="keep full KV pages for later prompts that begin alike",
+    )
+    add("--prefill-budget", type=int, metavar="TOKENS", help="prompt tokens a step at most")
+    add(
+        "--overlap",
         action=argparse.BooleanOptionalAction,
         default=None,
-        help="weights into L2 ahead of time; default: where the chip can",
+        help="the shared expert beside the exchange; default: where there are both",
     )
     add("--pdl", choices=PDL, default="auto", help="overlap of kernels (dependent launch)")
     add(
         "--kernels",
         default="auto",
         metavar="auto|tune|default|FILE",
-        help="measure the kernel of each operation, take the default, or what a file pins",
+        help="kernel of each operation: tune measures them and keeps the result in the store; auto "
+        "takes what was kept there, and else the default; a file pins",
     )
     add(
         "--allow-inexact",
         action="store_true",
         help="let kernels in whose bits depend on the number of tokens",
     )
-    add("--tune-seconds", type=float, default=120.0, help="of measuring at most")
+    add("--tune-seconds", type=float, default=120.0, help="of measuring at most (tune)")
     add("--seed", type=int, default=0, help="of a preset's random weights")
     add("--json", action="store_true", help="print one JSON object as the last line")
 
@@ -119,7 +145,7 @@ def selection(args: argparse.Namespace, **more: Any) -> RuntimeConfig:
     options = RuntimeConfig(
         model=args.model,
         bs=args.bs,
-        ladder=args.ladder,
+        ladder=None if args.ladder is None else ",".join(args.ladder),
         max_seq_len=args.max_seq_len,
         num_pages=args.num_pages,
         page_size=args.page_size,
@@ -127,6 +153,8 @@ def selection(args: argparse.Namespace, **more: Any) -> RuntimeConfig:
         overrides=tuple(args.override),
         device=args.device,
         store=args.store,
+        weights=args.weights,
+        verify_weights=args.verify_weights,
         ep_size=args.ep_size,
         transport=args.transport,
         attention=args.attention,
@@ -134,8 +162,10 @@ def selection(args: argparse.Namespace, **more: Any) -> RuntimeConfig:
         kernels=args.kernels,
         allow_inexact=args.allow_inexact,
         tune_s=args.tune_seconds,
-        prefetch=args.prefetch,
+        overlap=args.overlap,
         seed=args.seed,
+        prefix_cache=args.prefix_cache,
+        prefill_budget=args.prefill_budget,
         **more,
     )
     console.quiet = options.ranks.rank > 0  # rank 0 speaks for all

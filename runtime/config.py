@@ -7,10 +7,12 @@ import hashlib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
 from barriers.config import GroupConfig
+from runtime.scheduler import SchedulerConfig
 
 DEVICES = ("auto", "cuda", "cpu")
 ATTENTION = ("auto", "flashinfer", "triton")
@@ -37,7 +39,7 @@ class RuntimeConfig:
         max_seq_len: tokens, prompt and output together.
         num_pages: KV pages of a rank; None: what the rows can use, or what memory allows.
         page_size: tokens.
-        ladder: graph keys as text ("1,2,4,8+64"); None: the default ladder.
+        ladder: graph keys as text ("1,2,4,8+64"), or a list of them; None: the default ladder.
         layers: run only the first so many layers.
         overrides: "key=value" of the model's config.
         device: auto, cuda or cpu.
@@ -45,19 +47,26 @@ class RuntimeConfig:
         ep_size: ranks that share the experts; None: as many as torchrun started.
         transport: how tokens reach other ranks' experts; a name of `barriers.transport`.
         attention: auto, flashinfer or triton.
+        weights: directory of packed weights (`python -m runtime.pack`); None: those in the
+            store, if any.
+        verify_weights: compare the sha256 of all packed weights before use.
         pdl: whether a kernel starts while the one before it ends (programmatic dependent launch):
             off, late (once that one has loaded its weights), early (at once); auto decides by chip.
-        prefetch: ask L2 for the weights of later kernels while the memory is idle; None: where the
-            chip can.
+        overlap: the shared expert runs beside the exchange with other ranks; None: where there are
+            both.
         seed: of a preset's random weights.
         kernels: how the kernel of each operation is chosen: "tune" measures on the device and keeps
-            the result in the store, "default" measures nothing, a file pins; "auto" tunes on a
-            device.
+            the result in the store; "auto" takes what was kept there, and the default for the rest;
+            "default" takes the default; a file pins. Only "tune" measures.
         allow_inexact: let kernels in whose bits depend on how many tokens there are.
         tune_s: seconds of measuring at most; what is left over then takes the default.
         verify: prove every key after capture.
         proof_replays: replays per key of that proof; None: 100 on a device, 2 on the CPU twin.
         deadline_s: longest wait for a step, seconds.
+        bundle: restore stored graphs, and store captured ones; False: capture, and store none.
+        reservation, prefix_cache, prefill_budget, ageing_steps: see
+            `runtime.scheduler.SchedulerConfig`.
+        logits_rows: requests of a rank that may have their logits returned at the same time.
     """
 
     model: str
@@ -70,11 +79,13 @@ class RuntimeConfig:
     overrides: tuple[str, ...] = ()
     device: str = "auto"
     store: str | None = None
+    weights: str | None = None
+    verify_weights: bool = False
     ep_size: int | None = None
     transport: str = "auto"
     attention: str = "auto"
     pdl: str = "auto"
-    prefetch: bool | None = None
+    overlap: bool | None = None
     seed: int = 0
     kernels: str = "auto"
     allow_inexact: bool = False
@@ -82,8 +93,15 @@ class RuntimeConfig:
     verify: bool = True
     proof_replays: int | None = None
     deadline_s: float = 10.0
+    bundle: bool = True
+    reservation: str = "full"
+    prefix_cache: bool = True
+    prefill_budget: int | None = None
+    ageing_steps: int = 256
+    logits_rows: int = 8
 
     def __post_init__(self) -> None:
+        self._check_types()
         for name, choices in (
             ("device", DEVICES),
             ("attention", ATTENTION),
@@ -93,7 +111,7 @@ class RuntimeConfig:
                 raise ValueError(
                     f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}"
                 )
-        for name in ("bs", "max_seq_len", "page_size", "num_ranks"):
+        for name in ("bs", "max_seq_len", "page_size", "num_ranks", "logits_rows"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.max_seq_len < 2:
@@ -111,6 +129,7 @@ class RuntimeConfig:
                 "--allow-inexact goes with kernels that are measured or pinned; --kernels default "
                 "takes exact ones only"
             )
+        self.scheduling  # noqa: B018 - its own checks
         if self.deadline_s <= 0:
             raise ValueError(f"deadline_s must be more than 0 seconds, got {self.deadline_s}")
         if self.proof_replays is not None:
@@ -125,6 +144,22 @@ class RuntimeConfig:
                 f"bs {self.bs} is global and must divide by ep_size {self.num_ranks}; "
                 f"use --bs {-(-self.bs // self.num_ranks) * self.num_ranks}"
             )
+
+    def _check_types(self) -> None:
+        """Raises TypeError for a value that later comparisons could only trip over."""
+        for field in dataclasses.fields(self):
+            value, kind = getattr(self, field.name), str(field.type)
+            if value is None and kind.endswith("| None"):
+                continue
+            flag = isinstance(value, bool)
+            ok, what = {
+                "int": (isinstance(value, Integral) and not flag, "a whole number"),
+                "float": (isinstance(value, Real), "a number"),
+                "str": (isinstance(value, str | os.PathLike), "text"),
+                "bool": (flag, "True or False"),
+            }.get(kind.removesuffix(" | None"), (True, ""))
+            if not ok:
+                raise TypeError(f"{field.name} must be {what}, got {value!r}")
 
     @classmethod
     def of(cls, *, defaults: Mapping[str, Any] | None = None, **options: Any) -> RuntimeConfig:
@@ -155,7 +190,17 @@ class RuntimeConfig:
             named["overrides"] = tuple(f"{k}={v}" for k, v in overrides.items())
         elif overrides is not None:
             named["overrides"] = tuple(overrides)
+        ladder = named.get("ladder")
+        if isinstance(ladder, list | tuple):
+            named["ladder"] = ",".join(str(key) for key in ladder)
         return cls(**named)
+
+    @property
+    def scheduling(self) -> SchedulerConfig:
+        """How requests share rows, pages and steps."""
+        return SchedulerConfig(
+            self.reservation, self.prefix_cache, self.prefill_budget, self.ageing_steps
+        )
 
     @property
     def ranks(self) -> GroupConfig:

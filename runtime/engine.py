@@ -2,24 +2,40 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from barriers.errors import RankError
 from capture_cache.fingerprint import Fingerprint
 from graphs.aot import AotLauncher
 from graphs.capture import GraphSet
 from graphs.choices import KernelChoices
-from graphs.fingerprint import fingerprint
 from graphs.keys import GraphKey
 from graphs.ledger import Ledger
 from graphs.prove import Proof
+from graphs.weight_update import prepare_update
+from kernels.triton.intake import admit
+from kernels.triton.rows import RowState
 from kernels.triton.state import DECODE, HEADER, MailboxLayout
 from runtime.config import RuntimeConfig
+from runtime.fingerprint import fingerprint
 from runtime.ranks import Ranks
+from runtime.row_params import Admission
 from runtime.selection import Selection
+from runtime.state import RESET
+
+
+class _Views(Protocol):
+    def __getitem__(self, name: str, /) -> torch.Tensor: ...
+
+
+UPDATE_TIMEOUT_S = 600.0  # how long a rank waits for the others to have read and checked weights
 
 
 class Engine:
@@ -30,9 +46,13 @@ class Engine:
 
     Attributes:
         mailbox: int32 [2, words]; ring: int32 [slots, words]; ring_step: int64 [slots].
+        forced_tokens, masks, ring_top, ring_logits: beside them, see `kernels.triton.state`.
         stages: seconds of each stage of the build.
+        weights_note: where the weights came from, for people.
         proofs: one per key, empty if not verified.
         choices: kernels that the graphs were captured with.
+        loaded_from, load_reason: "capture", and why no bundle was used where one was looked for.
+        bundle_note: what became of the bundle: stored, or why there is none.
     """
 
     ring_header = HEADER
@@ -57,11 +77,19 @@ class Engine:
         self.mailbox: NDArray[np.int32] = buffers["mailbox"].numpy()
         self.ring: NDArray[np.int32] = buffers["ring"].numpy()
         self.ring_step: NDArray[np.int64] = buffers["ring_step"].numpy()
+        self.ring_top: NDArray[np.int32] = buffers["ring_top"].numpy()
+        self.ring_logits: NDArray[np.float32] = buffers["ring_logits"].numpy()
+        self.forced_tokens: NDArray[np.int32] = buffers["forced_tokens"].numpy()
+        self.masks: NDArray[np.int32] = buffers["masks"].numpy()
         self.stages: dict[str, float] = {}
+        self.weights_note = ""
+        self.bundle_note = ""
         self.proofs: dict[GraphKey, Proof] = {}
         self.ledger: Ledger | None = None
         self.choices = KernelChoices()
-        self.replay = graphs.replay
+        self.replay: Callable[[GraphKey], None] = graphs.replay
+        self.loaded_from = "capture"
+        self.load_reason = ""
 
     def check_ranks(self) -> None:
         """One read of host memory, after every step.
@@ -88,26 +116,29 @@ class Engine:
         return torch.cuda.get_device_name()
 
     def fingerprint(self) -> Fingerprint:
-        return fingerprint(
-            self.selection.source,
-            self.model_config,
-            self.config,
-            self.ladder,
-            self.selection.layout,
-            on_device=self.selection.on_device,
-            kernels=self.options.kernels_asked,
-        )
+        return fingerprint(self.options, on_device=self.selection.on_device)
 
-    def adopt(self, rows: list[int], length: int, limit: int, pages: list[list[int]]) -> None:
-        """Put rows into the decode phase with `length` tokens in their pages; waits."""
+    def reset_state(self) -> None:
+        """Every row free, step 0, nothing published; waits. The null page keeps its contents."""
+        with self.graphs.backend.on_stream():
+            reset_state(self.graphs.step.buffers)
+            self.graphs.backend.synchronize()
+
+    def adopt(self, length: int, rows: Mapping[int, tuple[Admission, list[int]]]) -> None:
+        """Put rows into the decode phase with `length` tokens in their pages; waits.
+
+        Args:
+            rows: what each was admitted with, its deadline not heeded, and its pages.
+        """
         b, backend = self.graphs.step.buffers, self.graphs.backend
-        index = torch.tensor(rows)
+        state = RowState.of({name: b[name] for name in RowState.names()})
         with backend.on_stream():
-            for name, value in (("phase", DECODE), ("seq_len", length), ("limit", limit)):
-                b[name][index] = value
-            b["stop_ids"][index] = -1
-            for row, held in zip(rows, pages, strict=True):
-                b["page_table"][row, : len(held)] = torch.tensor(held, dtype=torch.int32)
+            for row, (admitted, held) in rows.items():
+                admit(state, row, torch.from_numpy(admitted.record))
+                if admitted.known is not None:
+                    self.forced_tokens[row, : len(admitted.known)] = admitted.known
+                state.phase[row], state.seq_len[row], state.last_token[row] = DECODE, length, 0
+                state.page_table[row, : len(held)] = torch.tensor(held, dtype=torch.int32)
             backend.synchronize()
 
     def fill_kv(self, *, seed: int) -> None:
@@ -125,6 +156,42 @@ class Engine:
             stamps: NDArray[np.int64] = self.graphs.step.buffers["stamps"][:count].cpu().numpy()
         return stamps.copy()
 
+    def update_weights(self, source: str | Path | Iterable[tuple[str, Any]]) -> None:
+        """Check new weights, then write them where the old ones are; waits.
+
+        Every rank calls this with the same update; if one refuses it, all do.
+
+        Raises:
+            ValueError: not this model's tensors, or not finite; nothing was changed.
+            RankError: another rank refused, or did not come.
+        """
+        backend, step = self.graphs.backend, self.config
+        ranks = {"ep_rank": step.ep_rank, "ep_size": step.ep_size}
+        with backend.on_stream():
+            try:
+                update = prepare_update(
+                    source, self.model_config, self.graphs.step.weights, **ranks
+                )
+            except ValueError as error:
+                if step.ep_size > 1:
+                    with suppress(RankError):  # the others' own message; ours is the better one
+                        self.ranks.group.agree("new weights", str(error), UPDATE_TIMEOUT_S)
+                raise
+            try:
+                if step.ep_size > 1:
+                    self.ranks.group.agree("new weights", None, UPDATE_TIMEOUT_S)
+            except RankError:
+                update.discard()
+                raise
+            update.apply()
+            backend.synchronize()
+
     def close(self) -> None:
         """Release graphs, peer memory and arena. Idempotent."""
         self._resources.close()
+
+
+def reset_state(views: _Views) -> None:
+    """Fill the buffers of `RESET` on the current stream."""
+    for name, byte in RESET.items():
+        views[name].view(torch.uint8).fill_(byte)

@@ -82,9 +82,16 @@ def parser() -> argparse.ArgumentParser:
     p = command("runtime.generate", __doc__)
     add_selection(p)
     p.set_defaults(bs=1, max_seq_len=None)
-    p.add_argument("--prompt", required=True)
-    p.add_argument("--max-tokens", type=int, default=128)
-    p.add_argument("--ignore-eos", action="store_true")
+    p.add_argument("--prompt", required=True, help="text to go on from")
+    p.add_argument("--max-tokens", type=int, default=128, help="new tokens at most")
+    p.add_argument(
+        "--ignore-eos", action="store_true", help="go on past the model's end of sequence"
+    )
+    p.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
+    p.add_argument("--top-k", type=int, default=0, help="most probable tokens to draw from; 0: all")
+    p.add_argument("--top-p", type=float, default=1.0, help="probability mass to draw from")
+    p.add_argument("--min-p", type=float, default=0.0, help="least share of the best token's")
+    p.add_argument("--sample-seed", type=int, help="of the draws; default: the operating system's")
     return p
 
 
@@ -98,14 +105,22 @@ def main(argv: list[str] | None = None) -> int:
         overrides = parse_overrides(args.override)
         model, _ = resolve_model(args.model, layers=args.layers, overrides=overrides)
         args.max_seq_len = min(DEFAULT_SEQ_LEN, model.max_position)
-    params = SamplingParams(max_tokens=args.max_tokens, ignore_eos=args.ignore_eos)
+    params = SamplingParams(
+        max_tokens=args.max_tokens,
+        ignore_eos=args.ignore_eos,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        min_p=args.min_p,
+        seed=args.sample_seed,
+    )
     with Bar() as bar:
         engine = build(selection(args), bar)
     tokens: list[int] = []
     reason = ""
     stream = TextStream(tokenizer)
-    with Runtime(engine) as runtime:
-        runtime.add(prompt, params)
+    with Runtime(engine, engine.options.scheduling) as runtime:
+        seed = runtime.seed_of(runtime.add(prompt, params))
         start = time.perf_counter()
         while runtime.num_running:
             out = runtime.step()
@@ -123,6 +138,7 @@ def main(argv: list[str] | None = None) -> int:
                 "tokens": tokens,
                 "text": tokenizer.decode(tokens),
                 "finish_reason": reason,
+                "sample_seed": seed,
                 "seconds": seconds,
             }
         )

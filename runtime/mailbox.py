@@ -7,24 +7,51 @@ shows.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from kernels.triton.state import ADMIT_LIFE_MS, ADMIT_ROW, PROMPT_ENTRY, RING_FIELDS
+
 Int32 = NDArray[np.int32]
+Float32 = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """A run of prompt tokens one row prefills in one step."""
+    """A run of prompt tokens one row prefills in one step.
+
+    Attributes:
+        ends: it ends the prompt, so its last token's logits give a new token.
+        scored: every token of it runs the head, because the prompt's log-probs are wanted.
+    """
 
     row: int
     start: int
     ids: Int32
     ends: bool
+    scored: bool = False
+
+    @property
+    def heads(self) -> int:
+        """Sampling rows of a key that the chunk takes."""
+        return len(self.ids) if self.scored else int(self.ends)
+
+
+class Admitted(Protocol):
+    """What the mailbox needs of a request: see `runtime.row_params.Admission`."""
+
+    @property
+    def record(self) -> Int32: ...
+
+    @property
+    def known(self) -> Int32 | None: ...
+
+    @property
+    def life_ms(self) -> int: ...
 
 
 class Mailbox:
@@ -33,10 +60,13 @@ class Mailbox:
     Args:
         words: int32 [2, layout.words].
         layout: a `MailboxLayout`.
+        forced_tokens: int32 [max_rows, max_seq_len], pinned.
+        masks: int32 [2, max_rows, mask words], pinned.
     """
 
-    def __init__(self, words: Int32, layout: Any) -> None:
+    def __init__(self, words: Int32, layout: Any, forced_tokens: Int32, masks: Int32) -> None:
         self._words, self._layout = words, layout
+        self._forced_tokens, self._masks = forced_tokens, masks
         words[:, 0] = -1
 
     def write(
@@ -44,44 +74,90 @@ class Mailbox:
         step: int,
         *,
         cancels: Sequence[int],
-        admits: Sequence[tuple[int, int, Sequence[int]]],
+        admits: Sequence[tuple[int, Admitted]],
         pages: Int32,
         chunks: Sequence[Chunk],
+        masks: Mapping[int, Int32 | None] | None = None,
     ) -> None:
         """Fill the slot of `step`.
 
         Args:
             cancels: rows.
-            admits: (row, total token limit, stop ids).
+            admits: (row, what `runtime.row_params.admission` made of its request).
             pages: int32 [n, 3]: row, page index, page id.
             chunks: in the order in which their tokens follow the decoding rows.
+            masks: new token mask by row; None ends masking.
         """
         at, box = self._layout, self._words[step % 2]
         box[at.cancels : at.cancels + len(cancels)] = cancels
-        for i, (row, limit, stops) in enumerate(admits):
-            o = at.admits + i * at.admit_words
-            box[o : o + 3 + len(stops)] = (row, limit, len(stops), *stops)
+        o = at.admits
+        for row, admitted in admits:
+            words = len(admitted.record)
+            box[o : o + words] = admitted.record
+            box[o + ADMIT_ROW], box[o + ADMIT_LIFE_MS] = row, admitted.life_ms
+            o += words
+            if admitted.known is not None:
+                # Whoever had the row before has ended, or its tokens are dropped.
+                self._forced_tokens[row, : len(admitted.known)] = admitted.known
         box[at.pages : at.pages + pages.size] = pages.ravel()
         taken = 0
         for i, c in enumerate(chunks):
             o = at.chunks + 4 * i
-            box[o : o + 4] = (c.row, c.start, len(c.ids), c.ends)
+            box[o : o + 4] = (c.row, c.start, len(c.ids), c.heads)
             box[at.ids + taken : at.ids + taken + len(c.ids)] = c.ids
             taken += len(c.ids)
-        box[1:6] = (len(admits), len(cancels), len(pages), len(chunks), taken)
+        for i, (row, mask) in enumerate((masks or {}).items()):
+            box[at.masks + 2 * i : at.masks + 2 * i + 2] = (row, mask is not None)
+            if mask is not None:
+                self._masks[step % 2, row] = mask
+        box[1:7] = (len(admits), len(cancels), len(pages), len(chunks), taken, len(masks or {}))
         box[0] = np.int64(step).astype(np.int32)  # last: a slot with an old number is ignored
 
 
-class RingEntry(NamedTuple):
-    """One finished step as the device published it (copies)."""
+@dataclass(slots=True)  # not frozen: one is made each step, and freezing doubles what that takes
+class RingEntry:
+    """One finished step as the device published it (copies).
+
+    Attributes:
+        rows, tokens, reasons, positions: int32 [n]; `PROMPT_ENTRY` is the reason of a scored
+            prompt token.
+        logprobs: float32 [n].
+        top_counts: int32 [n], alternatives of each entry.
+        top_ids, top_logprobs: int32, float32 [n, MAX_TOP], valid up to the count; [n, 0] if
+            nobody asked.
+        logit_lines: int32 [n], 0 or 1 + the entry's line of `logits`.
+        logits: float32 [lines, vocab].
+    """
 
     rows: Int32
     tokens: Int32
-    logprobs: NDArray[np.float32]
+    logprobs: Float32
     reasons: Int32
+    positions: Int32
+    top_counts: Int32
+    top_ids: Int32
+    top_logprobs: Float32
+    logit_lines: Int32
+    logits: Float32
     fault: int
     begin_ns: int
     end_ns: int
+
+    @property
+    def is_prompt(self) -> NDArray[np.bool_]:
+        """bool [n], entries of scored prompt tokens."""
+        is_prompt: NDArray[np.bool_] = self.reasons == PROMPT_ENTRY
+        return is_prompt
+
+    @property
+    def answers_nobody(self) -> bool:
+        """Whether there are only new tokens, and nobody asked for more than their log-prob."""
+        return self.top_counts is self.logit_lines and not self.num_prompt
+
+    @property
+    def num_prompt(self) -> int:
+        """How many of those there are."""
+        return int(np.count_nonzero(self.is_prompt)) if np.count_nonzero(self.reasons) else 0
 
 
 class Ring:
@@ -90,16 +166,29 @@ class Ring:
     Args:
         words: int32 [slots, words]; steps: int64 [slots].
         header: words before the arrays; max_rows: length of each array.
+        top: int32 [slots, max_rows, 2, MAX_TOP].
+        logits: float32 [2, lines, vocab].
     """
 
     def __init__(
-        self, words: Int32, steps: NDArray[np.int64], *, header: int, max_rows: int
+        self,
+        words: Int32,
+        steps: NDArray[np.int64],
+        *,
+        header: int,
+        max_rows: int,
+        top: Int32,
+        logits: Float32,
     ) -> None:
+        self._top, self._logits = top, logits
         self.slots = len(steps)
         # Views are made once: a step reads the header, the times and one block, a call each.
         self._heads = [slot[:2] for slot in words]
         self._times = [slot[2:6].view(np.int64) for slot in words]
-        self._bodies = [slot[header : header + 4 * max_rows].reshape(4, max_rows) for slot in words]
+        self._bodies = [
+            slot[header : header + RING_FIELDS * max_rows].reshape(RING_FIELDS, max_rows)
+            for slot in words
+        ]
         # A memoryview's element is a plain int: a third of the time of a numpy scalar in a poll.
         self._steps = steps.data
 
@@ -111,5 +200,28 @@ class Ring:
         slot = step % self.slots
         n, fault = self._heads[slot].tolist()
         begin_ns, end_ns = self._times[slot].tolist()
-        rows, tokens, bits, reasons = self._bodies[slot][:, :n].copy()
-        return RingEntry(rows, tokens, bits.view(np.float32), reasons, fault, begin_ns, end_ns)
+        rows, tokens, bits, reasons, positions, answers = self._bodies[slot][:, :n].copy()
+        # Copied only if somebody asked, so that a plain step costs the same for any number of rows.
+        if np.count_nonzero(answers):
+            counts, lines = answers & 255, answers >> 8
+            width = self._top.shape[-1] if counts.any() else 0
+            top = self._top[slot, :n, :, :width].copy()
+            logits = self._logits[step % 2, : int(lines.max(initial=0))].copy()
+        else:
+            counts = lines = answers  # all 0; the same array says that nobody asked
+            top, logits = self._top[0, :n, :, :0], self._logits[0, :0]
+        return RingEntry(
+            rows=rows,
+            tokens=tokens,
+            logprobs=bits.view(np.float32),
+            reasons=reasons,
+            positions=positions,
+            top_counts=counts,
+            top_ids=top[:, 0],
+            top_logprobs=top[:, 1].view(np.float32),
+            logit_lines=lines,
+            logits=logits,
+            fault=fault,
+            begin_ns=begin_ns,
+            end_ns=end_ns,
+        )

@@ -16,12 +16,14 @@ import torch.distributed as dist
 
 from barriers.allgather import AllGather
 from barriers.config import GroupConfig
+from barriers.deepep import DeepEpLowLatency, DeepEpNormal
 from barriers.device_barrier import DeviceWatch
+from barriers.errors import RankError
 from barriers.group import RankGroup
 from barriers.host_meeting import HostMeeting
-from barriers.rdep import Rdep, load_rdep, peer_layout, peer_views
+from barriers.rdep import Rdep, RdepTuning, load_rdep, peer_layout, peer_views
 from barriers.symmetric_device import DeviceMemory
-from barriers.transport import Local, Transport, TransportConfig
+from barriers.transport import DEEPEP, Local, Transport, TransportConfig
 from capture_cache.driver import Device
 from capture_cache.store import Store
 from kernels.triton.launch import Launcher
@@ -53,12 +55,14 @@ class Ranks:
         views: Mapping[str, torch.Tensor],
         launch: Launcher | None,
         store: Store,
+        tuning: RdepTuning | None = None,
     ) -> Transport:
         """Make the transport `name`; every rank calls this alike.
 
         Args:
             views: of the arena; the transport's own buffers are among them where it has some there.
             launch: None on the CPU twin.
+            tuning: of rdep.
         Raises:
             RankError: a rank failed, or did not come; raised on all of them.
         """
@@ -66,13 +70,14 @@ class Ranks:
             return Local(config, launch)
         if name == "allgather":
             return self._allgather(config, views, launch)
-        return self._rdep(config, views, store)
+        if name in DEEPEP:
+            return self._deepep(name, config, views, launch)
+        return self._rdep(config, views, store, tuning)
 
     def _allgather(
         self, config: TransportConfig, views: Mapping[str, torch.Tensor], launch: Launcher | None
     ) -> Transport:
-        if not dist.is_initialized():
-            self._connect("gloo" if launch is None else "nccl")
+        self._connect("gloo" if launch is None else "nccl")
         meeting = None
         if launch is None:
             step = views["step"]
@@ -82,8 +87,10 @@ class Ranks:
         return AllGather(config, views, dist.group.WORLD, launch, meeting)
 
     def _connect(self, backend: str) -> None:
-        """Make torch's process group, over a store of its own: an earlier runtime of this process
-        may have left entries in the one that `MASTER_PORT` names."""
+        """Make torch's process group if there is none, over a store of its own: an earlier runtime
+        of this process may have left entries in the one that `MASTER_PORT` names."""
+        if dist.is_initialized():
+            return
         timeout = datetime.timedelta(seconds=max(self.deadline_s, CONNECT_S))
         mine = None
         if self.rank == 0:
@@ -95,18 +102,54 @@ class Ranks:
             "127.0.0.1", port, None, False, timeout
         )
         dist.init_process_group(
-            backend, store=store, rank=self.rank, world_size=self.world, timeout=timeout
+            backend,
+            store=store,
+            rank=self.rank,
+            world_size=self.world,
+            timeout=timeout,
+            device_id=_current_gpu() if backend == "nccl" else None,
         )
         self._open.callback(dist.destroy_process_group)
         # torch has one time-out for connecting and for every collective after it.
         dist.distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=self.deadline_s))
 
+    def _deepep(
+        self,
+        name: str,
+        config: TransportConfig,
+        views: Mapping[str, torch.Tensor],
+        launch: Launcher | None,
+    ) -> Transport:
+        self._connect("gloo" if launch is None else "nccl")  # upstream's start goes through it
+        self.group.barrier(f"starting {name}")  # which has no deadline of its own
+        transport: DeepEpLowLatency | DeepEpNormal
+        if name == "deepep":
+            transport = DeepEpLowLatency.open(config, views, dist.group.WORLD)
+        else:
+            transport = DeepEpNormal.open(config, views, dist.group.WORLD, launch)
+        self._open.callback(self._close_together, transport)
+        self.group.barrier(f"{name} started")
+        return transport
+
+    def _close_together(self, transport: DeepEpLowLatency | DeepEpNormal) -> None:
+        """Upstream ends in a barrier of its own; without the others it would wait there for good,
+        so then its memory is left to the end of this process."""
+        try:
+            self.group.barrier(f"closing {transport.name}", timeout_s=self.deadline_s)
+        except RankError:
+            return
+        transport.close()
+
     def _rdep(
-        self, config: TransportConfig, views: Mapping[str, torch.Tensor], store: Store
+        self,
+        config: TransportConfig,
+        views: Mapping[str, torch.Tensor],
+        store: Store,
+        tuning: RdepTuning | None,
     ) -> Transport:
         device = Device(torch.cuda.current_device())
         # All ranks have their code before any of them can wait for another.
-        kernels = load_rdep(device, config, store=store)
+        kernels = load_rdep(device, config, tuning, store=store)
         layout = peer_layout(config)
         memory = DeviceMemory(self.group, device, layout.device_bytes)
         self._open.callback(memory.close)
@@ -117,7 +160,9 @@ class Ranks:
         )
         self._open.callback(self._watch.close)
         buffers = peer_views(layout, memory.payload, torch.device("cuda", device.ordinal))
-        transport = Rdep(config, buffers, kernels, base=memory.base, stride=memory.stride)
+        transport = Rdep(
+            config, buffers, kernels, base=memory.base, stride=memory.stride, tuning=tuning
+        )
         torch.cuda.synchronize()
         self.group.barrier("peer memory")
         return transport
@@ -132,5 +177,10 @@ class Ranks:
         self.group.barrier(what)
 
     def close(self) -> None:
-        """Leave the group and release what is shared; waits for nobody. Idempotent."""
+        """Leave the group and release what is shared. Idempotent; waits for nobody, but for the
+        deadline where DeepEP ends in a meeting."""
         self._open.close()
+
+
+def _current_gpu() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device())

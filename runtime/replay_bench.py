@@ -73,7 +73,12 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--keys", help="time only these keys of the ladder")
     p.add_argument("--out", help="directory for the JSON, the PNG and the Chrome trace")
     p.add_argument("--bandwidth", type=float, help="device read bandwidth for the floor, TB/s")
-    p.add_argument("--verify", action=argparse.BooleanOptionalAction, default=True)
+    p.add_argument(
+        "--verify",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="prove every key before it is timed",
+    )
     return p
 
 
@@ -96,17 +101,19 @@ def main(argv: list[str] | None = None) -> int:
             raise ValueError(f"--out {args.out} cannot be a folder: {error.strerror}") from error
     with Bar() as bar:
         engine = build(selection(args, verify=args.verify), bar)
-        with Runtime(engine) as runtime:
+        with Runtime(engine, engine.options.scheduling) as runtime:
             bench = ReplayBench(runtime, args.ctx_len, args.steps, args.bandwidth)
-            keys = _keys(engine, args.keys)
+            keys, skipped = _keys(engine, args.keys)
             times = []
             for key in keys:
                 times.append(bench.time_key(key))
                 bar("replay", len(keys), key)
             largest = max((k for k in keys if k.tokens == k.rows), default=keys[-1])
             parts = bench.time_parts(largest)
-            report = _report(engine, args, times, largest, parts)
-    _show(engine, times, largest, parts, args.ctx_len)
+            report = _report(engine, args, times, largest, parts) | {
+                "skipped_keys": [str(key) for key in skipped]
+            }
+    _show(engine, times, largest, parts, args.ctx_len, skipped)
     if args.out:
         for path in write_files(Path(args.out), report, bench.trace):
             console.print(f"wrote      {path}")
@@ -115,14 +122,25 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _keys(engine: Engine, chosen: str | None) -> list[GraphKey]:
+def _chunk(key: GraphKey) -> int:
+    """Tokens of the prompt that a mixed key is timed with."""
+    return key.tokens - key.rows + 1
+
+
+def _keys(engine: Engine, chosen: str | None) -> tuple[list[GraphKey], list[GraphKey]]:
+    """The keys to time, and those of the ladder whose prompt no request may have."""
     if chosen is None:
-        return list(engine.ladder.keys)
+        long = [
+            k
+            for k in engine.ladder.keys
+            if _chunk(k) > 1 and _chunk(k) >= engine.config.max_seq_len
+        ]
+        return [k for k in engine.ladder.keys if k not in long], long
     keys = [GraphKey.parse(part) for part in chosen.split(",")]
     missing = [str(k) for k in keys if k not in engine.ladder.keys]
     if missing:
         raise ValueError(f"--keys {','.join(missing)}: not in the ladder {engine.ladder}")
-    return keys
+    return keys, []
 
 
 class ReplayBench:
@@ -201,7 +219,7 @@ class ReplayBench:
         begin: list[int] = []
         end: list[int] = []
         host: list[float] = []
-        vocab, size = self.engine.model_config.vocab_size, key.tokens - key.rows + 1
+        vocab, size = self.engine.model_config.vocab_size, _chunk(key)
         if size >= self.engine.config.max_seq_len:
             raise ValueError(
                 f"key {key} takes a prompt chunk of {size} tokens and --max-seq-len is "
@@ -290,7 +308,12 @@ def _report(
 
 
 def _show(
-    engine: Engine, times: list[KeyTimes], largest: GraphKey, parts: dict[str, float], ctx_len: int
+    engine: Engine,
+    times: list[KeyTimes],
+    largest: GraphKey,
+    parts: dict[str, float],
+    ctx_len: int,
+    skipped: list[GraphKey],
 ) -> None:
     table = Table(title=f"replay, {engine.device_name}, context {ctx_len}")
     for name in (
@@ -317,7 +340,14 @@ def _show(
             "-" if t.floor_us is None else f"{t.floor_us / 1e3:.3f}",
             "-" if t.fraction is None else f"{t.fraction:.0%}",
         )
+    for key in skipped:
+        table.add_row(str(key), "skipped", *["-"] * 7)
     console.print(table)
+    if skipped:
+        console.print(
+            f"skipped    {', '.join(map(str, skipped))}: a prompt that fills the key is longer "
+            f"than --max-seq-len {engine.config.max_seq_len} allows"
+        )
     split = Table(title=f"inside one step of key {largest} (stamps add about a microsecond each)")
     for name in ("part", "count", "median us", "sum us", "share"):
         split.add_column(name, justify="left" if name == "part" else "right")

@@ -7,14 +7,17 @@ from dataclasses import dataclass
 
 import torch
 
+from barriers.deepep import check_sizes, load_buffer_class, outside_bytes
+from barriers.transport import DEEPEP
 from barriers.transport import resolve as resolve_transport
 from capture_cache.layout import ArenaLayout
 from graphs.attention_choice import AttentionCut
-from graphs.buffers import StepConfig, arena_layout, default_cut, kv_bytes_per_token
+from graphs.buffers import arena_layout, kv_bytes_per_token, transport_config
 from graphs.checkpoint import ModelSource, resolve_model
 from graphs.flashinfer_mla import FlashinferMla
 from graphs.keys import Ladder
 from graphs.model_config import ModelConfig, parse_overrides
+from graphs.step_config import StepConfig, default_cut
 from runtime.config import RuntimeConfig
 
 # Left for the driver, the graphs themselves and libraries when the KV cache takes what is free.
@@ -43,6 +46,7 @@ def choose(options: RuntimeConfig, *, compile_only: bool = False) -> Selection:
 
     Raises:
         ValueError: options that contradict each other or the model.
+        DeepEpMissing: the transport needs a package that is not here.
     """
     model, source = resolve_model(
         options.model, layers=options.layers, overrides=parse_overrides(options.overrides)
@@ -68,6 +72,7 @@ def choose(options: RuntimeConfig, *, compile_only: bool = False) -> Selection:
     ladder = Ladder.default(rows) if options.ladder is None else Ladder.parse(options.ladder, rows)
     on_device = compile_only or _on_device(options)
     attention, reason = _attention(options, model, on_device and not compile_only)
+    transport = resolve_transport(options.transport, world=options.num_ranks, on_device=on_device)
     step = StepConfig(
         max_rows=rows,
         max_seq_len=options.max_seq_len,
@@ -77,12 +82,15 @@ def choose(options: RuntimeConfig, *, compile_only: bool = False) -> Selection:
         ep_size=options.num_ranks,
         ep_rank=0 if compile_only else options.ranks.rank,
         attention=attention,
-        transport=resolve_transport(
-            options.transport, world=options.num_ranks, on_device=on_device
-        ),
+        transport=transport,
         pdl=_pdl(options, on_device, compile_only=compile_only),
-        prefetch=_prefetch(options, on_device, compile_only=compile_only),
+        overlap=_overlap(options, model, transport),
+        logits_rows=min(rows, options.logits_rows),
     )
+    if step.transport in DEEPEP:
+        check_sizes(step.transport, transport_config(model, step, ladder.max_tokens))
+        if not compile_only:
+            load_buffer_class()  # its absence is told before ranks meet and weights are loaded
     pages = options.num_pages
     if pages is None:
         pages = _default_pages(model, step, ladder, on_device and not compile_only)
@@ -126,14 +134,16 @@ def with_attention(options: RuntimeConfig, selection: Selection, cut: AttentionC
     return dataclasses.replace(selection, step=step, attention_reason=reason)
 
 
-def _prefetch(options: RuntimeConfig, on_device: bool, *, compile_only: bool) -> bool:
-    """Whether weights are brought into L2 ahead of time."""
-    able = _is_sm90(on_device, compile_only=compile_only)
-    if options.prefetch and not able:
+def _overlap(options: RuntimeConfig, model: ModelConfig, transport: str) -> bool:
+    """Whether a shared expert runs beside an exchange."""
+    with_experts = model.first_k_dense_replace < model.num_layers
+    able = transport != "local" and with_experts and model.num_shared_experts > 0
+    if options.overlap and not able:
         raise ValueError(
-            "--prefetch needs a CUDA device of compute capability 9.0 or later; leave it out"
+            f"--overlap runs a shared expert beside an exchange between ranks, and {options.model} "
+            f"with --transport {transport} lacks one of them; leave it out"
         )
-    return able if options.prefetch is None else options.prefetch
+    return able if options.overlap is None else options.overlap
 
 
 def _is_sm90(on_device: bool, *, compile_only: bool) -> bool:
@@ -178,6 +188,8 @@ def _default_pages(model: ModelConfig, step: StepConfig, ladder: Ladder, on_devi
     free, _ = torch.cuda.mem_get_info()
     page_bytes = kv_bytes_per_token(model) * step.page_size
     room = free - arena_layout(model, step, ladder).device_bytes - RESERVED_BYTES
+    if step.transport in DEEPEP:
+        room -= outside_bytes(step.transport, transport_config(model, step, ladder.max_tokens))
     pages = min(wanted, room // page_bytes)
     if pages < step.max_pages + 1:
         raise ValueError(

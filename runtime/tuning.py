@@ -20,15 +20,15 @@ from typing import Any
 import torch
 
 from capture_cache.errors import CaptureError, CorruptBundle
+from capture_cache.machine import here
 from capture_cache.store import Store
 from graphs.aot import AotLauncher
 from graphs.buffers import workspace_per_token
 from graphs.calls import Call, NoLauncher, RecordingOps
 from graphs.candidates import PLANS, Candidate, candidates, named
 from graphs.capture import GraphBackend
-from graphs.choices import ChosenOps, KernelChoices, SiteChoice, site_of, tokens_of
+from graphs.choices import ChosenOps, KernelChoices, Pick, SiteChoice, site_of, tokens_of
 from graphs.compile import RecordingLauncher, compile_all
-from graphs.fingerprint import toolchain_facts
 from graphs.keys import GraphKey
 from graphs.ops import Ops
 from graphs.select import REFERENCE_TOKENS, check_pins, choose_site, confirm, fits_workspace
@@ -99,7 +99,7 @@ def record_calls(selection: Selection, views: Mapping[str, torch.Tensor]) -> Cal
     ops = RecordingOps(Ops(nobody), hook)
     # FA3 attention would run its kernel: which attention there is does not matter here.
     plain = replace(selection, step=replace(selection.step, attention="triton"))
-    step = make_step(plain, ops, views, listed_transport(selection, nobody))
+    step = make_step(plain, ops, views, listed_transport(selection, nobody, views))
     for key in selection.ladder.keys:
         step.run(key)
     return found
@@ -125,7 +125,7 @@ class Tuner:
     _defaults: dict[str, str] = field(default_factory=dict)
 
     def choose(self, calls: Calls) -> KernelChoices:
-        """From pins, the store, or measurements.
+        """From pins, from the store alone ("auto"), or from the store and measurements.
 
         Raises:
             ValueError: pins that do not fit.
@@ -142,6 +142,8 @@ class Tuner:
         for (site, count), some in calls.items():
             sites[site][count] = some
         known = {site: self._load(site) for site in sites}
+        if self.options.kernels == "auto":
+            return self._stored(calls, known)
         missing = [s for s, k in known.items() if k is None or set(sites[s]) - k.tokens.keys()]
         if missing:
             wanted = {(s, n): c for (s, n), c in calls.items() if s in missing}
@@ -159,6 +161,25 @@ class Tuner:
             self.progress("tune", len(sites), site)
         origin = "measured" if missing else "stored"
         return KernelChoices(chosen, None, origin)
+
+    def _stored(self, calls: Calls, known: Mapping[str, SiteChoice | None]) -> KernelChoices:
+        """What was measured before; of a site that lacks a count, the default of its order."""
+        chosen: dict[str, dict[int, Pick]] = defaultdict(dict)
+        for (site, count), some in sorted(calls.items(), key=lambda item: item[0]):
+            whole = known[site]
+            if whole is not None:
+                chosen[site][count] = whole.tokens.get(count) or self._unmeasured(some[0], whole)
+        if not chosen:
+            return KernelChoices()
+        sites = {s: SiteChoice(known[s].bits, picks) for s, picks in chosen.items()}  # type: ignore[union-attr]
+        choices = KernelChoices(sites, None, "stored")
+        taken = {(s, n): some for (s, n), some in calls.items() if s in sites}
+        self._compile(taken, lambda call: [named(call, self._pick(choices, call))], ())
+        return choices
+
+    def _unmeasured(self, call: Call, whole: SiteChoice) -> Pick:
+        same = (c for c in self._found(call) if c.exact and c.bits == whole.bits)
+        return Pick(next(same).name)
 
     def confirm(
         self, choices: KernelChoices, step: DecodeStep, views: Mapping[str, torch.Tensor]
@@ -276,7 +297,7 @@ class Tuner:
     # ------------------------------------------------------------------ the store
 
     def _digest(self, site: str) -> str:
-        facts = toolchain_facts(True) | {
+        facts = here(on_device=True, ordinal=self.options.local_rank) | {
             "site": site,
             "ep size": self.selection.step.ep_size,
             "pdl": self.selection.step.pdl,

@@ -27,6 +27,10 @@ constexpr int kMaxRanks = 32;  // one lane of a warp each
 constexpr int kTag = 1024;
 constexpr int kFastPolls = 32;   // microseconds, before anything else is looked at
 constexpr int kSlowPolls = 64;   // between two looks at the clock and the poison flag
+// Between two looks into host memory, the first one included. Every waiting block looks, and host memory answers
+// one read after another, each about a microsecond: were a wait of some 20 us enough for a look, a grid of
+// hundreds would be late by hundreds of microseconds, its peers would wait for it and look, too, and so on.
+constexpr u64 kAskHostNs = 1000000;
 constexpr u32 kWarp = 0xffffffffu;
 
 // Why waits stopped waiting; `barriers/watch.py` mirrors the numbers.
@@ -165,24 +169,28 @@ __device__ __noinline__ void stop_run(State* state, Stop why, Where where, u64 m
   st_release_sys(&r->stop, why);  // pairs with the host's ordered reads of `stop`, then the rest
 }
 
-// The whole warp, after the fast polls: may the wait go on? `late`: the lane's peer has not arrived.
-__device__ __noinline__ bool may_go_on(State* state, Where where, bool late, u64 begin_ns) {
+// The whole warp, after the fast polls: may the wait go on? `late`: the lane's peer has not arrived. ask_ns: when to
+// look into host memory; returns the next such time, or 0 to stop.
+__device__ __noinline__ u64 may_go_on(State* state, Where where, bool late, u64 begin_ns, u64 ask_ns) {
   u32 missing = __ballot_sync(kWarp, late);
   int go_on = 1;
   if ((threadIdx.x & 31) == 0) {
-    u64 waited = now_ns() - begin_ns;
+    u64 now = now_ns(), waited = now - begin_ns;
     // Relaxed: poison carries no data, only the wish to stop. `abort` lies in host memory.
     if (ld_relaxed_sys(&state->poison) != kRunning) {
       go_on = 0;
     } else if (waited > state->deadline_ns) {
       stop_run(state, kDeadline, where, missing, 0, waited);
       go_on = 0;
-    } else if (ld_relaxed_sys(&state->record->abort) != 0) {
-      stop_run(state, kAborted, where, missing, 0, waited);
-      go_on = 0;
+    } else if (now >= ask_ns) {
+      ask_ns = now + kAskHostNs;
+      if (ld_relaxed_sys(&state->record->abort) != 0) {
+        stop_run(state, kAborted, where, missing, 0, waited);
+        go_on = 0;
+      }
     }
   }
-  return __shfl_sync(kWarp, go_on, 0) != 0;
+  return __shfl_sync(kWarp, go_on, 0) != 0 ? ask_ns : 0;
 }
 
 // The whole warp: wait until `arrived(word)` holds in every lane with `late` set.
@@ -195,12 +203,12 @@ __device__ __forceinline__ bool wait_all(State* state, Where where, bool late, c
   #pragma unroll 1
   for (int i = 0; i < kFastPolls && __any_sync(kWarp, late); i++) late = late && !arrived(poll<kPoll>(word));
   if (__any_sync(kWarp, late)) {
-    u64 begin = now_ns();
+    u64 begin = now_ns(), ask = begin + kAskHostNs;
     do {
       #pragma unroll 1
       for (int i = 0; i < kSlowPolls && __any_sync(kWarp, late); i++)
         late = late && !arrived(poll<kPoll>(word));
-    } while (__any_sync(kWarp, late) && may_go_on(state, where, late, begin));
+    } while (__any_sync(kWarp, late) && (ask = may_go_on(state, where, late, begin, ask)) != 0);
   }
   // Relaxed polls acquire nothing by themselves: this fence pairs with the peers' releases.
   if (kPoll == Poll::kRelaxedThenFence) fence_sys();

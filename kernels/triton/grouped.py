@@ -20,10 +20,8 @@ import triton.language as tl
 
 from kernels.triton.launch import Arg, Launcher, TensorMap
 from kernels.triton.overlap import (
-    OFF,
     await_inputs_streaming,
     overlap,
-    prefetch_rows,
     release_dependents,
 )
 from kernels.triton.tiles import (
@@ -48,8 +46,6 @@ PAIR_BLOCKS = (16, 32, 64)  # pairs of a tile; an expert's own count chooses, on
 FP8_MAX = 448.0
 FP8_MIN_AMAX = 1e-4
 
-_FIRST_WAVE = tl.constexpr(264)  # programs that may begin before their inputs are there
-
 
 @dataclass(frozen=True)
 class GroupedPlan:
@@ -58,22 +54,17 @@ class GroupedPlan:
     Attributes:
         block_n: weight rows of a tile: 64 or 128; FP8 gate_up takes 128, a quantisation group.
         per_sm: programs that are to share an SM; decides how deep each is pipelined.
-        prefetch: blocks of K whose weights are asked for before the inputs are there.
     """
 
     block_n: int = BLOCK_N
     per_sm: int = 2
-    prefetch: int = 4
 
     def __post_init__(self) -> None:
         if self.block_n not in (64, 128) or self.per_sm not in BUDGET_BYTES:
             raise ValueError(f"expected block_n 64 or 128 and 1 to 3 programs, got {self}")
-        if self.prefetch & (self.prefetch - 1):
-            raise ValueError(f"prefetch must be 0 or a power of two, got {self.prefetch}")
 
 
-# Two fp32 accumulators and a partial product leave registers for one program on an SM.
-GATE_UP_PLAN = GroupedPlan(per_sm=1)
+GATE_UP_PLAN = GroupedPlan()
 DOWN_PLAN = GroupedPlan()
 
 
@@ -199,7 +190,6 @@ def _gate_up_kernel(
     x_scale,  # f32 [T, K/128]
     w,  # as x [E, 2*INTER, K]: gate rows, then up rows
     w_scale,  # f32 [E, 2*(INTER/128), K/128]
-    w_rows,  # w behind a plain pointer
     offsets,  # i32 [E+1]
     pairs,  # i32 [T*TOP_K]
     out,  # act or e4m3 [T*TOP_K, INTER]
@@ -221,7 +211,6 @@ def _gate_up_kernel(
     STAGES_16: tl.constexpr,
     STAGES_32: tl.constexpr,
     STAGES_64: tl.constexpr,
-    PREFETCH: tl.constexpr,
     PDL: tl.constexpr,
 ):
     # How many pairs an expert has is known on the device only: one kernel holds several heights.
@@ -229,12 +218,6 @@ def _gate_up_kernel(
     slot = tl.program_id(1)
     if not COMPACT:
         slot = E - 1 - slot  # a shared expert is the last and has the most to do: it goes first
-    if PREFETCH > 0 and tl.program_id(1) * tl.num_programs(0) + n_tile < _FIRST_WAVE:
-        slot_end = (slot + 1) * (2 * INTER)
-        row = slot_end - INTER + n_tile * BLOCK_N
-        prefetch_rows(w_rows, row, 0, slot_end, K, K, BLOCK_N, PREFETCH * BLOCK_K)
-        row -= INTER
-        prefetch_rows(w_rows, row, 0, slot_end - INTER, K, K, BLOCK_N, PREFETCH * BLOCK_K)
     await_inputs_streaming(PDL)
     expert, first, end = _expert_of(offsets, slot, E, E_POW2, COMPACT)
     if HIGHEST == 16 or end - first <= 16:
@@ -316,7 +299,6 @@ def _down_kernel(
     h_scale,  # f32 [P, K/128]
     w,  # as h [E, N, K]
     w_scale,  # f32 [E, N/128, K/128]
-    w_rows,  # w behind a plain pointer
     offsets,  # i32 [E+1]
     pairs,  # i32 [P]
     out,  # act [P, N]
@@ -336,7 +318,6 @@ def _down_kernel(
     STAGES_16: tl.constexpr,
     STAGES_32: tl.constexpr,
     STAGES_64: tl.constexpr,
-    PREFETCH: tl.constexpr,
     PDL: tl.constexpr,
 ):
     # How many pairs an expert has is known on the device only: one kernel holds several heights.
@@ -344,10 +325,6 @@ def _down_kernel(
     slot = tl.program_id(1)
     if not COMPACT:
         slot = E - 1 - slot  # a shared expert is the last and has the most to do: it goes first
-    if PREFETCH > 0 and tl.program_id(1) * tl.num_programs(0) + n_tile < _FIRST_WAVE:
-        slot_end = (slot + 1) * N
-        row = slot_end - N + n_tile * BLOCK_N
-        prefetch_rows(w_rows, row, 0, slot_end, K, K, BLOCK_N, PREFETCH * BLOCK_K)
     await_inputs_streaming(PDL)
     expert, first, end = _expert_of(offsets, slot, E, E_POW2, COMPACT)
     if HIGHEST == 16 or end - first <= 16:
@@ -420,7 +397,6 @@ def grouped_gate_up(
         _or(x_scale, x),
         tiles.w,
         _or(w_scale, x),
-        w.view(-1, k),
         offsets,
         pairs,
         out,
@@ -482,7 +458,6 @@ def grouped_down(
         _or(h_scale, h),
         tiles.w,
         _or(w_scale, h),
-        w.view(-1, k),
         offsets,
         pairs,
         out,
@@ -531,15 +506,16 @@ class _Tiles:
             raise ValueError(f"FP8 gate_up needs block_n {FP8_GROUP}, got {plan}")
         block_k = BLOCK_K_BYTES // w.element_size()
         source = flat if w.dtype == torch.float32 else tile_source(flat, (block_n, block_k))
-        budget = BUDGET_BYTES[plan.per_sm if fp8 else 2]
+        bulk = isinstance(source, TensorMap)
+        highest = next((h for h in PAIR_BLOCKS if h >= most), PAIR_BLOCKS[-1]) if bulk else 16
+        per_sm = plan.per_sm if fp8 else 2
+        if fp8 and halves == 2 and highest > 32:
+            per_sm = 1  # two tall fp32 accumulators and a partial product take all registers
+        budget = BUDGET_BYTES[per_sm]
         stages = tuple(
             max(2, pipeline_stages(halves * block_n, height, budget)) for height in PAIR_BLOCKS
         )
-        bulk = isinstance(source, TensorMap)
         compact = num_pairs < num_experts
-        highest = next((h for h in PAIR_BLOCKS if h >= most), PAIR_BLOCKS[-1]) if bulk else 16
-        # Which expert a slot of a compact grid takes is known only once the lists are there.
-        ahead = bulk and not compact and launch.pdl != OFF
         return cls(
             w=source,
             # No more experts can have pairs than there are pairs: idle programs cost a step, too.
@@ -559,7 +535,6 @@ class _Tiles:
                 "STAGES_16": stages[0],
                 "STAGES_32": stages[1],
                 "STAGES_64": stages[2],
-                "PREFETCH": plan.prefetch if ahead else 0,
             },
             stages=stages,
             num_warps=max(4, block_n * halves // 32),  # a warp group for each tile of 128 rows

@@ -111,6 +111,21 @@ class JitLauncher:
         kernel[grid](*real, num_warps=num_warps, num_stages=num_stages, **options, **constexprs)
 
 
+class Ordinary:
+    """Another launcher's launches, each of which waits for all that comes before it."""
+
+    def __init__(self, inner: Launcher) -> None:
+        self._inner = inner
+        self.arch, self.num_sms, self.pdl = inner.arch, inner.num_sms, OFF
+
+    def __call__(
+        self, kernel: Any, grid: tuple[int, ...], *args: Arg, pdl: bool = False, **options: Any
+    ) -> None:
+        """As `Launcher`; kernels ask `overlap(launch)`, so none comes with `pdl`."""
+        assert not pdl
+        self._inner(kernel, grid, *args, **options)
+
+
 @dataclass(frozen=True)
 class KernelSpec:
     """Everything that decides the machine code of one kernel.

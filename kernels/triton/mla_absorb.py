@@ -18,13 +18,8 @@ from kernels.triton.activation import check_quantized, quantize_groups, quantize
 from kernels.triton.launch import Launcher
 from kernels.triton.mla_prep import rope_pair, rope_ref
 from kernels.triton.overlap import (
-    OFF,
-    Ahead,
-    ahead_constexprs,
     await_inputs,
     overlap,
-    prefetch_rows,
-    prefetch_share,
 )
 from kernels.triton.tiles import einsum_rows
 
@@ -116,7 +111,6 @@ def _absorb_q(
 def _absorb_v(
     o_latent,  # act [T, H, DC], row pitch o_pitch
     w_uv,  # act [H, DV, DC]
-    ahead,  # weights of a later kernel, or unused
     out,  # act [T, H*DV], row pitch out_pitch, or unused
     out_q,  # e4m3 [T, H*DV], row pitch out_q_pitch, or unused
     out_scale,  # fp32 [T, H*DV/128], row pitch scale_pitch, or unused
@@ -133,12 +127,6 @@ def _absorb_v(
     HAS_OUT: tl.constexpr,
     HAS_Q: tl.constexpr,
     PRECISION: tl.constexpr,
-    PREFETCH: tl.constexpr,
-    AHEAD_ROWS: tl.constexpr,
-    AHEAD_COLS: tl.constexpr,
-    AHEAD_BANDS: tl.constexpr,
-    AHEAD_SPAN: tl.constexpr,
-    AHEAD_SHARE: tl.constexpr,
     PDL: tl.constexpr,
 ):
     V_TILES: tl.constexpr = (DV + BLOCK_V - 1) // BLOCK_V
@@ -148,13 +136,7 @@ def _absorb_v(
     c = tl.arange(0, BLOCK_C)
     w_at = w_uv + head.to(tl.int64) * (DV * DC) + v[:, None] * DC + c[None, :]
     x_at = o_latent + head * DC + t.to(tl.int64)[None, :] * o_pitch + c[:, None]
-    if PREFETCH:
-        v0 = head * DV + (tl.program_id(0) % V_TILES) * BLOCK_V
-        prefetch_rows(w_uv, v0, 0, (head + 1) * DV, DC, DC, BLOCK_V, DC)
     await_inputs(PDL)
-    if AHEAD_SPAN > 0 and tl.program_id(1) == 0:
-        program = tl.program_id(0)
-        prefetch_share(ahead, program, AHEAD_ROWS, AHEAD_COLS, AHEAD_BANDS, AHEAD_SPAN, AHEAD_SHARE)
     acc = tl.zeros([BLOCK_V, BLOCK_T], tl.float32)
     for c0 in range(0, DC, BLOCK_C):
         w = tl.load(w_at + c0, mask=(v[:, None] < DV) & (c[None, :] + c0 < DC), other=0.0)
@@ -262,7 +244,6 @@ def absorb_v(
     o_latent: torch.Tensor,
     w_uv: torch.Tensor,
     *,
-    ahead: Ahead | None = None,
     out: torch.Tensor | None = None,
     out_q: torch.Tensor | None = None,
     out_scale: torch.Tensor | None = None,
@@ -272,7 +253,6 @@ def absorb_v(
     Args:
         o_latent: act [T, H, dc].
         w_uv: act [H, dv, dc].
-        ahead: weights of a later kernel to ask L2 for meanwhile.
         out: act [T, H*dv]; the row pitch may exceed the width.
         out_q, out_scale: the same (after its rounding to act) quantised, e4m3 [T, H*dv] and
             fp32 [T, H*dv/128]; only where dv is a multiple of 128.
@@ -291,7 +271,6 @@ def absorb_v(
         (num_heads * triton.cdiv(dv, tile.rows), triton.cdiv(tokens, block_t)),
         o_latent,
         w_uv,
-        w_uv if ahead is None else ahead.weight,
         o_latent if out is None else out,
         o_latent if out_q is None else out_q,
         o_latent if out_scale is None else out_scale,
@@ -308,8 +287,6 @@ def absorb_v(
         HAS_OUT=out is not None,
         HAS_Q=out_q is not None,
         PRECISION=_precision(o_latent),
-        **ahead_constexprs(ahead, num_heads * triton.cdiv(dv, tile.rows)),
-        PREFETCH=launch.pdl != OFF and dc * w_uv.element_size() % 32 == 0,
         num_warps=4,
         num_stages=4,  # deep enough that one head's whole weight is in flight
         **overlap(launch),
@@ -320,7 +297,6 @@ def absorb_v_ref(
     o_latent: torch.Tensor,
     w_uv: torch.Tensor,
     *,
-    ahead: Ahead | None = None,
     out: torch.Tensor | None = None,
     out_q: torch.Tensor | None = None,
     out_scale: torch.Tensor | None = None,

@@ -14,12 +14,8 @@ from kernels.triton.activation import GROUP, check_quantized, quantize_groups, q
 from kernels.triton.launch import Launcher
 from kernels.triton.norm import _norm_weight, _rmsnorm, _rmsnorm_ref
 from kernels.triton.overlap import (
-    AHEAD_PROGRAMS,
-    Ahead,
-    ahead_constexprs,
     await_inputs,
     overlap,
-    prefetch_share,
 )
 from kernels.triton.tiles import load_parts, num_parts, sum_parts
 
@@ -51,14 +47,12 @@ def rope_pair(
 @triton.jit
 def _mla_prep(
     qkv,  # act [T, W], row pitch qkv_pitch; or f32 [PARTS, T, W]
-    T,
     tok_row,  # int32 [T]
     tok_pos,  # int32 [T]
     kv_slot,  # int64 [T]
     rope_table,  # fp32 [max_seq_len, 2*HALF]
     q_norm_weight,  # act or fp32 [QW], or unused
     kv_norm_weight,  # act or fp32 [DC]
-    ahead,  # weights of a later kernel, or unused
     kv_cache,  # act [num_slots, DC + 2*HALF], row pitch kv_pitch
     out,  # act [T, QW], row pitch out_pitch, or unused
     out_q,  # e4m3 [T, QW], row pitch q_pitch, or unused
@@ -81,24 +75,10 @@ def _mla_prep(
     PARTS: tl.constexpr,
     HAS_OUT: tl.constexpr,
     HAS_Q: tl.constexpr,
-    AHEAD_ROWS: tl.constexpr,
-    AHEAD_COLS: tl.constexpr,
-    AHEAD_BANDS: tl.constexpr,
-    AHEAD_SPAN: tl.constexpr,
-    AHEAD_SHARE: tl.constexpr,
     PDL: tl.constexpr,
 ):
     t = tl.program_id(0).to(tl.int64)
     row = qkv + t * qkv_pitch
-    if AHEAD_SPAN > 0:  # noqa: SIM102
-        # Programs of their own: there may be one row only, and it must not wait for this.
-        if t >= T:
-            program = (t - T) * tl.num_programs(1) + tl.program_id(1)
-            prefetch_share(
-                ahead, program, AHEAD_ROWS, AHEAD_COLS, AHEAD_BANDS, AHEAD_SPAN, AHEAD_SHARE
-            )
-            await_inputs(PDL)
-            return
     if tl.program_id(1) == 0:
         kv_col = tl.arange(0, KV_GROUPS)[:, None] * 128 + tl.arange(0, 128)[None, :]
         kv_w = _norm_weight(kv_norm_weight, kv_col, DC)
@@ -148,7 +128,6 @@ def mla_prep(
     eps: float,
     kv_start: int,
     interleave: bool,
-    ahead: Ahead | None = None,
     kv_cache: torch.Tensor,
     out: torch.Tensor | None = None,
     out_q: torch.Tensor | None = None,
@@ -170,7 +149,6 @@ def mla_prep(
         kv_start: column where the compressed KV begins.
         interleave: pairs are (0, 1), (2, 3) … instead of (0, dr/2), (1, dr/2+1) …; either way the
             first elements of all pairs are written before the second ones.
-        ahead: weights of a later kernel to ask L2 for meanwhile.
         kv_cache: act [num_slots, dc+dr].
         out: act [T, q_width], the normed query.
         out_q, out_scale: the same quantised, e4m3 [T, q_width] and fp32 [T, ceil(q_width/128)].
@@ -184,19 +162,16 @@ def mla_prep(
     )
     latent, half = kv_norm_weight.shape[0], rope_table.shape[1] // 2
     width = 0 if q_norm_weight is None else q_norm_weight.shape[0]
-    parts = 1 if q_norm_weight is None else 2
     launch(
         _mla_prep,
-        (tok_row.shape[0] + (AHEAD_PROGRAMS // parts if ahead else 0), parts),
+        (tok_row.shape[0], 1 if q_norm_weight is None else 2),
         qkv,
-        tok_row.shape[0],
         tok_row,
         tok_pos,
         kv_slot,
         rope_table,
         kv_norm_weight if q_norm_weight is None else q_norm_weight,
         kv_norm_weight,
-        kv_norm_weight if ahead is None else ahead.weight,
         kv_cache,
         qkv if out is None else out,
         qkv if out_q is None else out_q,
@@ -219,7 +194,6 @@ def mla_prep(
         PARTS=num_parts(qkv),
         HAS_OUT=out is not None,
         HAS_Q=out_q is not None,
-        **ahead_constexprs(ahead, AHEAD_PROGRAMS),
         num_warps=8,
         **overlap(launch),
     )
@@ -237,7 +211,6 @@ def mla_prep_ref(
     eps: float,
     kv_start: int,
     interleave: bool,
-    ahead: Ahead | None = None,
     kv_cache: torch.Tensor,
     out: torch.Tensor | None = None,
     out_q: torch.Tensor | None = None,

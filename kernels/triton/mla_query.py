@@ -16,15 +16,9 @@ from kernels.triton.launch import Launcher, TensorMap
 from kernels.triton.linear import linear_fp8_ref
 from kernels.triton.mla_absorb import absorb_q_ref
 from kernels.triton.overlap import (
-    OFF,
-    Ahead,
-    ahead_constexprs,
     await_inputs_streaming,
     overlap,
-    prefetch_rows,
-    prefetch_share,
     release_dependents,
-    touch,
 )
 from kernels.triton.tiles import (
     BUDGET_BYTES,
@@ -39,7 +33,6 @@ from kernels.triton.tiles import (
 
 TOKEN_BLOCKS = (16, 32, 64)
 LATENT_BLOCK = 128  # latent columns of a tile of W_UK
-PREFETCH_BLOCKS = 4  # of K, asked for before the inputs are there
 
 
 @triton.jit
@@ -73,12 +66,10 @@ def _latent_query(
     w_nope,  # e4m3 [H*(DN+DR), K], by tiles of DN rows
     w_rope,  # the same, by tiles of DR rows
     w_scale,  # f32 [H*(DN+DR)/128, K/128]
-    w_rows,  # the same as w_nope, behind a plain pointer
     w_uk,  # act [H, DN, DC]
     tok_pos,  # int32 [T]
     tok_row,  # int32 [T]
     rope_table,  # fp32 [max_seq_len, DR]
-    ahead,  # weights of a later kernel, or unused
     out,  # act [T, H, DC+DR], row pitch out_pitch
     T,
     out_pitch,
@@ -97,26 +88,13 @@ def _latent_query(
     EVEN_K: tl.constexpr,
     INTERLEAVE: tl.constexpr,
     STAGES: tl.constexpr,
-    PREFETCH: tl.constexpr,
-    AHEAD_ROWS: tl.constexpr,
-    AHEAD_COLS: tl.constexpr,
-    AHEAD_BANDS: tl.constexpr,
-    AHEAD_SPAN: tl.constexpr,
-    AHEAD_SHARE: tl.constexpr,
     PDL: tl.constexpr,
 ):
     t0 = tl.program_id(0) * BLOCK_T
     head = tl.program_id(1)
     row = head * (DN + DR)
     blocks: tl.constexpr = (K + 127) // 128
-    if PREFETCH > 0:
-        prefetch_rows(w_rows, row, 0, N, K, W_PITCH, DN, PREFETCH * 128)
-        prefetch_rows(w_rows, row + DN, 0, N, K, W_PITCH, DR, PREFETCH * 128)
-        touch(w_scale + row // 128 * blocks)
-        touch(w_scale + (row + DN) // 128 * blocks)
     await_inputs_streaming(PDL)
-    if PREFETCH > 0:
-        prefetch_rows(w_uk, head * DN, 0, (head + 1) * DN, DC, DC, DN, DC)
     t = t0 + tl.arange(0, BLOCK_T)
     real = tl.load(tok_row + t, mask=t < T, other=-1) >= 0
     nope = tl.zeros([DN, BLOCK_T], tl.float32)
@@ -132,8 +110,6 @@ def _latent_query(
         nope += tl.dot(wn, xt) * (scale[None, :] * nope_scale[:, None])
         rope += tl.dot(wr, xt) * (scale[None, :] * rope_scale[:, None])
     release_dependents(PDL)
-    if AHEAD_SPAN > 0 and t0 == 0:
-        prefetch_share(ahead, head, AHEAD_ROWS, AHEAD_COLS, AHEAD_BANDS, AHEAD_SPAN, AHEAD_SHARE)
     # The query is rounded as if it had been stored; a padded token's is zeros.
     act = out.dtype.element_ty
     q = tl.where(real[None, :], nope, 0.0).to(act)
@@ -174,7 +150,6 @@ def latent_query(
     rope_table: torch.Tensor,
     *,
     interleave: bool,
-    ahead: Ahead | None = None,
     out: torch.Tensor,
 ) -> None:
     """q = x @ w.T by head, its first dn elements @ w_uk, the rest rotated.
@@ -189,7 +164,6 @@ def latent_query(
         tok_row: int32 [T]; -1 is padding and gives zeros.
         rope_table: float32 [max_seq_len, dr]: cos of each pair, then sin of each.
         interleave: see `mla_prep`.
-        ahead: weights of a later kernel to ask L2 for at the end.
         out: act [T, H, dc+dr].
     Raises:
         ValueError: shapes that do not fit, or sizes that `fuses_query` does not allow.
@@ -213,12 +187,10 @@ def latent_query(
         nope,
         rope,
         ws,
-        w,
         w_uk,
         tok_pos,
         tok_row,
         rope_table,
-        w if ahead is None else ahead.weight,
         out,
         tokens,
         out.stride(0),
@@ -237,8 +209,6 @@ def latent_query(
         EVEN_K=k % FP8_GROUP == 0,
         INTERLEAVE=bool(interleave),
         STAGES=stages,
-        PREFETCH=PREFETCH_BLOCKS if bulk and launch.pdl != OFF and k % 16 == 0 else 0,
-        **ahead_constexprs(ahead, heads),
         num_warps=8,
         num_stages=stages,
         **overlap(launch),
@@ -256,7 +226,6 @@ def latent_query_ref(
     rope_table: torch.Tensor,
     *,
     interleave: bool,
-    ahead: Ahead | None = None,
     out: torch.Tensor,
 ) -> None:
     """`latent_query` in plain torch: the two products one after the other."""

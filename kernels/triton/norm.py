@@ -13,12 +13,8 @@ import triton.language as tl
 from kernels.triton.activation import GROUP, check_quantized, quantize_groups, quantize_ref
 from kernels.triton.launch import Launcher
 from kernels.triton.overlap import (
-    AHEAD_PROGRAMS,
-    Ahead,
-    ahead_constexprs,
     await_inputs,
     overlap,
-    prefetch_share,
 )
 from kernels.triton.routing import combine_ref
 from kernels.triton.tiles import load_parts, num_parts, sum_parts
@@ -91,12 +87,10 @@ def _weighted_rows(
 @triton.jit
 def _add_rmsnorm(
     x,  # act [T, H], row pitch x_pitch; written if HAS_DELTA
-    T,
     delta,  # act [T, H], row pitch delta_pitch; or f32 [PARTS, T, H]; act [T*K, H] if K; unused
     ids,  # int32 [T, K], or unused
     choice_weights,  # fp32 [T, K], or unused
     weight,  # act or fp32 [H]
-    ahead,  # weights of a later kernel, or unused
     out,  # act [T, H], row pitch out_pitch, or unused
     out_q,  # e4m3 [T, H], row pitch q_pitch, or unused
     out_scale,  # fp32 [T, ceil(H/128)], row pitch scale_pitch, or unused
@@ -114,11 +108,6 @@ def _add_rmsnorm(
     K: tl.constexpr,
     HAS_OUT: tl.constexpr,
     HAS_Q: tl.constexpr,
-    AHEAD_ROWS: tl.constexpr,
-    AHEAD_COLS: tl.constexpr,
-    AHEAD_BANDS: tl.constexpr,
-    AHEAD_SPAN: tl.constexpr,
-    AHEAD_SHARE: tl.constexpr,
     PDL: tl.constexpr,
 ):
     t = tl.program_id(0).to(tl.int64)
@@ -126,16 +115,7 @@ def _add_rmsnorm(
     col = group[:, None] * 128 + tl.arange(0, 128)[None, :]
     if GROUPS <= 64:  # wider rows leave no registers for it
         w = _norm_weight(weight, col, H)
-    if AHEAD_SPAN > 0:  # noqa: SIM102
-        # Programs of their own: there may be one row only, and it must not wait for this.
-        if t >= T:
-            prefetch_share(
-                ahead, t - T, AHEAD_ROWS, AHEAD_COLS, AHEAD_BANDS, AHEAD_SPAN, AHEAD_SHARE
-            )
     await_inputs(PDL)
-    if AHEAD_SPAN > 0:  # noqa: SIM102
-        if t >= T:
-            return
     row = x + t * x_pitch + col
     value = tl.load(row, mask=col < H, other=0.0)
     if HAS_DELTA:
@@ -246,7 +226,6 @@ def add_rmsnorm(
     *,
     eps: float,
     choices: tuple[torch.Tensor, torch.Tensor] | None = None,
-    ahead: Ahead | None = None,
     out: torch.Tensor | None = None,
     out_q: torch.Tensor | None = None,
     out_scale: torch.Tensor | None = None,
@@ -262,7 +241,6 @@ def add_rmsnorm(
         choices: (ids int32 [T, K], weights fp32 [T, K]): then delta is act [T*K, H], the experts'
             results, and is weighted and added up as by `routing.combine`. A token has all its
             choices or, where its first id is -1, none.
-        ahead: weights of a later kernel to ask L2 for meanwhile.
         out: act [T, H].
         out_q, out_scale: e4m3 [T, H] and fp32 [T, ceil(H/128)], made from the rounded norm; both or
             neither.
@@ -275,14 +253,12 @@ def add_rmsnorm(
     dummy = weight
     launch(
         _add_rmsnorm,
-        (x.shape[0] + (AHEAD_PROGRAMS if ahead else 0),),
+        (x.shape[0],),
         x,
-        x.shape[0],
         dummy if delta is None else delta,
         dummy if choices is None else choices[0],
         dummy if choices is None else choices[1],
         weight,
-        dummy if ahead is None else ahead.weight,
         dummy if out is None else out,
         dummy if out_q is None else out_q,
         dummy if out_scale is None else out_scale,
@@ -300,7 +276,6 @@ def add_rmsnorm(
         K=0 if choices is None else choices[0].shape[1],
         HAS_OUT=out is not None,
         HAS_Q=out_q is not None,
-        **ahead_constexprs(ahead, AHEAD_PROGRAMS),
         num_warps=_num_warps(x.shape[1]),
         **overlap(launch),
     )
@@ -313,7 +288,6 @@ def add_rmsnorm_ref(
     *,
     eps: float,
     choices: tuple[torch.Tensor, torch.Tensor] | None = None,
-    ahead: Ahead | None = None,
     out: torch.Tensor | None = None,
     out_q: torch.Tensor | None = None,
     out_scale: torch.Tensor | None = None,

@@ -13,10 +13,9 @@ import triton.language as tl
 
 from kernels.triton.launch import Launcher
 from kernels.triton.overlap import await_inputs, overlap
-from kernels.triton.tiles import num_parts, sigmoid_rows, sum_parts
+from kernels.triton.tiles import sigmoid_rows
 
 ALIGN_BLOCK = 2048
-PART_ELEMS = 8192  # of the router's parts that a program of four warps loads at once
 COMBINE_BLOCK = 512  # 4 elements a thread: the rows of all K choices are in flight at once
 EPSILON = 1e-20  # keeps the normalising sum away from zero
 
@@ -64,34 +63,13 @@ def _keep_groups(
 
 
 @triton.jit
-def _sum_logits(
-    at,  # [G2, S2] pointers into the first part
-    real,  # bool [G2, S2]
-    part_stride,
-    G2: tl.constexpr,
-    S2: tl.constexpr,
-    PARTS: tl.constexpr,
-    CHUNK: tl.constexpr,
-):
-    """fp32 [G2, S2]: the sum of all parts in an order that PARTS alone sets."""
-    total = tl.zeros([G2, S2], tl.float32)
-    for first in tl.static_range(0, PARTS, CHUNK):
-        part = (first + tl.arange(0, CHUNK))[:, None, None]
-        inside = (part < PARTS) & real[None, :, :]
-        value = tl.load(at[None, :, :] + part * part_stride, mask=inside, other=0.0)
-        total += tl.sum(value, 0)
-    return total
-
-
-@triton.jit
 def _route(
-    logits,  # fp32 [T, E], row pitch logits_pitch; or [PARTS, T, E]
+    logits,  # fp32 [T, E], row pitch logits_pitch
     bias,  # fp32 [E], or unused
     tok_row,  # int32 [T]
     out_ids,  # int32 [T, COLS]
     out_weights,  # fp32 [T, COLS]
     logits_pitch,
-    part_stride,
     scaling,
     E: tl.constexpr,
     GROUPS: tl.constexpr,
@@ -105,8 +83,6 @@ def _route(
     SHARED_ID: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     NORMALIZE: tl.constexpr,
-    PARTS: tl.constexpr,
-    CHUNK: tl.constexpr,  # parts that are loaded at once
     PDL: tl.constexpr,
 ):
     await_inputs(PDL)
@@ -122,12 +98,7 @@ def _route(
     s = tl.arange(0, S2)[None, :]
     expert = g * SIZE + s
     real = (g < GROUPS) & (s < SIZE)
-    at = logits + t * logits_pitch + expert
-    if PARTS == 0:
-        score = tl.sigmoid(tl.load(at, mask=real, other=0.0))
-    else:
-        score = tl.sigmoid(_sum_logits(at, real, part_stride, G2, S2, PARTS, CHUNK))
-    choice = score
+    choice = tl.sigmoid(tl.load(logits + t * logits_pitch + expert, mask=real, other=0.0))
     if HAS_BIAS:
         choice += tl.load(bias + expert, mask=real, other=0.0)
     key = tl.where(real, _sort_key(choice, expert, E), _LOWEST)
@@ -135,14 +106,12 @@ def _route(
         kept = _keep_groups(key, GROUPS, SIZE, G2, TOPK_GROUPS)
         key = tl.where(kept[:, None], key, _LOWEST)
     ids = tl.zeros([K2], tl.int32)
-    weight = tl.zeros([K2], tl.float32)  # the score without bias
     for i in tl.static_range(K):
         best = tl.max(tl.max(key, axis=1), axis=0)
-        chosen = key == best
-        key = tl.where(chosen, _LOWEST, key)
+        key = tl.where(key == best, _LOWEST, key)
         ids = tl.where(k == i, (E - 1 - (best & 0xFFFFFFFF)).to(tl.int32), ids)
-        own = tl.sum(tl.sum(tl.where(chosen, score, 0.0), axis=1), axis=0)
-        weight = tl.where(k == i, own, weight)
+    # The scores without bias: K values from L1 cost less than a reduction for each.
+    weight = tl.sigmoid(tl.load(logits + t * logits_pitch + ids, mask=k < K, other=0.0))
     if NORMALIZE:
         weight = tl.div_rn(weight, tl.sum(tl.where(k < K, weight, 0.0), axis=0) + _EPSILON)
     tl.store(ids_at, tl.where(k < K, ids, SHARED_ID), mask=k < COLS)
@@ -238,7 +207,7 @@ def route(
     the largest value, so it is chosen and its weight is NaN (with `normalize`, the whole row's).
 
     Args:
-        logits: fp32 [T, E]; the row pitch may exceed E. Or fp32 [S, T, E]: parts to be added up.
+        logits: fp32 [T, E]; the row pitch may exceed E.
         bias: fp32 [E], only for the choice, or None.
         tok_row: int32 [T]; -1 is padding and gets ids -1, weights 0.
         num_groups, topk_groups: E is cut into num_groups equal groups; topk_groups of them compete.
@@ -255,24 +224,21 @@ def route(
     """
     columns = top_k + (shared_id is not None)
     size = _check_route(logits, bias, num_groups, topk_groups, top_k, columns, out_ids, out_weights)
-    parts, groups2, size2 = num_parts(logits), *map(triton.next_power_of_2, (num_groups, size))
-    tile = groups2 * size2
     launch(
         _route,
-        (logits.shape[-2],),
+        (logits.shape[0],),
         logits,
         logits if bias is None else bias,
         tok_row,
         out_ids,
         out_weights,
-        logits.stride(-2),
-        logits.stride(0) if parts else 0,
+        logits.stride(0),
         float(scaling),
-        E=logits.shape[-1],
+        E=logits.shape[1],
         GROUPS=num_groups,
         SIZE=size,
-        G2=groups2,
-        S2=size2,
+        G2=triton.next_power_of_2(num_groups),
+        S2=triton.next_power_of_2(size),
         TOPK_GROUPS=topk_groups,
         K=top_k,
         K2=triton.next_power_of_2(columns),
@@ -280,11 +246,7 @@ def route(
         SHARED_ID=-1 if shared_id is None else shared_id,
         HAS_BIAS=bias is not None,
         NORMALIZE=normalize,
-        PARTS=parts,
-        CHUNK=min(triton.next_power_of_2(max(parts, 1)), max(1, PART_ELEMS // tile)),
-        # One warp, and every reduction stays inside it. Parts are added up by four, each of which
-        # then has all the sums.
-        num_warps=4 if parts else 1,
+        num_warps=1,  # every reduction stays inside the warp
         **overlap(launch),
     )
 
@@ -306,7 +268,7 @@ def route_ref(
     """`route` in plain torch."""
     columns = top_k + (shared_id is not None)
     size = _check_route(logits, bias, num_groups, topk_groups, top_k, columns, out_ids, out_weights)
-    scores = sigmoid_rows(sum_parts(logits, torch.float32))
+    scores = sigmoid_rows(logits)
     choice = scores if bias is None else scores + bias
     grouped = choice.view(-1, num_groups, size)
     group_score = grouped.topk(min(2, size), dim=-1)[0].sum(-1)
@@ -450,7 +412,7 @@ def _check_route(
     out_ids: torch.Tensor,
     out_weights: torch.Tensor,
 ) -> int:
-    rows, experts = logits.shape[-2:]
+    rows, experts = logits.shape
     size = experts // num_groups
     if size * num_groups != experts or not 1 <= topk_groups <= num_groups:
         raise ValueError(

@@ -86,6 +86,35 @@ def _greedy_merge(
     tl.store(out_logprob + s, tl.where(good, -tl.log(total), float("nan")))
 
 
+def max_and_sum(
+    launch: Launcher,
+    logits: torch.Tensor,
+    sample_tok: torch.Tensor,
+    *,
+    part_max: torch.Tensor,
+    part_arg: torch.Tensor,
+    part_sum: torch.Tensor,
+) -> None:
+    """Of each chunk of each row: the largest logit, its lowest id, sum(exp(logit - largest)).
+
+    Args, Raises: as `greedy`; padded rows are left alone.
+    Capture-safe.
+    """
+    chunks = _check_greedy(logits, part_max, part_arg, part_sum)
+    rows, vocab = logits.shape
+    launch(
+        _greedy_chunk,
+        (chunks, rows),
+        *(logits, sample_tok, part_max, part_arg, part_sum),
+        logits.stride(0),
+        V=vocab,
+        C=chunks,
+        CHUNK=CHUNK,
+        num_warps=4,
+        **overlap(launch),
+    )
+
+
 def greedy(
     launch: Launcher,
     logits: torch.Tensor,
@@ -113,19 +142,7 @@ def greedy(
     chunks = _check_greedy(logits, part_max, part_arg, part_sum)
     rows, vocab = logits.shape
     parts = (part_max, part_arg, part_sum)
-    launch(
-        _greedy_chunk,
-        (chunks, rows),
-        logits,
-        sample_tok,
-        *parts,
-        logits.stride(0),
-        V=vocab,
-        C=chunks,
-        CHUNK=CHUNK,
-        num_warps=4,
-        **overlap(launch),
-    )
+    max_and_sum(launch, logits, sample_tok, part_max=part_max, part_arg=part_arg, part_sum=part_sum)
     launch(
         _greedy_merge,
         (rows,),

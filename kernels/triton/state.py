@@ -1,20 +1,35 @@
-"""The words in which host and device speak: mailbox, ring, phases, reasons and faults.
+"""The words in which host and device speak: mailbox, ring, phases, reasons, faults, parameters.
 
 The host writes a mailbox slot and launches; these kernels apply it, list the step's tokens, and
 publish what came of them to a ring. Invariants: row state is written by one CTA only, so its order
 is program order; the ring's step number is stored last, with system-scope release.
 
 Mailbox slot (int32; slot = step % 2), offsets in `MailboxLayout`:
-  header   HEADER words: step, admits, cancels, pages, chunks, chunk tokens
+  header   HEADER words: step, admits, cancels, pages, chunks, chunk tokens, masks
   cancels  [max_rows]            row
-  admits   [max_rows, 3+stops]   row, limit (total tokens), number of stop ids, stop ids
+  admits   records one after the other, each as long as its first word says (`ADMIT_*`)
   pages    [max_tokens, 3]       row, page index, page id
-  chunks   [max_rows, 4]         row, start position, tokens, 1 if the chunk ends the prompt
+  chunks   [max_rows, 4]         row, start position, tokens, how many of the last run the head
+  masks    [max_rows, 2]         row, 1 if a token mask lies in its pinned buffer, 0 to end masking
   ids      [max_tokens]          prompt token ids of all chunks, in chunk order
+
+Admit record: ADMIT_HEADER words (its length, row, limit in total tokens, lifetime in ms or 0, stop
+ids, biased tokens, stop sequences, low and high word of the seed), then PARAMS parameters (`P_*`;
+reals as their bits), then the stop ids, the biased ids, their biases (as bits) and the stop
+sequences, each MAX_STOP_LENGTH words, right-aligned behind -1. A plain request sends the header,
+the parameters and its stop ids.
+
+Beside the mailbox in pinned memory:
+  forced_tokens  int32 [max_rows, max_seq_len], the token at each position below P_FORCED_LEN
+  masks          int32 [2, max_rows, words], token masks of the slot's step, bit 1 = allowed
 
 Ring slot (int32; slot = step % RING_SLOTS), offsets in `RingLayout`:
   header   HEADER words: entries, fault, begin ns (2 words), end ns (2 words), -, -
-  row, token, log-prob bits, finish reason: [max_rows] each
+  RING_FIELDS arrays of [max_rows] words: row, token, log-prob bits, finish reason (PROMPT_ENTRY for
+  a scored prompt token), position of the token, answers (alternatives, and 256 * (1 + line of its
+  logits))
+Beside the ring: ring_top int32 [RING_SLOTS, max_rows, 2, MAX_TOP] (ids, log-prob bits), written
+for entries with alternatives; ring_logits fp32 [2, lines, vocab].
 Step numbers of the ring are int64 [RING_SLOTS], apart from the slots; a finished step s shows s +
 1.
 """
@@ -25,12 +40,53 @@ from dataclasses import dataclass
 
 HEADER = 8
 RING_SLOTS = 4
+RING_FIELDS = 6
 # Row phases.
 FREE, PREFILL, DECODE = 0, 1, 2
 # Finish reasons, in the order of `runtime`'s names.
-RUNNING, STOP, LENGTH, CANCELLED, ERROR = 0, 1, 2, 3, 4
+RUNNING, STOP, LENGTH, CANCELLED, ERROR, DEADLINE = 0, 1, 2, 3, 4, 5
+PROMPT_ENTRY = 256
 # Faults: what the host must never have asked for.
 FAULT_NONE, FAULT_TOO_MANY, FAULT_NULL_PAGE = 0, 1, 2
+# Words of an admit record.
+ADMIT_WORDS, ADMIT_ROW, ADMIT_LIMIT, ADMIT_LIFE_MS = 0, 1, 2, 3
+ADMIT_STOPS, ADMIT_BIASES, ADMIT_SEQUENCES, ADMIT_SEED, ADMIT_HEADER = 4, 5, 6, 7, 9
+# Parameters of a row: lines of `row_params`, by the names that kernels know them by.
+P_FLAGS, P_TEMPERATURE, P_TOP_K, P_TOP_P, P_MIN_P = 0, 1, 2, 3, 4
+P_REPETITION, P_PRESENCE, P_FREQUENCY = 5, 6, 7
+P_TOP_N = 8  # alternatives to find
+P_BIAS_COUNT = 9
+P_MIN_LEN = 10  # no stop ends the row with a token at a position below
+P_PROMPT_LEN = 11  # positions from here on are output
+P_FRESH = 12  # the row's token counts are still those of its last owner
+P_FORCED_LEN = 13  # positions below have their token in `forced_tokens`, if any
+P_SEQUENCES = 14  # stop sequences
+P_TOP, P_PROMPT_TOP = 15, 16  # alternatives to return for a new token, for a prompt token
+P_LOGITS = 17  # 1 if the logits of new tokens are to be returned
+PARAMS = 18
+INT_PARAMS = {
+    "flags": P_FLAGS,
+    "top_k": P_TOP_K,
+    "top_n": P_TOP_N,
+    "bias_count": P_BIAS_COUNT,
+    "min_len": P_MIN_LEN,
+    "prompt_len": P_PROMPT_LEN,
+    "fresh": P_FRESH,
+}
+REAL_PARAMS = {
+    "temperature": P_TEMPERATURE,
+    "top_p": P_TOP_P,
+    "min_p": P_MIN_P,
+    "repetition": P_REPETITION,
+    "presence": P_PRESENCE,
+    "frequency": P_FREQUENCY,
+}
+# Bits of P_FLAGS.
+F_MASKED, F_PROCESSED = 1, 2
+# Capacities of a row.
+MAX_TOP = 20
+MAX_STOP_SEQUENCES, MAX_STOP_LENGTH = 8, 16
+MAX_BIASES = 320
 
 
 @dataclass(frozen=True)
@@ -56,7 +112,9 @@ class MailboxLayout:
 
     @property
     def admit_words(self) -> int:
-        return 3 + self.max_stops
+        """Words of the longest admit record."""
+        lists = self.max_stops + 2 * MAX_BIASES + MAX_STOP_SEQUENCES * MAX_STOP_LENGTH
+        return ADMIT_HEADER + PARAMS + lists
 
     @property
     def pages(self) -> int:
@@ -67,8 +125,12 @@ class MailboxLayout:
         return self.pages + 3 * self.max_tokens
 
     @property
-    def ids(self) -> int:
+    def masks(self) -> int:
         return self.chunks + 4 * self.max_rows
+
+    @property
+    def ids(self) -> int:
+        return self.masks + 2 * self.max_rows
 
     @property
     def words(self) -> int:
@@ -83,4 +145,14 @@ class RingLayout:
 
     @property
     def words(self) -> int:
-        return -(-(HEADER + 4 * self.max_rows) // 64) * 64
+        return -(-(HEADER + RING_FIELDS * self.max_rows) // 64) * 64
+
+
+def mask_words(vocab: int) -> int:
+    """int32 words of a token mask, 32 tokens a word, token t at bit t % 32 of word t // 32."""
+    return -(-vocab // 32)
+
+
+def param_pitch(rows: int) -> int:
+    """Words of a line of `row_params`: each line starts on 16 bytes."""
+    return -(-rows // 4) * 4

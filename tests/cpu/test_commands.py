@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 import runtime
-from runtime import capture, replay_bench
+from runtime import capture, generate, replay_bench
 from runtime.capture import TWIN_NOTE
 from runtime.cli import run
 from tests.cpu.checkpoints import edit_config, read_tensors, write_tensors
@@ -114,6 +114,47 @@ def test_spellings_of_other_engines(checkpoint: Path, terminal: Terminal) -> Non
                 assert terminal.run(capture.main, *argv, *more, "--device", "cpu") == 0
                 want = want or terminal.report["fingerprint"]
                 assert terminal.report["fingerprint"] == want, argv
+
+
+@pytest.mark.parametrize("keys", [("1,2,2+14",), ("1", "2", "2+14"), ("1,2", "2+14")])
+@pytest.mark.parametrize("option", ["--ladder", "--cuda-graph-bs"])
+def test_keys_with_commas_or_spaces(
+    option: str, keys: tuple[str, ...], checkpoint: Path, terminal: Terminal
+) -> None:
+    argv = ("--model", str(checkpoint), "--bs", "2", option, *keys, "--max-seq-len", "64")
+    more = ("--page-size", "16", "--no-verify", "--json", "--device", "cpu")
+    assert terminal.run(capture.main, *argv, *more) == 0
+    assert terminal.report["ladder"] == "1,2,2+14"
+
+
+@pytest.mark.parametrize("command", [capture, replay_bench, generate], ids=lambda m: m.__name__)
+def test_every_option_is_explained(command: Any) -> None:
+    for action in command.parser()._actions:
+        assert action.help, f"{action.option_strings} has no help"
+
+
+def test_what_is_wrong_takes_one_line(terminal: Terminal) -> None:
+    assert terminal.run(capture.main, "--frobnicate") == 2
+    assert terminal.err == (
+        "error: unrecognized arguments: --frobnicate; see python -m runtime.capture --help\n"
+    )
+
+
+def test_a_hub_id_is_answered_with_how_to_get_it(terminal: Terminal) -> None:
+    assert terminal.run(capture.main, "--model", "deepseek-ai/DeepSeek-V3") == 2
+    assert "`hf download deepseek-ai/DeepSeek-V3` first" in terminal.err
+    assert terminal.run(capture.main, "--model", "/models/deep-seek") == 2
+    assert "hf download" not in terminal.err
+
+
+def test_another_architecture_is_named_before_weights_that_are_missing(
+    tmp_path: Path, terminal: Terminal
+) -> None:
+    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert terminal.run(capture.main, "--model", str(tmp_path)) == 2
+    assert "LlamaForCausalLM" in terminal.err
+    assert "safetensors" not in terminal.err
 
 
 def test_a_preset_with_fewer_layers_and_overrides(terminal: Terminal) -> None:
@@ -324,10 +365,13 @@ def test_replay_bench_of_a_prompt_chunk_longer_than_a_request_may_be(
         *("--model", str(checkpoint), "--device", "cpu", "--bs", "2", "--no-verify", "--json"),
         *("--max-seq-len", "32", "--page-size", "16", "--ctx-len", "8", "--steps", "2"),
     ]
-    code = terminal.run(replay_bench.main, *argv, "--ladder", "1,2,2+40,2+80")
-    assert code in (0, 2), terminal.err
-    if code == 0:
-        assert [k["key"] for k in terminal.report["keys"]] == ["1", "2", "2+40", "2+80"]
+    ladder = ("--ladder", "1,2,2+40,2+80")
+    assert terminal.run(replay_bench.main, *argv, *ladder) == 0
+    assert [k["key"] for k in terminal.report["keys"]] == ["1", "2"]
+    assert terminal.report["skipped_keys"] == ["2+40", "2+80"]
+    assert "skipped    2+40, 2+80: a prompt that fills the key is longer" in terminal.out
+    assert terminal.run(replay_bench.main, *argv, *ladder, "--keys", "2+40") == 2
+    assert "raise it, or name other --keys" in terminal.err
 
 
 BENCH_REFUSED: dict[str, tuple[list[str], str]] = {

@@ -190,9 +190,25 @@ def test_the_models_end_of_sequence_ends_the_text(
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["tokens"] == tokens
 
 
+def test_sampled_text_can_be_had_again(
+    checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ("--prompt", "the", "--max-tokens", "16", "--json", "--temperature", "1.5")
+    reports = []
+    for _ in range(2):
+        assert command(arguments(checkpoint, *argv, "--top-p", "0.95")) == 0
+        reports.append(json.loads(capsys.readouterr().out.splitlines()[-1]))
+    assert reports[0]["tokens"] != reports[1]["tokens"]
+    seed = str(reports[1]["sample_seed"])
+    assert command(arguments(checkpoint, *argv, "--top-p", "0.95", "--sample-seed", seed)) == 0
+    again = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert again["tokens"] == reports[1]["tokens"]
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
+        (["--prompt", "x", "--top-p", "0"], "top_p must be in (0, 1], got 0.0"),
         (["--prompt", ""], "prompt is a non-empty list"),
         (["--prompt", "x", "--max-tokens", "0"], "max_tokens must be at least 1, got 0"),
         (["--prompt", "x", "--max-tokens", "96"], "exceeds max_seq_len 96"),

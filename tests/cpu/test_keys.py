@@ -74,8 +74,10 @@ def test_the_default_ladder_covers_all_that_its_rows_can_ask_for(
 
 
 def test_the_default_ladder_of_the_contract() -> None:
-    pure = [k.rows for k in Ladder.default(256).keys if k.tokens == k.rows]
-    assert pure == [1, 2, 4, *range(8, 257, 8)]
+    pure = [k.rows for k in Ladder.default(416).keys if k.tokens == k.rows]
+    small = [1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256]
+    assert pure == [*small, 320, 384, 416]
+    assert [k.rows for k in Ladder.default(256).keys if k.tokens == k.rows] == small
     prompts = {k.tokens - k.rows for k in Ladder.default(256).keys}
     assert prompts == {0, 64, 512}
 
@@ -96,3 +98,19 @@ def test_a_ladder_must_end_at_the_rows_of_the_rank(text: str) -> None:
 def test_an_empty_ladder_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="the ladder is empty"):
         Ladder.parse(text, 8)
+
+
+def test_what_select_remembers_is_what_it_chose() -> None:
+    ladder = Ladder.parse("1,2,8,8+64", 8)
+    for _ in range(2):
+        assert [str(ladder.select(n, n)) for n in (0, 1, 2, 3, 8)] == ["1", "1", "2", "8", "8"]
+        assert str(ladder.select(9, 2)) == "8+64"
+        with pytest.raises(NotCaptured):
+            ladder.select(9, 9)
+
+
+@given(st.integers(1, 40), st.integers(0, 45))
+def test_most_tokens_is_the_largest_key_with_so_many_rows(most: int, rows: int) -> None:
+    ladder = Ladder.default(most)
+    want = max((k.tokens for k in ladder.keys if k.rows >= rows), default=0)
+    assert ladder.most_tokens(rows) == want

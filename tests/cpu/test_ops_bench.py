@@ -55,11 +55,11 @@ def test_every_operation_of_a_step_is_held_to_its_definition(
 def test_only_the_named_operations_are_measured(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    argv = ("--device", "cpu", "--store", str(tmp_path), "--ops", "route,greedy", "--rows", "2,5")
+    argv = ("--device", "cpu", "--store", str(tmp_path), "--ops", "route,sample", "--rows", "2,5")
     code, report, _ = _run(capsys, *argv, "--json")
     assert code == 0
     assert {(c["op"].split(" ")[0], c["rows"]) for c in report["cases"]} == {
-        (op, rows) for op in ("route", "greedy") for rows in (2, 5)
+        (op, rows) for op in ("route", "sample") for rows in (2, 5)
     }
 
 

@@ -233,10 +233,10 @@ def test_a_step_that_reports_a_fault_is_not_proved(runtime: Runtime, step: Decod
 def test_the_failure_names_the_buffer_and_the_count(runtime: Runtime, step: DecodeStep) -> None:
     count = itertools.count()
 
-    def flip(*_: Any, out_token: torch.Tensor, **__: Any) -> None:
-        out_token[0] ^= next(count) & 1
+    def flip(buffers: dict[str, torch.Tensor]) -> None:
+        buffers["out_token"][0] ^= next(count) & 1
 
-    step.ops.greedy = after(step.ops.greedy, flip)
+    step.ops.sample = after(step.ops.sample, flip)
     with pytest.raises(ProofFailed, match="differs from the eager step in 1 bytes of 'last_token'"):
         prove(runtime.engine.graphs, GraphKey(4, 4))
 

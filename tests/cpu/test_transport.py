@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
@@ -13,7 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 
-from barriers import deepep, rdep_ref
+from barriers import rdep_ref
 from barriers.allgather import AllGather
 from barriers.transport import (
     Local,
@@ -118,6 +116,8 @@ def test_resolve_auto() -> None:
         ("nvshmem", 2, True, "one of auto, local"),
         ("local", 2, True, "serves one rank, got 2"),
         ("rdep", 2, False, "needs GPUs"),
+        ("deepep", 1, True, "2, 4 or 8 ranks of a node, got 1"),
+        ("deepep-normal", 3, True, "2, 4 or 8 ranks of a node, got 3"),
     ],
 )
 def test_resolve_refuses(name: str, world: int, on_device: bool, message: str) -> None:
@@ -318,10 +318,13 @@ def test_wire_bytes_count_a_token_once_a_rank() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--mode", "rdep,deep"], "got 'deep'"),
         (["--rows", "8,x"], "--rows must be positive numbers"),
         (["--num-experts", "4"], "top_k must be 1 to 4, got 8"),
         (["--plain", "--prequantized"], "choose one"),
         (["--routing", "file"], "--routing-file"),
+        (["--inner", "5"], "an even number of calls"),
+        (["--rounds", "9", "--replays", "8"], "one replay a round"),
     ],
 )
 def test_microbench_refuses(
@@ -332,111 +335,20 @@ def test_microbench_refuses(
 
 
 def test_microbench_merges_ranks() -> None:
+    def spread(median: float) -> dict[str, float]:
+        return {"median": median, "p10": median - 0.5, "p90": median + 2}
+
     case = {"rows": 8, "rel_error": 1e-3, "repeats": True, "oracle_bits": True, "bytes": (353, 353)}
     ranks = [
-        {"error": None, "cases": [{**case, "us": {"both": both, "sum": 1.0}}]}
+        {"cases": [{**case, "us": {"both": spread(both), "sum": spread(1.0)}}]}
         for both in (4.0, 6.0)
     ]
     merged = transport_report.merge(ranks, link_gbps=353.0, sweep=())
     assert merged["ok"]
-    assert merged["cases"][0]["both_us"] == {"mean": 5.0, "max": 6.0}
+    assert merged["cases"][0]["both_us"] == {"mean": 5.0, "max": 6.0, "p10": 3.5, "p90": 8.0}
     assert merged["cases"][0]["net_us"] == {"mean": 4.0, "max": 5.0}
     ranks[1]["cases"][0]["rel_error"] = float("inf")
     assert not transport_report.merge(ranks, link_gbps=353.0, sweep=())["ok"]
-    ranks[1]["error"] = "CudaError: gone"
-    assert transport_report.merge(ranks, link_gbps=353.0, sweep=())["error"] == {
-        "rank 1": "CudaError: gone"
-    }
-
-
-# -- DeepEP, which is not here ---------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("present", "got"), [(None, "No module named"), (ModuleType("deep_ep"), "without")]
-)
-def test_deepep_says_how_to_get_it(
-    monkeypatch: pytest.MonkeyPatch, present: ModuleType | None, got: str
-) -> None:
-    if present is None:
-        monkeypatch.delitem(sys.modules, "deep_ep", raising=False)
-        monkeypatch.setattr(sys, "path", [])
-    else:
-        monkeypatch.setitem(sys.modules, "deep_ep", present)
-    with pytest.raises(deepep.DeepEpMissing, match=f"{got}.*github.com/deepseek-ai/DeepEP"):
-        deepep.load_buffer_class()
-
-
-class FakeBuffer:
-    """Upstream's interface for one rank: every token comes back as it went."""
-
-    def __init__(self, group: object, nvlink: int, rdma: int, **options: object) -> None:
-        self.combined = 0
-
-    @staticmethod
-    def get_low_latency_rdma_size_hint(*sizes: int) -> int:
-        return 1
-
-    def low_latency_dispatch(self, x, topk, capacity, num_experts, use_fp8):
-        rows = torch.zeros(num_experts, capacity, x.shape[1], dtype=x.dtype)
-        counts = torch.zeros(num_experts, dtype=torch.int32)
-        places = []
-        for t, k in (topk >= 0).nonzero().tolist():
-            e = int(topk[t, k])
-            rows[e, counts[e]] = x[t]
-            places.append((t, k, e, int(counts[e])))
-            counts[e] += 1
-        return rows, counts, places, None, None
-
-    def low_latency_combine(self, y, topk, weights, places, out):
-        total = torch.zeros(out.shape)
-        for t, k, e, slot in places:
-            total[t] += weights[t, k] * y[e, slot].float()
-        out.copy_(total)
-        self.combined += 1
-
-    get_dispatch_layout = combine = None
-
-
-@pytest.fixture
-def low_latency(monkeypatch: pytest.MonkeyPatch) -> deepep.DeepEpLowLatency:
-    fake = ModuleType("deep_ep")
-    fake.Buffer = FakeBuffer  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "deep_ep", fake)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda _: None)
-    config = replace(SMALL, hidden=2048, fp8=False)
-    buffers = {
-        name: torch.zeros(shape, dtype=getattr(torch, dtype))
-        for _, name, shape, dtype in deepep.DeepEpLowLatency.buffers(config)
-    }
-    return deepep.DeepEpLowLatency(config, buffers, None)
-
-
-def test_deepep_low_latency_rows_have_one_choice(low_latency: deepep.DeepEpLowLatency) -> None:
-    case = Case(low_latency.config, [5])
-    received = low_latency.dispatch(case.xs[0], None, case.ids[0], case.weights[0])
-    y = rdep_ref.experts_ref(low_latency.config, received, expert)
-    out = torch.empty_like(case.xs[0])
-    low_latency.combine(out, y, received, case.ids[0], case.shared[0])
-    assert rdep_ref.relative_error(out, case.fp64(0)) < MAX_ERROR
-
-
-def test_deepep_calls_come_in_pairs(low_latency: deepep.DeepEpLowLatency) -> None:
-    case = Case(low_latency.config, [2])
-    arguments = (case.xs[0], None, case.ids[0], case.weights[0])
-    received = low_latency.dispatch(*arguments)
-    with pytest.raises(deepep.ParityError, match="dispatch after a dispatch without its combine"):
-        low_latency.dispatch(*arguments)
-    y = torch.zeros(received.ids.numel(), 2048, dtype=torch.bfloat16)
-    low_latency.combine(torch.empty_like(case.xs[0]), y, received, case.ids[0], None)
-    low_latency.require_even("capture")
-    with pytest.raises(deepep.ParityError, match="combine without a dispatch"):
-        low_latency.combine(torch.empty_like(case.xs[0]), y, received, case.ids[0], None)
-
-
-def test_deepep_refuses_sizes_without_kernels() -> None:
-    with pytest.raises(ValueError, match="got 144 and 4; use --transport rdep"):
-        deepep.DeepEpLowLatency(SMALL, {}, None)
 
 
 # -- routing to benchmark with -------------------------------------------------------------------

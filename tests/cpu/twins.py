@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from kernels.triton.rows import RowState
 from runtime import Runtime
 from tests.cpu.checkpoints import random_model, save_model, small_config
 
@@ -59,5 +60,5 @@ def load_micro(path: Path, **options: Any) -> Runtime:
 def device_state(runtime: Runtime) -> dict[str, torch.Tensor]:
     """Copies of everything that a launch changes and a refusal must not."""
     b = runtime.engine.graphs.step.buffers
-    names = ("phase", "seq_len", "limit", "last_token", "stop_ids", "page_table", "step", "kv.0")
+    names = (*RowState.names(), "step", "kv.0", "counts", "token_mask")
     return {name: b[name].clone() for name in names}

@@ -1,8 +1,9 @@
-"""`rdep` on GPUs, to the bit, in graphs, with every rank at another key.
+"""`rdep` on GPUs, to the bit, in graphs, with every rank at another key; DeepEP beside it.
 
-    torchrun --nproc-per-node N -m tests.ep.gpu_transport [--steps 10000]
+    torchrun --nproc-per-node N -m tests.ep.gpu_transport [--steps 10000] [--only deepep]
 
-What a rank gets must be the oracle's bits whatever the others do. Exit code 1 if a scenario failed.
+What a rank gets from `rdep` must be the oracle's bits whatever the others do; from DeepEP, where it
+is installed, near float64 and the same bits in any company. Exit code 1 if a scenario failed.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from barriers.config import GroupConfig
+from barriers.deepep import DeepEpMissing
 from barriers.errors import BarrierTimeout
 from barriers.group import RankGroup
 from barriers.rdep import RdepTuning
@@ -56,11 +58,15 @@ class Bed:
         return TransportConfig(rank=self.group.rank, world=self.group.world, **merged)  # type: ignore[arg-type]
 
     def subject(
-        self, config: TransportConfig, *tunings: RdepTuning, deadline_ms: int = DEADLINE_MS
+        self,
+        config: TransportConfig,
+        *tunings: RdepTuning,
+        deadline_ms: int = DEADLINE_MS,
+        mode: str = "rdep",
     ) -> Subject:
         chosen = tunings or (RdepTuning(),)
         subject = make_subject(
-            "rdep", config, self.group, self.device, deadline_ms=deadline_ms, tunings=chosen
+            mode, config, self.group, self.device, deadline_ms=deadline_ms, tunings=chosen
         )
         self.group.barrier("transport is made")
         return subject
@@ -246,10 +252,100 @@ def late_rank(bed: Bed) -> None:
         subject.close()
 
 
+def library(bed: Bed, mode: str, steps: int) -> None:
+    """DeepEP: one buffer, then sums, company, and replays with eager layers between."""
+    if bed.group.world not in (2, 4, 8):
+        raise DeepEpMissing(f"{mode} serves 2, 4 or 8 ranks, here are {bed.group.world}")
+    for fp8 in (True, False) if mode == "deepep-normal" else (True,):  # NVSHMEM starts once
+        config = bed.config(64, fp8=fp8)
+        subject = bed.subject(config, mode=mode)
+        _library_sums(bed, subject)
+        _library_company(bed, subject)
+        _library_replays(bed, subject, steps)
+        subject.transport.require_settled("the end")
+        bed.group.barrier("before the end")  # which is upstream's own meeting; not after a failure
+        subject.close()
+
+
+def _library_sums(bed: Bed, subject: Subject) -> None:
+    """Against float64: other counts on each rank, padding, all to one rank, nobody."""
+    config, rank = subject.transport.config, bed.group.rank
+    gains = make_gains(config, bed.cuda)
+    for seed, counts in enumerate(
+        ([64] * config.world, [1 + 21 * r % 64 for r in range(config.world)], [3] * config.world)
+    ):
+        for what in ("random", "padding between", "all to one rank", "nobody"):
+            own = bed.tokens(config, counts, seed=seed)[rank]
+            if what == "padding between":
+                own.ids[1::3] = -1
+            elif what == "all to one rank":
+                first = seed % config.world * config.local_experts
+                own.ids[:] = torch.arange(first, first + config.top_k, device=bed.cuda)
+            elif what == "nobody":
+                own.ids[:] = -1
+            outs = [layer(subject, own, gains) for _ in range(3)]
+            subject.finish()
+            told = f"{what}, {counts} rows"
+            error = relative_error(outs[0], reference(config, own, gains))
+            assert error < MAX_ERROR, f"{told}: relative error {error:.1e}"
+            assert all(torch.equal(out, outs[0]) for out in outs[1:]), f"{told}: runs differ"
+
+
+def _library_company(bed: Bed, subject: Subject) -> None:
+    """A token's bits in company, alone, and at another row."""
+    config, rank = subject.transport.config, bed.group.rank
+    gains = make_gains(config, bed.cuda)
+    own = bed.tokens(config, [32] * config.world, seed=4)[rank]
+    first = layer(subject, own, gains)
+    flipped = Tokens(*(t.flip(0).contiguous() for t in (own.x, own.shared, own.ids, own.weights)))
+    assert torch.equal(layer(subject, flipped, gains).flip(0), first), "row"
+    idle = bed.tokens(config, [1] * config.world, seed=0)[rank]
+    idle.ids.fill_(-1)
+    for busy in range(config.world):
+        out = layer(subject, own if busy == rank else idle, gains)
+        assert torch.equal(out, first if busy == rank else idle.shared), "idle neighbours"
+    subject.finish()
+
+
+def _library_replays(bed: Bed, subject: Subject, steps: int) -> None:
+    """An odd number of layers a graph, each rank at another key, eager layers in between."""
+    config = subject.transport.config
+    gains, stream = make_gains(config, bed.cuda), torch.cuda.current_stream()
+    wrong = torch.zeros(1, dtype=torch.int64, device=bed.cuda)
+    pool = torch.cuda.graph_pool_handle()  # type: ignore[no-untyped-call]
+    keys = []
+    for key in (1, 8, 32, 64):
+        own = bed.tokens(config, [key] * config.world, seed=key)[bed.group.rank]
+        if key == 1:
+            own.ids.fill_(-1)
+        expected = layer(subject, own, gains)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream, pool=pool, capture_error_mode="thread_local"):
+            for _ in range(3):
+                wrong += (layer(subject, own, gains) != expected).any()
+        keys.append((graph, own, expected))
+    subject.finish()
+    bed.group.barrier("graphs are captured")
+    together, alone = random.Random(0), random.Random(bed.group.rank)
+    for step in range(steps):
+        graph, own, expected = alone.choice(keys)
+        if together.random() < 0.1:  # all ranks make three layers in a step, each in its own way
+            for _ in range(3):
+                wrong += (layer(subject, own, gains) != expected).any()
+        else:
+            graph.replay()
+        if step % 16 == 15:
+            subject.finish()
+    subject.finish()
+    assert int(wrong) == 0, f"{int(wrong)} of {3 * steps} layers gave other bits"
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.ep.gpu_transport")
     parser.add_argument("--steps", type=int, default=10_000)
-    steps = parser.parse_args().steps
+    parser.add_argument("--only", help="scenarios whose name begins with this")
+    args = parser.parse_args()
+    steps = args.steps
     place = GroupConfig.from_env(os.environ)
     torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", place.rank)))
     torch.cuda.set_stream(torch.cuda.Stream())  # type: ignore[no-untyped-call]
@@ -262,11 +358,18 @@ def main() -> int:
             ("neighbours", lambda: neighbours(bed)),
             ("replays", lambda: replays(bed, steps)),
             ("late rank", lambda: late_rank(bed)),
+            ("deepep low-latency", lambda: library(bed, "deepep", min(steps, 500))),
+            ("deepep normal", lambda: library(bed, "deepep-normal", min(steps, 500))),
         ]
+        scenarios = [s for s in scenarios if args.only is None or s[0].startswith(args.only)]
         for name, run in scenarios:
             began, error = time.monotonic(), None
             try:
                 run()
+            except DeepEpMissing as e:  # alike on all ranks
+                if place.rank == 0:
+                    print(f"{name}: SKIPPED: {e}", flush=True)
+                continue
             except Exception as e:  # told below; the next scenario makes a transport of its own
                 error = f"{type(e).__name__}: {e}"
             told = group.allgather(name, error and error[:600])

@@ -92,6 +92,7 @@ def main() -> int:
         "verify": False,
         "deadline_s": DEADLINE_S,
     }
+    options["bundle"] = False  # ranks compare notes through the group of a capturing engine
     if args.device == "cpu":
         options["overrides"] = ["dtype=float32"]
     patterns: Counter[int] = Counter()

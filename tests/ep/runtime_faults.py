@@ -82,7 +82,7 @@ def _serve(rank: int, world: int, case: str, options: dict[str, Any], result: Re
         runtime.add(prompt, SamplingParams(max_tokens=STEPS - 4, ignore_eos=True))
         for step in range(STEPS):
             if rank == victim_of(world) and step == FAULT_STEP and case != "healthy":
-                _fault(case)
+                _fault(case, runtime, options)
                 if case == "skip":
                     return
             result.tokens += runtime.step().tokens.tolist()
@@ -97,8 +97,11 @@ def _serve(rank: int, world: int, case: str, options: dict[str, Any], result: Re
         result.closed_after_s = time.monotonic() - began
 
 
-def _fault(case: str) -> None:
-    if case == "kill":  # in the middle of a later step: the main thread goes on
+def _fault(case: str, runtime: Runtime, options: dict[str, Any]) -> None:
+    if case == "kill" and options["device"] == "cuda":
+        runtime.launch()  # a step takes less time than a thread takes to start
+        os.kill(os.getpid(), signal.SIGKILL)
+    elif case == "kill":  # in the middle of a later step: the main thread goes on
         threading.Timer(0.03, os.kill, (os.getpid(), signal.SIGKILL)).start()
     elif case == "stop":
         os.kill(os.getpid(), signal.SIGSTOP)

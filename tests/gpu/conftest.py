@@ -95,7 +95,8 @@ def load(store: Path) -> Load:
     from runtime import Runtime
 
     def load_model(name: str, **options: Any) -> Runtime:
-        chosen = options_of(name) | {"store": str(store), "device": "cuda", "verify": False}
+        chosen = options_of(name) | {"store": str(store), "device": "cuda"}
+        chosen |= {"verify": False, "bundle": False}
         return Runtime.load(**(chosen | options))
 
     return load_model

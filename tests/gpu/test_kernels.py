@@ -17,7 +17,6 @@ import torch
 from kernels.triton import (
     activation,
     grouped,
-    intake,
     linear,
     mla_absorb,
     mla_decode,
@@ -29,9 +28,9 @@ from kernels.triton import (
     routing,
     sample,
     settle,
-    state,
 )
 from kernels.triton.launch import Launcher
+from tests.row_state import Device, random_steps
 
 DEVICE = "cuda"
 BF16, F32, FP8, I32 = torch.bfloat16, torch.float32, torch.float8_e4m3fn, torch.int32
@@ -255,14 +254,6 @@ def plan(seed: int, tokens: int) -> Arguments:
     }
 
 
-def route_of_parts(seed: int, tokens: int) -> Arguments:
-    # Small integers: sums are exact in any order.
-    parts = ids(seed, 9, 60, tokens, EXPERTS).float() / 16
-    more = {"shared_id": EXPERTS, "out_ids": zeros(tokens, TOP_K + 1, dtype=I32)}
-    more["out_weights"] = zeros(tokens, TOP_K + 1, dtype=F32)
-    return route(seed, tokens) | {"logits": parts} | more
-
-
 def route(seed: int, tokens: int) -> Arguments:
     return {
         "logits": randn(seed, tokens, EXPERTS, dtype=F32),
@@ -388,8 +379,9 @@ CASES: dict[str, Case] = {
         norm.add_rmsnorm, norm.add_rmsnorm_ref, norm_of_experts,
         {"x": 2**-7, "out": 2**-6, "out_scale": 2**-6, "out_q": 2**-3},
     ),
+    # Two products in a row, and what is between them is rounded to bf16: two limits.
     "latent_query": Case(
-        mla_query.latent_query, mla_query.latent_query_ref, latent_query, {"out": 2**-7}
+        mla_query.latent_query, mla_query.latent_query_ref, latent_query, {"out": 2**-6}
     ),
     "quantize": Case(
         activation.quantize, activation.quantize_ref, quantize,
@@ -423,9 +415,6 @@ CASES: dict[str, Case] = {
     "mla_decode": Case(mla_decode.mla_decode, mla_decode.mla_decode_ref, decode, {"out": 2**-6}),
     "mla_plan": Case(mla_plan.mla_plan, mla_plan.mla_plan_ref, plan, {"ws": 0}),
     "route": Case(routing.route, routing.route_ref, route, {"out_ids": 0, "out_weights": 1e-5}),
-    "route_of_parts": Case(
-        routing.route, routing.route_ref, route_of_parts, {"out_ids": 0, "out_weights": 1e-5}
-    ),
     "align": Case(routing.align, routing.align_ref, align, {"offsets": 0, "pairs": 0}),
     "combine": Case(routing.combine, routing.combine_ref, combine, {"out": 2**-7}),
     "grouped_gate_up": Case(
@@ -553,99 +542,17 @@ def test_a_tokens_bits_do_not_depend_on_how_many_there_are(name: str, launcher: 
 
 # ------------------------------------------------------------------ the row state
 
-ROWS, STOPS, PAGES = 6, 16, 5
-LAYOUT = state.MailboxLayout(ROWS, 24, STOPS)
 
-
-def step_state() -> dict[str, torch.Tensor]:
-    """Row 1 decodes at length 70; rows 3 and 4 join with prompts of 9 and 4, of which 3 waits."""
-    box = torch.full((2, LAYOUT.words), -1, dtype=I32)
-    slot = box[0]
-    slot[:6] = torch.tensor([0, 2, 1, 3, 2, 13])
-    slot[LAYOUT.cancels] = 5
-    for i, (row, limit, stop) in enumerate(((3, 40, 11), (4, 5, 12))):
-        at = LAYOUT.admits + i * LAYOUT.admit_words
-        slot[at : at + 4] = torch.tensor([row, limit, 1, stop])
-    pages = torch.tensor([[3, 0, 7], [4, 0, 8], [1, 1, 9]], dtype=I32)
-    slot[LAYOUT.pages : LAYOUT.pages + 9] = pages.flatten()
-    chunks = torch.tensor([[3, 0, 9, 0], [4, 0, 4, 1]], dtype=I32)
-    slot[LAYOUT.chunks : LAYOUT.chunks + 8] = chunks.flatten()
-    slot[LAYOUT.ids : LAYOUT.ids + 13] = torch.arange(20, 33, dtype=I32)
-    table = zeros(ROWS, PAGES, dtype=I32)
-    table[1, 0] = 6
-    ints = {"phase": (0, 2, 0, 0, 0, 2), "seq_len": (0, 70, 0, 0, 0, 8)}
-    ints |= {"last_token": (0, 55, 0, 0, 0, 1), "limit": (0, 99, 0, 0, 0, 99)}
-    return {
-        "mailbox": box,
-        "step": torch.zeros(1, dtype=torch.int64),
-        **{name: torch.tensor(values, dtype=I32) for name, values in ints.items()},
-        "stop_ids": torch.full((ROWS, STOPS), -1, dtype=I32),
-        "page_table": table,
-    }
-
-
-def lists(tokens: int, samples: int) -> dict[str, torch.Tensor]:
-    out = {name: torch.full((tokens,), -9, dtype=I32) for name in ("tok_row", "tok_pos", "tok_id")}
-    out |= {name: torch.full((samples,), -9, dtype=I32) for name in ("sample_tok", "sample_row")}
-    return out
-
-
-def whole_step(launch: Launcher | None, device: str) -> dict[str, torch.Tensor]:
-    """Intake, advance and settle; everything that they wrote, on the CPU."""
-
-    def pinned(tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.pin_memory() if launch is not None and device == "cuda" else tensor
-
-    t = {name: value.to(device) for name, value in (step_state() | lists(20, 4)).items()}
-    t["mailbox"] = pinned(step_state()["mailbox"])
-    t |= {"fault": zeros(1, dtype=I32).to(device)}
-    t |= {"begin_ns": torch.zeros(1, dtype=torch.int64, device=device)}
-    t |= {"kv_slot": torch.zeros(20, dtype=torch.int64, device=device)}
-    t |= {"kv_len": zeros(20, dtype=I32).to(device)}
-    words = state.RingLayout(ROWS).words
-    t |= {"ring": pinned(zeros(state.RING_SLOTS, words, dtype=I32))}
-    t |= {"ring_step": pinned(torch.zeros(state.RING_SLOTS, dtype=torch.int64))}
-    t |= {"out_token": torch.tensor([12, 12, -1, -1], dtype=I32, device=device)}
-    t |= {"out_logprob": torch.tensor([-0.5, -1.5, 0.0, 0.0], device=device)}
-
-    def call(name: str, names: tuple[str, ...], **more: Any) -> None:
-        arguments = {n: t[n] for n in names} | more
-        home = settle if name == "settle" else intake
-        if launch is None:
-            getattr(home, f"{name}_ref")(**arguments)
-        else:
-            getattr(home, name)(launch, **arguments)
-
-    rows = ("phase", "seq_len", "last_token", "limit", "stop_ids")
-    listing = ("tok_row", "tok_pos", "tok_id", "sample_tok", "sample_row")
-    on_gpu = device == "cuda"
-    call(
-        "intake",
-        ("mailbox", "step", *rows, "page_table", *listing, "fault", "begin_ns"),
-        layout=LAYOUT,
-        on_device=on_gpu,
-    )
-    advanced = ("tok_row", "tok_pos", "page_table", "kv_slot", "kv_len", "fault")
-    call("advance", advanced, page_size=PAGE)
-    settled = ("sample_row", "out_token", "out_logprob", "step", *rows, "fault", "begin_ns")
-    call("settle", (*settled, "ring", "ring_step"), on_device=on_gpu)
-    if on_gpu:
-        torch.cuda.synchronize()
-        begin, end = t["ring"][0, 2:6].clone().view(torch.int64).tolist()
-        assert 0 < begin <= end
-    t["ring"][:, 2:6] = 0
-    del t["begin_ns"]
-    return {name: value.cpu() for name, value in t.items()}
-
-
-def test_a_step_of_the_row_state_is_the_oracles(launcher: Launcher) -> None:
-    want, got = whole_step(None, "cpu"), whole_step(launcher, DEVICE)
-    for name, tensor in want.items():
-        assert torch.equal(bits(got[name]), bits(tensor)), name
-    assert got["tok_row"].tolist() == [1, *[3] * 9, *[4] * 4, *[-1] * 6]
-    assert got["phase"].tolist() == [0, 2, 0, 1, 0, 0], "row 5 cancelled, row 4 stopped at once"
-    assert got["ring_step"].tolist() == [1, 0, 0, 0]
-    assert not got["fault"].any()
+@pytest.mark.parametrize("seed", range(8))
+def test_steps_of_the_row_state_are_the_oracles(seed: int, launcher: Launcher) -> None:
+    dumps = []
+    for device in (Device(12, 5), Device(12, 5, launcher, DEVICE)):
+        random_steps(device, seed)
+        dumps.append(device.dump())
+    for name, tensor in dumps[0].items():
+        assert torch.equal(bits(dumps[1][name]), bits(tensor)), name
+    begin, end = device.ring[0, 2:6].clone().view(torch.int64).tolist()
+    assert 0 < begin <= end
 
 
 def test_stamps_rise(launcher: Launcher) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from capture_cache.fingerprint import differing
 from tests.gpu.conftest import Load
 from tests.serving import make_requests, serve
 
@@ -37,6 +38,24 @@ def test_a_second_capture_takes_what_the_first_has_measured(load: Load, tuned_st
         assert runtime.engine.launcher.num_compiled == 0
 
 
+def test_auto_takes_what_was_kept_and_measures_nothing(load: Load, tuned_store: Path) -> None:
+    with _tuned(load, tuned_store) as runtime:
+        kept = runtime.engine.choices
+    with _tuned(load, tuned_store, kernels="auto") as runtime:
+        auto = runtime.engine.choices
+        assert (auto.origin, auto.kernels) == ("stored", kept.kernels)
+    with _tuned(load, tuned_store, kernels="auto", ladder="5,8,8+40") as runtime:
+        other = runtime.engine.choices
+        assert {n: s.bits for n, s in other.sites.items()} == {
+            n: s.bits for n, s in kept.sites.items()
+        }
+
+
+def test_auto_takes_the_default_where_nothing_was_kept(load: Load, tmp_path: Path) -> None:
+    with load("bf16", kernels="auto", store=str(tmp_path)) as runtime:
+        assert runtime.engine.choices.kernels == (None, "default")
+
+
 def test_another_ladder_gets_the_same_bits(load: Load, tuned_store: Path) -> None:
     requests = make_requests(np.random.default_rng(5), (30, 3, 70), 2000, (12,))
     bits = []
@@ -49,12 +68,12 @@ def test_another_ladder_gets_the_same_bits(load: Load, tuned_store: Path) -> Non
 def test_pins_capture_the_same_kernels(load: Load, tuned_store: Path, tmp_path: Path) -> None:
     with _tuned(load, tuned_store) as runtime:
         choices = runtime.engine.choices
-        fingerprint = runtime.engine.fingerprint().digest
+        asked = runtime.engine.fingerprint()
     path = tmp_path / "kernels.json"
     path.write_text(json.dumps(choices.to_json()))
     with _tuned(load, tuned_store, kernels=str(path)) as runtime:
         assert runtime.engine.choices.digest == choices.digest
-        assert runtime.engine.fingerprint().digest == fingerprint
+        assert differing(runtime.engine.fingerprint(), asked) == ["kernels"]
     record = choices.to_json()
     del record["sites"][next(iter(record["sites"]))]
     path.write_text(json.dumps(record))

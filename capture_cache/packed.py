@@ -1,0 +1,486 @@
+"""Packed weights on disk: safetensors shards that lie as the arena wants them, and a sealed index.
+
+    weights.json               sealed: identity, tensors, sums, and size and hashes of every file
+    shared.safetensors         what every rank holds: attention, dense layers, embedding, head
+    experts-RRR-of-NNN.safetensors   the routed experts of one rank
+    config.json, …             copies of the model's small files, if it had any
+
+In a shard the tensors follow each other in the arena's order, each padded with zeros to 256 bytes
+(a `pad.N` entry of the header), and the data begins on a multiple of 4096 bytes. So what is
+adjacent in the arena is adjacent in a file, and is copied in one piece. Offsets are not stored but
+computed, and a header is compared with the only bytes that it may be: nothing in a shard is ever
+interpreted.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import math
+import os
+import re
+import stat
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from capture_cache.errors import CorruptBundle, FingerprintMismatch, LayoutError
+from capture_cache.files import open_dir, read_file, unsafe
+from capture_cache.fingerprint import Fingerprint, diff
+from capture_cache.layout import ENTRY_ALIGNMENT, ITEM_BYTES, ArenaLayout, Place
+from capture_cache.manifest import MAX_RECORD_BYTES, FileRecord, seal, unseal
+
+INDEX = "weights.json"
+SHARED = "shared.safetensors"
+KIND = "packed weights"
+FORMAT = 1
+DATA_ALIGNMENT = 4096
+PIECE_BYTES = 64 << 20  # of a shard that one sha256 covers
+MAX_RANKS = 1024
+REMEDY = "delete the directory and pack again (python -m runtime.pack)"
+# The layout's dtype → safetensors' name
+DTYPES = {
+    "float32": "F32",
+    "bfloat16": "BF16",
+    "float16": "F16",
+    "float8_e4m3fn": "F8_E4M3",
+}
+_NAME = re.compile(r"[a-z0-9_]+(\.[a-z0-9_]+)*")
+_SMALL = re.compile(r"[a-z][a-z0-9_]*\.(json|model|jinja|txt)")
+_HEX16 = re.compile(r"([0-9a-f]{16})+")
+_HEX64 = re.compile(r"([0-9a-f]{64})+")
+_MAX_ELEMENTS = 1 << 50
+
+
+@dataclass(frozen=True)
+class PackedTensor:
+    """One tensor of the table.
+
+    Attributes:
+        shape, dtype: of one rank's part.
+        expert: each rank has its own; else all share one.
+        sums: `checksum.sum64` of its padded bytes: one, or one per rank.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    expert: bool
+    sums: tuple[int, ...] = ()
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * ITEM_BYTES[self.dtype]
+
+    @property
+    def padded(self) -> int:
+        return -(-self.nbytes // ENTRY_ALIGNMENT) * ENTRY_ALIGNMENT
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One safetensors file as it must be: `header` is its beginning, to the first byte of data."""
+
+    name: str
+    header: bytes
+    offsets: Mapping[str, int]  # tensor → offset in the file
+    nbytes: int
+
+    @property
+    def num_pieces(self) -> int:
+        return -(-self.nbytes // PIECE_BYTES)
+
+
+@dataclass(frozen=True)
+class Run:
+    """Bytes that are adjacent in a shard and in the arena."""
+
+    file: str
+    file_offset: int
+    arena_offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class ArenaPart:
+    """Where one stored tensor lies in the arena; `nbytes` is what is copied there."""
+
+    name: str
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+
+def parts_of(place: Place) -> list[ArenaPart]:
+    """The stored tensors of an entry: itself, or the two that lie joined in it.
+
+    `layers.{i}.all_{leaf}` [E + 1, ...] holds `experts_{leaf}` [E, ...] and then `shared_{leaf}`
+    (graphs.weights.stored_table).
+
+    Raises:
+        LayoutError: joined tensors that are not whole words of 16 bytes.
+    """
+    entry = place.entry
+    layer, joined, leaf = entry.name.rpartition(".all_")
+    if not joined:
+        # The padding is copied too: the next entry begins behind it, for all are aligned alike.
+        padded = -(-entry.nbytes // ENTRY_ALIGNMENT) * ENTRY_ALIGNMENT
+        return [ArenaPart(entry.name, entry.shape, place.offset, padded)]
+    count, shape = entry.shape[0] - 1, entry.shape[1:]
+    each = entry.nbytes // entry.shape[0]
+    if each % 16:
+        raise LayoutError(
+            f"arena entry {entry.name!r}: expected experts of whole 16 bytes, got {each}; sums are "
+            "made of such words"
+        )
+    return [
+        ArenaPart(f"{layer}.experts_{leaf}", (count, *shape), place.offset, count * each),
+        ArenaPart(f"{layer}.shared_{leaf}", shape, place.offset + count * each, each),
+    ]
+
+
+def shard_names(ep_size: int) -> list[str]:
+    """The shards of packed weights: the shared one, then one a rank."""
+    return [SHARED, *(f"experts-{r:03}-of-{ep_size:03}.safetensors" for r in range(ep_size))]
+
+
+def plan_shards(
+    tensors: Sequence[PackedTensor], ep_size: int, identity: Fingerprint
+) -> dict[str, Shard]:
+    """The shards by name, a pure function of the table."""
+    shards = {}
+    for rank, name in enumerate(shard_names(ep_size), start=-1):
+        chosen = [t for t in tensors if t.expert == (rank >= 0)]
+        if not chosen and rank >= 0:
+            continue  # no experts at all
+        about = {"format": KIND, "identity": identity.digest, "shard": name}
+        shards[name] = _plan_shard(name, chosen, about)
+    return shards
+
+
+def _plan_shard(name: str, tensors: Sequence[PackedTensor], about: Mapping[str, str]) -> Shard:
+    entries: dict[str, Any] = {"__metadata__": dict(about)}
+    offsets, at = {}, 0
+    for i, tensor in enumerate(tensors):
+        offsets[tensor.name] = at
+        end = at + tensor.nbytes
+        entries[tensor.name] = {
+            "dtype": DTYPES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [at, end],
+        }
+        at += tensor.padded
+        if at > end:
+            pad = {"dtype": "U8", "shape": [at - end], "data_offsets": [end, at]}
+            entries[f"pad.{i}"] = pad
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-(len(text) + 8) % DATA_ALIGNMENT)
+    header = len(text).to_bytes(8, "little") + text
+    return Shard(name, header, {k: v + len(header) for k, v in offsets.items()}, len(header) + at)
+
+
+@dataclass(frozen=True)
+class Index:
+    """What packed weights say of themselves.
+
+    Attributes:
+        identity: what the weights are: source, conversion, ep_size; see `runtime.weights`.
+        made_from: (file, bytes, mtime in ns) of the checkpoint's shards when it was read.
+        pieces: shard → sha256 of every `PIECE_BYTES` of it, in hex, joined.
+        small: copies of the model's small files.
+        stored_dtype: type of the checkpoint's embedding, for a config that names none.
+    """
+
+    identity: Fingerprint
+    ep_size: int
+    tensors: tuple[PackedTensor, ...]
+    made_from: tuple[tuple[str, int, int], ...]
+    pieces: Mapping[str, str]
+    small: Mapping[str, FileRecord]
+    stored_dtype: str | None = None
+
+    def shards(self) -> dict[str, Shard]:
+        return plan_shards(self.tensors, self.ep_size, self.identity)
+
+    def to_bytes(self) -> bytes:
+        return seal(
+            {
+                "kind": KIND,
+                "format": FORMAT,
+                "identity": self.identity.to_json(),
+                "ep_size": self.ep_size,
+                "tensors": [
+                    [
+                        t.name,
+                        "x".join(map(str, t.shape)),
+                        t.dtype,
+                        t.expert,
+                        "".join(f"{s:016x}" for s in t.sums),
+                    ]
+                    for t in self.tensors
+                ],
+                "made_from": [list(row) for row in self.made_from],
+                "pieces": dict(self.pieces),
+                "small": {
+                    n: {"bytes": r.nbytes, "sha256": r.sha256} for n, r in self.small.items()
+                },
+                "stored_dtype": self.stored_dtype,
+            }
+        )
+
+    @classmethod
+    def from_bytes(cls, data: bytes, shown: Path) -> Index:
+        """Read a sealed index, trusting none of it.
+
+        Raises:
+            CorruptBundle: not sealed, of another format, or with a field that makes no sense.
+        """
+        record = unseal(data, shown)
+        if record.get("kind") != KIND or record.get("format") != FORMAT:
+            got = f"{record.get('kind')!r:.40} format {record.get('format')!r:.20}"
+            raise CorruptBundle(f"{shown}: expected {KIND} of format {FORMAT}, got {got}; {REMEDY}")
+        try:
+            return cls._parsed(record)
+        except (KeyError, TypeError, ValueError, AttributeError) as e:
+            raise CorruptBundle(f"{shown}: malformed index: {e!s:.200}; {REMEDY}") from e
+
+    @classmethod
+    def _parsed(cls, record: Mapping[str, Any]) -> Index:
+        ep_size = _integer(record["ep_size"], 1, MAX_RANKS)
+        tensors = tuple(_tensor(row, ep_size) for row in record["tensors"])
+        if len({t.name for t in tensors}) != len(tensors) or not tensors:
+            raise ValueError("expected unique tensors, at least one")
+        index = cls(
+            Fingerprint.from_json(record["identity"]),
+            ep_size,
+            tensors,
+            tuple((_text(f), _integer(n, 0), _integer(t, 0)) for f, n, t in record["made_from"]),
+            {_text(k): _text(v) for k, v in record["pieces"].items()},
+            {
+                _text(n): FileRecord(_integer(r["bytes"], 0, 1 << 30), _text(r["sha256"]))
+                for n, r in record["small"].items()
+            },
+            None if record["stored_dtype"] is None else _text(record["stored_dtype"]),
+        )
+        shards = index.shards()
+        if index.pieces.keys() != shards.keys():
+            raise ValueError(f"expected the shards {sorted(shards)}, got {sorted(index.pieces)}")
+        for name, shard in shards.items():
+            hashes = index.pieces[name]
+            if not _HEX64.fullmatch(hashes) or len(hashes) != 64 * shard.num_pieces:
+                raise ValueError(f"{name}: expected {shard.num_pieces} sha256")
+        for name, small in index.small.items():
+            if not _SMALL.fullmatch(name) or not re.fullmatch("[0-9a-f]{64}", small.sha256):
+                raise ValueError(f"small file {name!r}: expected a plain name and a sha256")
+        return index
+
+
+def _tensor(row: Any, ep_size: int) -> PackedTensor:
+    name, shape, dtype, expert, sums = row
+    dims = tuple(int(d) for d in shape.split("x")) if re.fullmatch(r"\d+(x\d+)*", shape) else ()
+    if not _NAME.fullmatch(name) or dtype not in DTYPES or not isinstance(expert, bool):
+        raise ValueError(f"tensor {name!r}: expected a plain name, a known dtype, a bool")
+    if not dims or not all(dims) or math.prod(dims) > _MAX_ELEMENTS:
+        raise ValueError(f"tensor {name}: expected a shape, got {shape!r:.80}")
+    if not _HEX16.fullmatch(sums) or len(sums) != 16 * (ep_size if expert else 1):
+        raise ValueError(f"tensor {name}: expected its sums, got {sums!r:.80}")
+    values = tuple(int(sums[i : i + 16], 16) for i in range(0, len(sums), 16))
+    return PackedTensor(name, dims, dtype, expert, values)
+
+
+def _integer(value: Any, least: int, most: int = 1 << 63) -> int:
+    if type(value) is not int or not least <= value <= most:
+        raise ValueError(f"expected an integer from {least} to {most}, got {value!r:.40}")
+    return value
+
+
+def _text(value: Any) -> str:
+    if type(value) is not str:
+        raise ValueError(f"expected text, got {value!r:.40}")
+    return value
+
+
+class PackedWeights:
+    """A directory of packed weights whose index has been read and checked.
+
+    Raises:
+        CorruptBundle: the index is missing, damaged or of another version.
+        StoreError: the directory is not safe to read.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path).absolute()
+        data = self._read(INDEX, MAX_RECORD_BYTES)
+        self.index = Index.from_bytes(data, self.path / INDEX)
+        self.shards = self.index.shards()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all shards."""
+        return sum(s.nbytes for s in self.shards.values())
+
+    def check_identity(self, wanted: Fingerprint, *, unset: frozenset[str] = frozenset()) -> None:
+        """Raises FingerprintMismatch naming each field in which they differ, `unset` excepted."""
+        found = diff(*(_without(f, unset) for f in (self.index.identity, wanted)))
+        if found:
+            raise FingerprintMismatch(
+                f"{self.path} holds other weights than are wanted: {'; '.join(found)}; pack again "
+                "with python -m runtime.pack, or give the right --weights"
+            )
+
+    def runs(self, layout: ArenaLayout, rank: int, *, computed: frozenset[str]) -> list[Run]:
+        """What to copy where, to fill the weights section of `layout` for `rank`.
+
+        Args:
+            computed: entries of the section that are not stored.
+
+        Raises:
+            FingerprintMismatch: a tensor is missing, or of another shape or type.
+        """
+        tensors = {t.name: t for t in self.index.tensors}
+        problems, runs = [], list[Run]()
+        places = [p for p in layout.places if p.entry.section == "weights"]
+        for place in places:
+            entry = place.entry
+            if entry.alignment % ENTRY_ALIGNMENT:
+                raise LayoutError(
+                    f"arena entry {entry.name!r}: expected an alignment of whole {ENTRY_ALIGNMENT} "
+                    f"bytes, to which packed weights are padded, got {entry.alignment}"
+                )
+            if entry.name in computed:
+                continue
+            for part in parts_of(place):
+                tensor = tensors.get(part.name)
+                if tensor is None or (tensor.shape, tensor.dtype) != (part.shape, entry.dtype):
+                    got = "nothing" if tensor is None else f"{list(tensor.shape)} {tensor.dtype}"
+                    problems.append(f"{part.name} {got} → {list(part.shape)} {entry.dtype}")
+                    continue
+                runs.append(self._run(tensor, rank, part))
+        if problems:
+            raise FingerprintMismatch(
+                f"{self.path} does not hold this model's weights: {'; '.join(problems[:4])}"
+                f"{' …' if len(problems) > 4 else ''}; pack again with python -m runtime.pack"
+            )
+        return list(_merged(runs))
+
+    def _run(self, tensor: PackedTensor, rank: int, part: ArenaPart) -> Run:
+        file = shard_names(self.index.ep_size)[rank + 1] if tensor.expert else SHARED
+        return Run(file, self.shards[file].offsets[tensor.name], part.offset, part.nbytes)
+
+    def open_shard(self, name: str) -> int:
+        """A file handle of a shard whose owner, mode, size and header are as they must be.
+
+        Raises:
+            CorruptBundle: one of them is not.
+        """
+        shard, shown = self.shards[name], self.path / name
+        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        try:
+            fd = os.open(shown, flags)
+        except OSError as e:
+            raise CorruptBundle(
+                f"{shown}: expected a regular file of ours, got {e.strerror}; {REMEDY}"
+            ) from e
+        try:
+            info = os.fstat(fd)
+            problem = unsafe(info)
+            if not stat.S_ISREG(info.st_mode):
+                problem = "expected a regular file, got another"
+            elif info.st_size != shard.nbytes:
+                problem = f"expected {shard.nbytes} bytes, got {info.st_size}"
+            elif problem is None and os.pread(fd, len(shard.header), 0) != shard.header:
+                problem = "expected the header that its index implies, got another"
+            if problem is not None:
+                raise CorruptBundle(f"{shown}: {problem}; {REMEDY}")
+        except BaseException:
+            os.close(fd)
+            raise
+        return fd
+
+    def check_small(self) -> None:
+        """Compare the copied small files with their hashes. Raises CorruptBundle."""
+        for name, record in self.index.small.items():
+            record.check(self._read(name, record.nbytes), self.path / name)
+
+    def _read(self, name: str, max_bytes: int) -> bytes:
+        with open_dir(self.path, ()) as fd:
+            if fd is None:
+                raise CorruptBundle(
+                    f"{self.path}: expected a directory of packed weights, got nothing; "
+                    "make one with python -m runtime.pack"
+                )
+            return read_file(fd, name, self.path, max_bytes)
+
+    def verify(self, shards: Sequence[str] | None = None) -> Iterator[tuple[str, int]]:
+        """Compare every sha256, of some shards or of all and of the small files.
+
+        Yields:
+            (shard, bytes) after each piece that is right.
+
+        Raises:
+            CorruptBundle: names the file and where in it the damage is.
+        """
+        if shards is None:
+            self.check_small()
+        for name in self.shards if shards is None else shards:
+            fd = self.open_shard(name)
+            with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+                try:
+                    check = functools.partial(self._check_piece, name, fd)
+                    for nbytes in pool.map(check, range(self.shards[name].num_pieces)):
+                        yield name, nbytes
+                finally:
+                    pool.shutdown(cancel_futures=True)
+                    os.close(fd)
+
+    def _check_piece(self, shard: str, fd: int, i: int) -> int:
+        """Compare piece `i` with its sha256; returns its bytes. Raises CorruptBundle."""
+        data = os.pread(fd, PIECE_BYTES, i * PIECE_BYTES)
+        expected = self.index.pieces[shard][64 * i : 64 * i + 64]
+        got = hashlib.sha256(data).hexdigest()
+        if got != expected:
+            begin = i * PIECE_BYTES
+            held = [
+                t
+                for t, at in self.shards[shard].offsets.items()
+                if begin <= at < begin + PIECE_BYTES
+            ]
+            raise CorruptBundle(
+                f"{self.path / shard}: expected sha256 {expected} of bytes {begin} to "
+                f"{begin + len(data)}, got {got} (near {', '.join(held[:3]) or 'one tensor'}); "
+                f"{REMEDY}"
+            )
+        return len(data)
+
+
+def _without(fingerprint: Fingerprint, names: frozenset[str]) -> Fingerprint:
+    return Fingerprint(tuple(f for f in fingerprint.fields if f[0] not in names))
+
+
+def _merged(runs: Sequence[Run]) -> Iterator[Run]:
+    """Runs joined where they are adjacent on both sides."""
+    last: Run | None = None
+    for run in runs:
+        joins = (
+            last is not None
+            and last.file == run.file
+            and last.file_offset + last.nbytes == run.file_offset
+            and last.arena_offset + last.nbytes == run.arena_offset
+        )
+        if joins:
+            assert last is not None
+            last = Run(last.file, last.file_offset, last.arena_offset, last.nbytes + run.nbytes)
+            continue
+        if last is not None:
+            yield last
+        last = run
+    if last is not None:
+        yield last
+
+
+def is_packed(path: Path) -> bool:
+    """Whether a directory holds packed weights, damaged or not."""
+    return (path / INDEX).is_file()

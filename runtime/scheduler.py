@@ -1,0 +1,537 @@
+"""Who runs: admission by pages, chunks of prompts beside decoding, preemption. Plain Python.
+
+`plan` says what the next step does and `commit` records that it was launched. Everything that
+happens at a known step (a row's token opens a page, a row samples its last token) waits in a bucket
+of that step, so a step in which rows only decode costs the same for any number of rows.
+
+Prompts share a step's prompt tokens so: the first row in `Request.order` gets half, and what the
+others leave; the others get the rest, the one with least left first. So short prompts pass long
+ones, and yet whoever is first moves on by half a step's worth, whatever arrives.
+
+Invariants: the host's count of decoding rows is never below the device's; pages are held before the
+launch that writes them; pages are given to another row only after the row that held them is free on
+the device or its cancel leads the mailbox of the next launch.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from runtime.mailbox import Chunk
+from runtime.pages import OutOfPages, OutOfRows, PagePool
+from runtime.prefix_cache import PrefixCache
+from runtime.requests import (
+    DECODING,
+    ENDED,
+    ENDING,
+    PREFILLING,
+    QUEUED,
+    WAITING,
+    Request,
+    WaitingQueue,
+)
+from runtime.stats import Counters
+
+if TYPE_CHECKING:
+    from graphs.keys import Ladder
+
+RESERVATIONS = ("full", "lazy")
+NEVER = np.iinfo(np.int64).max
+NO_PAGES = np.zeros((0, 3), np.int32)
+
+
+@dataclass(frozen=True)
+class SchedulerConfig:
+    """How requests share rows, pages and steps.
+
+    Attributes:
+        reservation: "full" reserves the pages of prompt and `max_tokens` at admission, so nobody is
+            ever preempted; "lazy" reserves them as rows grow.
+        prefix_cache: keep full pages for later prompts that begin alike.
+        prefill_budget: prompt tokens a step at most; None: as many as a key covers.
+        ageing_steps: steps of waiting that are worth one level of priority.
+    """
+
+    reservation: str = "full"
+    prefix_cache: bool = True
+    prefill_budget: int | None = None
+    ageing_steps: int = 256
+
+    def __post_init__(self) -> None:
+        if self.reservation not in RESERVATIONS:
+            raise ValueError(f"reservation must be 'full' or 'lazy', got {self.reservation!r}")
+        if self.prefill_budget is not None and self.prefill_budget < 1:
+            raise ValueError(
+                f"prefill_budget must be at least 1 token a step, got {self.prefill_budget}; leave "
+                "it out for as many as a graph key covers"
+            )
+        if self.ageing_steps < 1:
+            raise ValueError(f"ageing_steps must be at least 1 step, got {self.ageing_steps}")
+
+
+@dataclass(slots=True)
+class Plan:
+    """One step as the host wants it.
+
+    Attributes:
+        tokens, samples: step tokens; rows that sample.
+        fed: rows with a chunk, and its tokens.
+        sent: rows whose page table grows, and to how many pages.
+        changes: whether the device must be told anything.
+    """
+
+    tokens: int
+    samples: int
+    changes: bool = False
+    cancels: list[int] = field(default_factory=list)
+    admits: list[Request] = field(default_factory=list)
+    chunks: list[Chunk] = field(default_factory=list)
+    pages: NDArray[np.int32] = field(default_factory=lambda: NO_PAGES)
+    fed: list[tuple[Request, int]] = field(default_factory=list)
+    sent: dict[Request, int] = field(default_factory=dict)
+    crossing: list[Request] = field(default_factory=list)
+
+
+class Scheduler:
+    """The host's half of the row state.
+
+    Args:
+        max_words: page-table entries that one mailbox takes.
+        logits_rows: requests that may return their logits at the same time.
+
+    Attributes:
+        since: int64 [max_rows], the step that admitted the row's request; `NEVER` before that.
+        ids: int64 [max_rows], id of the row's request.
+        history: int32 [max_rows, max_seq_len], its tokens, prompt first; `have`: how many.
+        scored_to: int32 [max_rows], last position of its prompt whose log-prob has been returned.
+    """
+
+    def __init__(
+        self,
+        config: SchedulerConfig,
+        ladder: Ladder,
+        *,
+        max_rows: int,
+        max_seq_len: int,
+        num_pages: int,
+        page_size: int,
+        max_words: int,
+        logits_rows: int,
+    ) -> None:
+        self.config, self.ladder, self._max_words = config, ladder, max_words
+        self._logits_rows = logits_rows
+        self.cache = PrefixCache(enabled=config.prefix_cache)
+        self.pages = PagePool(num_pages, page_size, self.cache)
+        self.counters = Counters()
+        self.rows: list[Request | None] = [None] * max_rows
+        self.queue = WaitingQueue()
+        self.by_id: dict[int, Request] = {}
+        self.draining = False
+        self.since = np.full(max_rows, NEVER, np.int64)
+        self.ids = np.full(max_rows, -1, np.int64)
+        self.have = np.zeros(max_rows, np.int64)
+        self.scored_to = np.zeros(max_rows, np.int32)
+        self.history = np.zeros((max_rows, max_seq_len), np.int32)
+        self.free_rows = list(range(max_rows - 1, -1, -1))
+        self.cancels: list[int] = []
+        self._lazy = config.reservation == "lazy"
+        self._prefilling: list[Request] = []  # rows with prompt left, in order
+        self._num_decoding = 0
+        self._crossings: dict[int, list[Request]] = {}  # step -> rows that open a page in it
+        self._endings: dict[int, list[Request]] = {}  # step -> rows that sample their last token
+        self._may_admit = False  # something changed since the queue's first did not fit
+        self._calm = Plan(0, 0)
+
+    # ------------------------------------------------------------------ coming and going
+
+    def enqueue(self, request: Request) -> None:
+        """Let a request wait for its turn."""
+        self.by_id[request.id] = request
+        self.queue.push(request)
+        self._may_admit = True
+
+    def admit(self, request: Request) -> None:
+        """Give a request a row and pages now.
+
+        Raises:
+            OutOfPages: they are not there (`OutOfRows`: no row is); nothing changed.
+        """
+        if not self.free_rows:
+            raise OutOfRows(
+                f"all {len(self.rows)} rows are running; wait for one to finish, cancel one, "
+                "or raise --bs"
+            )
+        if not self._has_logits(request):
+            raise OutOfRows(
+                f"{self._logits_rows} requests return their logits and there is room for no more; "
+                "wait for one to finish, or load with a larger logits_rows"
+            )
+        row, shared = self.free_rows[-1], self._find(request)
+        self.pages.share(row, shared)
+        try:
+            self.pages.grow(row, self._tokens_to_reserve(request))
+        except OutOfPages:
+            self.pages.release(row)
+            raise
+        self.free_rows.pop()
+        self.by_id[request.id] = self.rows[row] = request
+        request.row, request.phase = row, WAITING
+        request.matched = request.named = len(shared)
+        request.done, request.sent = len(shared) * self.pages.page_size, 0
+        self.ids[row], self.since[row] = request.id, NEVER
+        self.have[row], self.scored_to[row] = len(request.tokens), request.scored_to
+        self.history[row, : len(request.tokens)] = request.tokens
+        bisect.insort(self._prefilling, request, key=_order)
+
+    def _has_logits(self, request: Request) -> bool:
+        """Whether one more row may return its logits, if the request wants that."""
+        if not request.params.return_logits:
+            return True
+        return sum(q.params.return_logits for q in self.running()) < self._logits_rows
+
+    def settle_decoding(self, request: Request, length: int, step: int) -> None:
+        """A row that decodes from `step` on, with `length` tokens computed and its pages sent."""
+        self._prefilling.remove(request)
+        request.done, request.sent = length, len(self.pages.held(request.row))
+        self.since[request.row] = step
+        # The device hears of the row at once: an older cancel must not reach its new owner.
+        self.cancels = [row for row in self.cancels if row != request.row]
+        self._start_decoding(request, step)
+
+    def retire(self, request: Request, reason: str) -> None:
+        """End a request, wherever it is; row and pages are free at once.
+
+        A cancelled row may have steps in flight: they write only to pages past its last full one,
+        and before any launch that comes now.
+        """
+        del self.by_id[request.id]
+        self.counters.finished[reason] += 1
+        if request.phase == QUEUED:
+            self.queue.remove(request)
+            self._may_admit = True
+            return
+        if reason == "cancelled" and request.phase != WAITING:
+            self.cancels.append(request.row)
+        if reason == "error":
+            self.pages.forget(request.row)  # what made it fail must not be met again
+            request.cacheable = False
+        self._leave_row(request)
+        request.phase = ENDED
+
+    def _preempt(self, request: Request) -> None:
+        """Send a row back to the queue. What is in flight of it is dropped and computed again."""
+        if request.phase != WAITING:
+            self.cancels.append(request.row)
+        request.tokens = self.history[request.row, : self.have[request.row]].copy()
+        request.preemptions += 1
+        self.counters.preemptions += 1
+        self._leave_row(request)
+        self.queue.push(request)
+
+    def _leave_row(self, request: Request) -> None:
+        row = request.row
+        request.scored_to = int(self.scored_to[row])
+        if request.phase in (WAITING, PREFILLING):
+            self._prefilling.remove(request)
+            self._name(request, request.done)
+        else:
+            self._num_decoding -= request.phase == DECODING
+            self._name(request, int(self.have[row]) - 1)  # the last token's KV is not computed
+        self.rows[row], request.row = None, -1
+        self.since[row], self.ids[row] = NEVER, -1
+        self.pages.release(row)
+        self.free_rows.append(row)
+        self._may_admit = True
+
+    def reserve_restart(self) -> None:
+        """Make sure that every row's tokens so far can be computed again in place.
+
+        Raises:
+            OutOfPages: a row needs another page and there is none.
+        """
+        for request in self.running():
+            self.pages.grow(request.row, int(self.have[request.row]))
+
+    def restart(self, request: Request) -> None:
+        """Compute a row's KV again, in place, from its first token on; see `reserve_restart`."""
+        row = request.row
+        if request.phase != WAITING:
+            self.cancels.append(row)
+        if request.phase not in (WAITING, PREFILLING):
+            self._num_decoding -= request.phase == DECODING
+            bisect.insort(self._prefilling, request, key=_order)
+        request.tokens = self.history[row, : self.have[row]].copy()
+        request.scored_to = int(self.scored_to[row])
+        request.phase, request.done, request.sent = WAITING, 0, 0
+        request.matched = request.named = 0
+        self.since[row] = NEVER
+
+    def deliver(self, rows: NDArray[np.int32], tokens: NDArray[np.int32]) -> None:
+        """Rows have been given a token each."""
+        at = self.have[rows]
+        self.history[rows, at] = tokens
+        self.have[rows] = at + 1
+        self.counters.tokens_decoded += len(rows)
+
+    # ------------------------------------------------------------------ the prefix cache
+
+    def _find(self, request: Request) -> list[int]:
+        """Named pages that begin like the request; its last token is always computed."""
+        if not (self.cache.enabled and request.cacheable):
+            return []
+        count = request.findable_tokens // self.pages.page_size
+        return self.cache.find(request.chain.upto(count, request.tokens, self.pages.page_size))
+
+    def _find_again(self, request: Request) -> None:
+        """Others may have computed more of the request's pages since it was given its row."""
+        shared = self._find(request)
+        for index in range(request.matched, len(shared)):
+            self.pages.swap(request.row, index, shared[index])
+        if len(shared) > request.matched:
+            request.matched = request.named = len(shared)
+            request.done = len(shared) * self.pages.page_size
+
+    def _name(self, request: Request, tokens: int) -> None:
+        """Let others find the pages that the first `tokens` tokens fill."""
+        if not (self.cache.enabled and request.cacheable):
+            return
+        size, count = self.pages.page_size, tokens // self.pages.page_size
+        if count <= request.named:
+            return
+        digests = request.chain.upto(count, self.history[request.row], size)
+        for index in range(request.named, count):
+            self.pages.name(request.row, index, digests[index])
+        request.named = count
+
+    # ------------------------------------------------------------------ the next step
+
+    def plan(self, step: int) -> Plan:
+        """What the step of that number does; only admissions and preemptions take effect already.
+
+        Raises:
+            OutOfPages: rows that may not be preempted cannot all go on (lazy reservation).
+        """
+        if not (self._prefilling or self.cancels or self._may_admit or step in self._crossings):
+            if self._calm.tokens != self._num_decoding:
+                self._calm = Plan(self._num_decoding, self._num_decoding)
+            return self._calm
+        crossing = self._open_pages(step)
+        if self._may_admit:
+            self._admit_waiting(step)
+        plan = Plan(self._num_decoding, self._num_decoding, crossing=crossing)
+        words: list[tuple[int, int, int]] = []
+        for request in crossing:
+            self._send(plan, words, request, request.sent + 1)
+        self._feed(plan, words)
+        for request in [*crossing, *(request for request, _ in plan.fed)]:
+            count = len(self.pages.held(request.row))
+            if plan.sent[request] < count:
+                self._send(plan, words, request, count)
+        if words:
+            plan.pages = np.array(words, np.int32)
+        plan.cancels = self.cancels
+        plan.changes = bool(words or plan.cancels or plan.admits or plan.chunks)
+        return plan
+
+    def _open_pages(self, step: int) -> list[Request]:
+        """Decoding rows whose token of this step opens a page that the device has not heard of."""
+        bucket = self._crossings.get(step)
+        if not bucket:
+            return []
+        rows = list(dict.fromkeys(q for q in bucket if self._opens(q, step)))
+        if not self._lazy:
+            return rows
+        self._make_room(rows, step)
+        rows = [request for request in rows if request.phase == DECODING]
+        for request in rows:
+            self.pages.grow(request.row, request.base + step + 1)
+        return rows
+
+    def _opens(self, request: Request, step: int) -> bool:
+        at = request.sent * self.pages.page_size
+        return request.phase == DECODING and request.base + step == at
+
+    def _make_room(self, rows: list[Request], step: int) -> None:
+        """Preempt, the last in order first, until the decoding rows can go on."""
+        if len(rows) <= self.pages.num_free:  # one page each at most
+            return
+        held, pages_for = self.pages.held, self.pages.pages_for
+        while True:
+            need = sum(
+                max(0, pages_for(q.base + step + 1) - len(held(q.row)))
+                for q in rows
+                if q.phase == DECODING
+            )
+            if need <= self.pages.num_free:
+                return
+            victims = [q for q in self.rows if q and q.preemptable and q.phase != ENDING]
+            if not victims:
+                raise OutOfPages(
+                    f"the step needs {need} more pages and {self.pages.num_free} of "
+                    f"{self.pages.capacity} are free; nothing was launched: cancel a row, raise "
+                    "--num-pages, or use reservation='full'"
+                )
+            self._preempt(max(victims, key=_order))
+
+    def _admit_waiting(self, step: int) -> None:
+        """Give rows to the queue, in its order; nobody passes the first, so nobody starves."""
+        self._may_admit = False
+        queue = self.queue
+        while self.free_rows:
+            request = queue.first_begun() if self.draining else queue.first()
+            if request is None:
+                return
+            pages = self.pages.pages_for(self._tokens_to_reserve(request))
+            # Rows that grow lazily will want a page each soon: without them in hand, an admission
+            # would be preempted at once.
+            running = len(self.rows) - len(self.free_rows)
+            spare = running if self._lazy else 0
+            if not self.pages.has_room(pages + spare, self._find(request)):
+                return
+            if not self._has_logits(request):
+                return
+            queue.take(request)
+            self.admit(request)
+            wait = step - request.arrived
+            self.counters.longest_wait_steps = max(self.counters.longest_wait_steps, wait)
+
+    def _tokens_to_reserve(self, request: Request) -> int:
+        # The last token is returned but never fed, so it needs no page.
+        return len(request.tokens) if self._lazy else request.limit - 1
+
+    def _feed(self, plan: Plan, words: list[tuple[int, int, int]]) -> None:
+        """Share the step's prompt tokens (see the module's description)."""
+        if not self._prefilling:
+            return
+        room = self.ladder.most_tokens(plan.samples) - plan.tokens
+        if self.config.prefill_budget is not None:
+            room = min(room, self.config.prefill_budget)
+        first, *others = self._prefilling
+        theirs = min(room // 2, sum(request.left for request in others))
+        room -= self._take(plan, words, first, room - theirs)
+        for request in sorted(others, key=_left) if len(others) > 1 else others:
+            if room <= 0:
+                break
+            room -= self._take(plan, words, request, room)
+
+    def _take(
+        self, plan: Plan, words: list[tuple[int, int, int]], request: Request, most: int
+    ) -> int:
+        """Feed at most `most` tokens of a prompt, as far as some key covers them."""
+        if request.phase == WAITING:
+            self._find_again(request)
+        left, most_tokens = request.left, self.ladder.most_tokens
+        scored = request.is_scored
+        if scored:
+            n = min(left, most, self.ladder.most_heads(plan.tokens, plan.samples))
+        # The chunk that ends a prompt samples, which takes a row of the key.
+        elif left <= min(most, most_tokens(plan.samples + 1) - plan.tokens):
+            n = left
+        else:
+            n = min(left - 1, most, most_tokens(plan.samples) - plan.tokens)
+        if n <= 0:
+            return 0
+        if request.phase == WAITING:
+            plan.admits.append(request)
+        stop = request.done + n
+        if not self._send(plan, words, request, self.pages.pages_for(stop)):
+            return 0  # many cached pages: the mailbox takes the rest of them in the next steps
+        ids = request.tokens[request.done : stop]
+        plan.chunks.append(Chunk(request.row, request.done, ids, n == left, scored))
+        plan.fed.append((request, n))
+        plan.tokens += n
+        plan.samples += plan.chunks[-1].heads
+        return n
+
+    def _send(
+        self, plan: Plan, words: list[tuple[int, int, int]], request: Request, count: int
+    ) -> bool:
+        """Tell the device the row's first `count` pages; False if they do not all fit."""
+        start = plan.sent.get(request, request.sent)
+        stop = min(count, start + self._max_words - len(words))
+        held = self.pages.held(request.row)
+        words.extend((request.row, index, held[index]) for index in range(start, stop))
+        plan.sent[request] = max(start, stop)
+        return stop >= count
+
+    def commit(self, plan: Plan, step: int) -> None:
+        """Record what the launched step will have done."""
+        if plan is not self._calm:
+            self._commit_changes(plan, step)
+        for request in self._endings.pop(step, ()):
+            # A row whose last token this step samples is padding from the next one on.
+            if request.phase == DECODING and request.base + step + 2 >= request.limit:
+                request.phase = ENDING
+                self._num_decoding -= 1
+
+    def _commit_changes(self, plan: Plan, step: int) -> None:
+        self.cancels = []
+        self._crossings.pop(step, None)
+        for request, pages in plan.sent.items():
+            request.sent = pages
+        for request in plan.crossing:
+            self._await_page(request, step + 1)
+        counters = self.counters
+        for request in plan.admits:
+            request.phase = PREFILLING
+            self.since[request.row] = step
+            if self.cache.enabled and request.cacheable:
+                pages = request.findable_tokens // self.pages.page_size
+                counters.count_lookup(request.matched, pages)
+        for request, n in plan.fed:
+            request.done += n
+            counters.tokens_prefilled += n
+            self._name(request, request.done)
+            if request.left == 0:
+                self._prefilling.remove(request)
+                self._start_decoding(request, step + 1)
+
+    def _start_decoding(self, request: Request, step: int) -> None:
+        """From `step` on the row brings a token to every step, until its limit."""
+        request.base = request.done - step
+        last = request.limit - 2 - request.base
+        if last < step:
+            request.phase = ENDING
+            return
+        request.phase = DECODING
+        self._num_decoding += 1
+        self._endings.setdefault(last, []).append(request)
+        self._await_page(request, step)
+
+    def _await_page(self, request: Request, step: int) -> None:
+        """Remember the step, from `step` on, whose token opens a page not sent yet."""
+        position = request.sent * self.pages.page_size
+        if position < request.limit - 1:
+            self._crossings.setdefault(position - request.base, []).append(request)
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether a request has a row, or had one and is to have one again."""
+        return len(self.free_rows) < len(self.rows) or self.queue.first_begun() is not None
+
+    @property
+    def num_begun(self) -> int:
+        """Requests in rows, and those that had one and wait to be computed again."""
+        return len(self.rows) - len(self.free_rows) + self.queue.num_begun
+
+    def look_at_queue(self) -> None:
+        """Something beside rows and pages may let the queue's first in."""
+        self._may_admit = True
+
+    def running(self) -> Iterator[Request]:
+        """Requests that have a row."""
+        return (request for request in self.rows if request is not None)
+
+
+def _order(request: Request) -> tuple[int, int]:
+    return request.order
+
+
+def _left(request: Request) -> tuple[int, tuple[int, int]]:
+    return request.left, request.order

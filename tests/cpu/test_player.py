@@ -1,0 +1,224 @@
+"""The player on a fake GPU: what it loads, in which order, what it refuses, and what it imports."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import runtime.load as load_module
+from capture_cache.arena import ARENA_BASE
+from graphs.keys import GraphKey, NotCaptured
+from kernels.triton.intake import admit
+from kernels.triton.rows import RowState
+from runtime import Runtime, SamplingParams
+from runtime.config import RuntimeConfig
+from runtime.restore import NotRestored, check_golden, restore
+from runtime.row_params import admission
+from tests.cpu.played import LADDER, OPTIONS, Gpu, publish_bundle
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def options(root: Path, **changes: object) -> RuntimeConfig:
+    return RuntimeConfig.of(**(OPTIONS | {"store": str(root)} | changes))
+
+
+def test_a_bundle_is_played(tmp_path: Path) -> None:
+    publish_bundle(tmp_path)
+    gpu = Gpu()
+    player = restore(options(tmp_path), lib=gpu)
+    assert gpu.launched == ["fill", "publish"], "weights, then the golden step"
+    assert "golden step of key 1 agrees" in player.load_reason
+    with Runtime(player) as runtime:
+        assert runtime.loaded_from == "bundle"
+        runtime.add([1, 2, 3], SamplingParams(max_tokens=2))
+        assert len(runtime.step()) == 0
+        assert runtime.last_key == GraphKey(8, 2)
+        assert len(runtime.step()) == 0
+        player.keys.wait()
+        assert sorted(map(str, player.keys.seconds)) == sorted(LADDER.split(","))
+    assert not gpu.execs
+    assert not gpu.graphs
+    assert not gpu.libraries
+    assert not gpu.mapped
+    assert not gpu.reserved
+    assert not gpu.pinned
+
+
+def test_weights_and_table_are_filled(tmp_path: Path) -> None:
+    publish_bundle(tmp_path)
+    player = restore(options(tmp_path), lib=Gpu())
+    assert player.read("embed")[:4].tolist() == [0x11] * 4
+    assert not player.read("embed")[4:].any()
+    assert set(player.read("rope_table").tolist()) == {7}
+    player.close()
+
+
+def test_rows_begin_free(tmp_path: Path) -> None:
+    publish_bundle(tmp_path)
+    player = restore(options(tmp_path), lib=Gpu())
+    assert not player.read("phase").any()
+    assert set(player.read("stop_ids").tolist()) == {0xFF}
+    player.close()
+
+
+def test_adopted_rows_are_what_the_device_would_have_made_of_them(tmp_path: Path) -> None:
+    publish_bundle(tmp_path)
+    player = restore(options(tmp_path), lib=Gpu())
+    params = SamplingParams(
+        max_tokens=9,
+        temperature=0.7,
+        seed=1 << 40,
+        stop_token_ids=(3, 4),
+        stop_sequences=((5, 6), (7,)),
+        logit_bias={8: 1.5, 9: -2.0},
+    )
+    wanted = admission(params, np.arange(5, dtype=np.int32), (3, 4), 1 << 40)
+    places = player._arena.layout.by_name
+    state = {}
+    for name in RowState.names():
+        entry = places[name].entry
+        raw = torch.from_numpy(player.read(name))
+        state[name] = raw.view(getattr(torch, entry.dtype)).view(entry.shape)
+    admit(RowState.of(state), 1, torch.from_numpy(wanted.record))
+    state["phase"][1], state["seq_len"][1], state["last_token"][1] = 2, 5, 0
+    state["page_table"][1, 0] = 3
+    player.adopt(5, {1: (wanted, [3])})
+    for name in RowState.names():
+        assert player.read(name).tolist() == state[name].view(torch.uint8).flatten().tolist(), name
+    player.close()
+
+
+def test_new_weights_are_refused_with_the_remedy(tmp_path: Path) -> None:
+    publish_bundle(tmp_path)
+    player = restore(options(tmp_path), lib=Gpu())
+    with Runtime(player) as runtime, pytest.raises(ValueError, match="bundle=False"):
+        runtime.update_weights(str(tmp_path))
+
+
+def test_skipped_weights_skip_the_golden_step_and_say_so(tmp_path: Path) -> None:
+    publish_bundle(tmp_path, digest="00" * 32)
+    gpu = Gpu()
+    player = restore(options(tmp_path, weights="skip"), lib=gpu)
+    assert gpu.launched == []
+    assert "weights skipped" in player.load_reason
+    player.close()
+
+
+def test_a_key_that_is_not_in_the_ladder_is_refused(tmp_path: Path) -> None:
+    publish_bundle(tmp_path)
+    player = restore(options(tmp_path), lib=Gpu())
+    with pytest.raises(NotCaptured, match="key 3 was not captured"):
+        player.replay(GraphKey(3, 3))
+    player.close()
+
+
+def test_every_key_has_a_golden_step(tmp_path: Path) -> None:
+    publish_bundle(tmp_path)
+    player = restore(options(tmp_path), lib=Gpu())
+    for key in player.ladder.keys:
+        check_golden(player, key)
+    player.close()
+
+
+def refused(root: Path, message: str, *, replace: bool, gpu: Gpu | None = None) -> None:
+    gpu = gpu or Gpu()
+    with pytest.raises(NotRestored, match=message) as caught:
+        restore(options(root), lib=gpu)
+    assert caught.value.replace is replace
+    assert not gpu.mapped, "what was acquired is given back"
+    assert not gpu.libraries
+
+
+def test_an_empty_store(tmp_path: Path) -> None:
+    refused(tmp_path, "holds no bundle", replace=False)
+
+
+def test_a_bundle_of_other_options(tmp_path: Path) -> None:
+    publish_bundle(tmp_path, max_seq_len=256)
+    refused(tmp_path, "max seq len 256 → 128", replace=False)
+
+
+def test_a_bundle_that_is_live_only(tmp_path: Path) -> None:
+    publish_bundle(tmp_path, kind="live")
+    refused(tmp_path, "holds no graphs: the test says so", replace=False)
+
+
+def test_other_bits_in_the_golden_step(tmp_path: Path) -> None:
+    publish_bundle(tmp_path, digest="ab" * 32)
+    refused(tmp_path, "golden step of key 1 gave .*, expected abab", replace=True)
+
+
+@pytest.mark.parametrize("name", ["program", "graph/t1r1", "golden/t1r1", "graph/weights0"])
+def test_a_missing_file(tmp_path: Path, name: str) -> None:
+    publish_bundle(tmp_path, drop=name)
+    what = "pack them" if name == "graph/weights0" else f"expected a file {name}"
+    refused(tmp_path, what, replace=name != "graph/weights0")
+
+
+@pytest.mark.parametrize("name", ["program", "graph/t8r2", "golden/t1r1", "manifest.json"])
+def test_a_flipped_bit(tmp_path: Path, name: str) -> None:
+    path = publish_bundle(tmp_path) / name
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    refused(tmp_path, "expected sha256|JSON", replace=True)
+
+
+def test_an_arena_elsewhere(tmp_path: Path) -> None:
+    publish_bundle(tmp_path)
+    refused(tmp_path, f"expected the arena at {ARENA_BASE:#x}", replace=False, gpu=Gpu(taken=True))
+
+
+def test_code_that_the_driver_refuses(tmp_path: Path) -> None:
+    publish_bundle(tmp_path)
+    gpu = Gpu()
+    gpu.code = {}
+    refused(tmp_path, "loading the code of kernel publish", replace=True, gpu=gpu)
+
+
+def test_no_such_device(tmp_path: Path) -> None:
+    publish_bundle(tmp_path)
+    refused(tmp_path, "no such device", replace=False, gpu=Gpu(devices=0))
+
+
+def test_skipping_weights_is_for_restores_alone(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="weights='skip' measures a restore, and nothing was"):
+        load_module.load_engine(options(tmp_path, device="cpu", weights="skip"))
+
+
+def test_a_twin_says_why_it_was_captured(tmp_path: Path) -> None:
+    chosen = {"model": "tiny", "layers": 1, "bs": 2, "max_seq_len": 128, "ladder": "2"}
+    with Runtime.load(**chosen, device="cpu", store=str(tmp_path), verify=False) as runtime:
+        assert runtime.loaded_from == "capture"
+        assert "CPU twin" in runtime.load_reason
+
+
+PROGRAM = """
+import json, sys
+from runtime import Runtime, SamplingParams
+from runtime.config import RuntimeConfig
+from runtime.restore import restore
+from tests.cpu.played import Gpu
+with Runtime(restore(RuntimeConfig.of(**json.loads(sys.argv[1])), lib=Gpu())) as runtime:
+    runtime.add([1], SamplingParams(max_tokens=2))
+    runtime.step()
+import runtime.load
+found = {"torch", "triton", "cuda"} & set(sys.modules)
+assert not found, found
+"""
+
+
+def test_a_restore_imports_neither_torch_nor_triton(tmp_path: Path) -> None:
+    publish_bundle(tmp_path)
+    command = [sys.executable, "-c", PROGRAM, json.dumps(OPTIONS | {"store": str(tmp_path)})]
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]

@@ -1,0 +1,76 @@
+"""A day of a runtime in 10⁵ steps: nothing leaks, nobody starves, every count adds up.
+
+Most of it on a device that computes nothing (`tests.fake_device`), a part on the CPU twin.
+"""
+
+from __future__ import annotations
+
+from functools import cache, partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from runtime import Runtime
+from runtime.scheduler import SchedulerConfig
+from tests.cpu.twins import load_micro, micro_checkpoint
+from tests.fake_device import FakeConfig, FakeDevice, FakeModel, answer
+from tests.serving import Request, serve
+from tests.soak import Soak, happenings
+
+AGEING_STEPS = 64
+# 24 wait at most, one needs 57 steps at most, and a level of priority is worth 64: five of them.
+LONGEST_WAIT = 5 * AGEING_STEPS + 24 * 57
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("reservation", "pages", "prefix_cache", "budget", "steps"),
+    [
+        ("lazy", 16, True, None, 50_000),
+        ("full", 25, True, 7, 30_000),
+        ("lazy", 20, False, 5, 20_000),
+    ],
+)
+def test_a_hundred_thousand_steps(
+    reservation: str, pages: int, prefix_cache: bool, budget: int | None, steps: int
+) -> None:
+    device = FakeDevice(FakeConfig(num_pages=pages), "1,2,4,8,8+16")
+    config = SchedulerConfig(reservation, prefix_cache, budget, AGEING_STEPS)
+    runtime = Runtime(device, config)  # type: ignore[arg-type]
+    answers = partial(answer, vocab=FakeModel.vocab_size)
+    soak = Soak(runtime, answers, seed=5, arrivals=0.1, max_prompt=40, max_new=56)
+    soak.run(steps)
+    stats = runtime.stats()
+    print(stats, dict(sorted(soak.seen.items())), soak.longest_life)
+    lazy = reservation == "lazy"
+    for what in happenings(lazy=lazy):
+        assert soak.seen[what], f"never happened: {what}"
+    assert stats.longest_wait_steps <= LONGEST_WAIT
+    assert bool(stats.preemptions) == lazy
+    assert (stats.prefix_hits > 0) == (stats.prefix_evictions > 0) == prefix_cache
+    assert not device.phase.any(), "a row lives on the device alone"
+
+
+@pytest.mark.slow
+def test_a_few_hundred_steps_of_the_twin(tmp_path: Path) -> None:
+    """One key for all steps, so that the twin's bits must be those of each request alone."""
+    checkpoint = micro_checkpoint(tmp_path)
+    options = {"ladder": "6+10", "num_pages": 12, "reservation": "lazy", "ageing_steps": 16}
+    with (
+        load_micro(checkpoint, ladder="6+10", prefix_cache=False) as alone,
+        load_micro(checkpoint, **options) as runtime,
+    ):
+
+        @cache
+        def answers(prompt: tuple[int, ...], most: int) -> tuple[list[int], list[np.float32]]:
+            got = serve(alone, [Request(prompt, most)])[0]
+            return got.tokens, got.logprobs
+
+        soak = Soak(runtime, answers, seed=3, arrivals=0.12, max_prompt=40, max_new=30)
+        soak.run(300)
+        stats = runtime.stats()
+        print(stats, dict(sorted(soak.seen.items())))
+        assert stats.preemptions
+        assert stats.prefix_hits
+        assert not runtime.engine.graphs.step.buffers["phase"].any()

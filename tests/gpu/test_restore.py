@@ -1,0 +1,59 @@
+"""Restored graphs give the bits of captured ones, in processes that share nothing but the store."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.gpu.models import LADDERS, MODELS, options_of
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run(options: dict[str, Any], steps: int) -> dict[str, Any]:
+    """One process of `tests.restore_program`."""
+    command = [sys.executable, "-m", "tests.restore_program", json.dumps(options), str(steps)]
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    line = next(x for x in done.stdout.splitlines() if x.startswith("RESULT "))
+    result: dict[str, Any] = json.loads(line.removeprefix("RESULT "))
+    return result
+
+
+@pytest.mark.parametrize("ladder", LADDERS)
+@pytest.mark.parametrize("name", MODELS)
+def test_restored_equals_captured(name: str, ladder: str, store: Path, tmp_path: Path) -> None:
+    options = options_of(name) | {"ladder": ladder, "store": str(store), "device": "cuda"}
+    options |= {"verify": False, "overrides": list(options_of(name).get("overrides", ()))}
+    steps = 1000 if name == next(iter(MODELS)) else 50
+    captured = run(options, steps)
+    assert captured["from"] == "capture", captured["reason"]
+    restored = run(options, steps)
+    assert restored["from"] == "bundle", restored["reason"]
+    assert not restored["torch"]
+    assert not restored["triton"]
+    for step in sorted({0, min(49, steps - 1), steps - 1}):
+        assert restored["digests"][step] == captured["digests"][step], f"differs by step {step}"
+
+
+def test_all_keys_have_their_golden_bits(store: Path) -> None:
+    """Every key's golden step, restored; a load checks the first key's alone."""
+    from runtime.config import RuntimeConfig
+    from runtime.restore import check_golden, restore
+
+    options = options_of("fp8") | {"ladder": LADDERS[0], "store": str(store), "device": "cuda"}
+    options |= {"overrides": list(MODELS["fp8"]), "verify": False}
+    run(options, 1)
+    player = restore(RuntimeConfig.of(**options))
+    try:
+        for key in reversed(player.ladder.keys):
+            check_golden(player, key)
+    finally:
+        player.close()
