@@ -107,12 +107,21 @@ def run_list(args: argparse.Namespace) -> Outcome:
     if kernels:
         cells = [(arch, k["kernels"], size(k["bytes"])) for arch, k in kernels.items()]
         _say(args, "\n" + table(("kernels", "count", "size"), cells))
-    if not rows and not packed and not kernels:
+    records = len(store.records())
+    if records:
+        _say(args, f"\n{records} measurements of kernels (--kernels tune)")
+    if not rows and not packed and not kernels and not records:
         _say(args, "empty: capture with python -m runtime.capture")
     damaged = [r for r in (*rows, *packed) if r["problem"]]
     for row in damaged:
         _say(args, f"damaged: {row['problem']}")
-    report = {"store": str(store.root), "bundles": rows, "weights": packed, "kernels": kernels}
+    report: dict[str, Any] = {
+        "store": str(store.root),
+        "bundles": rows,
+        "weights": packed,
+        "kernels": kernels,
+    }
+    report["measurements"] = records
     return int(bool(damaged)), report
 
 

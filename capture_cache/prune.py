@@ -35,7 +35,8 @@ def prune(
     dry_run: bool = False,
     grace_s: float = GRACE_S,
 ) -> Pruned:
-    """Remove bundles until both limits hold, then kernels without a bundle. Weights stay.
+    """Remove bundles until both limits hold, then kernels without a bundle. Weights and
+    measurements stay.
 
     Damaged bundles count as the oldest. Removal of one entry is one rename, so whoever is reading
     the store sees it whole or not at all.

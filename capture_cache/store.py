@@ -2,6 +2,7 @@
 
     <store>/<fingerprint>/manifest.json, files…          one captured configuration
     <store>/kernels/<arch>/<digest>/meta.json, files…    device code, shared by all of them
+    <store>/records/<digest>/meta.json                   what was measured on this machine
     <store>/.tmp-…                                       unfinished or replaced; swept after a day
 
 An entry appears by one rename of a finished, synced directory, so a reader sees all of it or none.
@@ -233,6 +234,31 @@ class Store:
         folder = self.root / "weights"
         return [folder / name for name in sorted(_names(folder, _HEX))]
 
+    # -- measurements ----------------------------------------------------------------------------
+
+    def publish_record(self, digest: str, record: Mapping[str, Any]) -> None:
+        """Store a small record under what it is valid for; replaces an earlier one.
+
+        Raises:
+            StoreError: no space, no permission, an unsafe directory.
+            ValueError: something in it is not JSON.
+        """
+        self._publish(record_parts(digest), META, {"meta": dict(record)}, {}, True)
+
+    def load_record(self, digest: str) -> Mapping[str, Any] | None:
+        """The record that was published; None if there is none.
+
+        Raises:
+            CorruptBundle: it is not what was written.
+            StoreError: the store cannot be read safely.
+        """
+        loaded = self._load(record_parts(digest), META)
+        return None if loaded is None else dict(loaded.record["meta"])
+
+    def records(self) -> list[str]:
+        """Digests of all measurements, damaged ones included."""
+        return sorted(_names(self.root / "records", _HEX))
+
     # -- entries ---------------------------------------------------------------------------------
 
     def remove(self, parts: tuple[str, ...]) -> None:
@@ -411,6 +437,13 @@ def _manifest(record: Mapping[str, Any], path: Path) -> Manifest:
 
 def _kernel(loaded: Loaded) -> Loaded:
     return replace(loaded, record=loaded.record["meta"])
+
+
+def record_parts(digest: str) -> tuple[str, ...]:
+    """Where a measurement lies below the root. Raises ValueError for names that are none."""
+    if not _HEX.fullmatch(digest):
+        raise ValueError(f"expected 64 hex digits, got {digest!r}")
+    return ("records", digest)
 
 
 def kernel_parts(arch: str, digest: str) -> tuple[str, ...]:

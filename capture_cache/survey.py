@@ -19,7 +19,7 @@ from capture_cache.machine import here
 from capture_cache.manifest import Manifest
 from capture_cache.packed import PackedWeights
 from capture_cache.restore import Files
-from capture_cache.store import MANIFEST, Store
+from capture_cache.store import MANIFEST, Store, record_parts
 
 SHORT = 12  # hex digits that name an entry in a table
 
@@ -171,9 +171,20 @@ def verify(store: Store, chosen: Path | None = None) -> Iterator[tuple[str, int,
             yield str(path), nbytes, None
         except CorruptBundle as e:
             yield str(path), 0, Problem(str(path), str(e))
+    for digest in store.records() if chosen is None else ():
+        yield _checked_record(store, digest)
     for path in store.weights():
         if chosen in (None, path):
             yield verify_weights(path)
+
+
+def _checked_record(store: Store, digest: str) -> tuple[str, int, Problem | None]:
+    path = store.root.joinpath(*record_parts(digest))
+    try:
+        store.load_record(digest)
+        return str(path), tree_bytes(path), None
+    except CorruptBundle as e:
+        return str(path), 0, Problem(str(path), str(e))
 
 
 def verify_weights(path: Path) -> tuple[str, int, Problem | None]:

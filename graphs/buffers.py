@@ -261,6 +261,16 @@ def _mlp_scratch(
             yield entry("shared_workspace", (max(1, elems),), "float32")
 
 
+def workspace_per_token(cfg: ModelConfig, step: StepConfig) -> int:
+    """fp32 words of workspace that there are for each step token, at every key."""
+    elems = [1]
+    for name, spec in weight_table(cfg, ep_size=step.ep_size).items():
+        if len(spec.shape) == 2 and not name.endswith("_scale") and name not in ("head", "embed"):
+            n, k = spec.shape
+            elems.append(linear_workspace_elems(1, n, k, elem_bytes=spec.nbytes // (n * k)))
+    return max(elems)
+
+
 def _workspace_elems(
     cfg: ModelConfig, step: StepConfig, tokens: int, rows: int, only: str = ""
 ) -> int:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from capture_cache.kernel import CompiledKernel
 from graphs.buffers import arena_layout, kv_bytes_per_token, scratch_bytes
 from graphs.capture import Captured
+from graphs.choices import KernelChoices
 from graphs.keys import GraphKey, Ladder
 from graphs.model_config import ModelConfig
 from graphs.prove import Proof
@@ -83,6 +84,8 @@ class Ledger:
             lie in pinned host memory.
         kv_capacity_tokens: KV tokens that the cache holds.
         kernels: empty on the CPU twin.
+        choices: which plan each operation took, its time and the runner-up's; see
+            `graphs.choices.KernelChoices`.
         live: why these graphs serve the process that captured them alone, or "".
     """
 
@@ -94,6 +97,7 @@ class Ledger:
     keys: tuple[KeyCost, ...]
     kernels: tuple[KernelUse, ...]
     live: str = ""
+    choices: dict[str, Any] = field(default_factory=dict)
 
     @property
     def general_kernels(self) -> list[str]:
@@ -112,6 +116,7 @@ def make_ledger(
     proofs: Mapping[GraphKey, Proof],
     kernels: Mapping[KernelSpec, CompiledKernel],
     *,
+    choices: KernelChoices | None = None,
     live: str = "",
 ) -> Ledger:
     """Sum up a capture."""
@@ -148,4 +153,5 @@ def make_ledger(
         keys=tuple(costs),
         kernels=tuple(KernelUse.of(*used) for used in kernels.items()),
         live=live,
+        choices=(choices or KernelChoices()).to_json(),
     )

@@ -13,9 +13,13 @@ from barriers.deepep import DeepEpLowLatency, DeepEpNormal
 from barriers.rdep import Rdep
 from barriers.transport import Local, Transport, TransportConfig, deepep_capacity
 from graphs.attention import Attention, FlashinferAttention, TritonAttention
+from graphs.attention_choice import run_every_cut
 from graphs.branch import Branch, InLine
 from graphs.buffers import StaticBuffers, transport_config
+from graphs.calls import Call, Hook, RecordingOps
+from graphs.candidates import run_every
 from graphs.checkpoint import random_weights
+from graphs.choices import ChosenOps, KernelChoices
 from graphs.compile import RecordingLauncher
 from graphs.devices import bind_views, torch_dtype
 from graphs.ops import Ops
@@ -60,13 +64,25 @@ def exchange_launcher(selection: Selection, launch: Launcher) -> Launcher:
     return Ordinary(launch) if selection.step.overlap else launch
 
 
-def list_kernels(selection: Selection, arch: str, attentions: Iterable[str]) -> RecordingLauncher:
+def list_kernels(
+    selection: Selection,
+    arch: str,
+    attentions: Iterable[str],
+    *,
+    every: bool = False,
+    choices: KernelChoices | None = None,
+) -> RecordingLauncher:
     """Every Triton kernel of a capture, random weights and timestamps included, run by nobody.
 
     Args:
         attentions: list for each of these.
+        every: list every candidate of each operation, too, and every cut of attention.
+        choices: list the kernels that these choose.
     """
     launcher = RecordingLauncher(arch, pdl=MODES[selection.step.pdl])
+    ops: Ops = ChosenOps(Ops(launcher), choices or KernelChoices())
+    if every:
+        ops = RecordingOps(ops, _run_every(ops, selection))
     meta = torch.device("meta")
     for attention in attentions:
         chosen = dataclasses.replace(
@@ -74,8 +90,8 @@ def list_kernels(selection: Selection, arch: str, attentions: Iterable[str]) -> 
         )
         views = bind_views(None, chosen.layout, meta)
         add_part_views(views)
-        transport = _listed_transport(chosen, exchange_launcher(selection, launcher), views)
-        step = make_step(chosen, Ops(launcher), views, transport)
+        transport = listed_transport(chosen, exchange_launcher(selection, launcher), views)
+        step = make_step(chosen, ops, views, transport)
         for key in chosen.ladder.keys:
             step.run(key)
         stamp(launcher, views["stamps"], 0)
@@ -85,6 +101,17 @@ def list_kernels(selection: Selection, arch: str, attentions: Iterable[str]) -> 
                 chosen.model, views, seed=0, launch=launcher, ep_size=chosen.step.ep_size
             )
     return launcher
+
+
+def _run_every(ops: Ops, selection: Selection) -> Hook:
+    run = run_every(ops)
+
+    def hook(call: Call) -> None:
+        run(call)
+        if call.op == "mla_decode":
+            run_every_cut(ops, selection.model, call)
+
+    return hook
 
 
 class _Unlaunched:
@@ -131,9 +158,10 @@ class _UnmadeBuffer:
         """There is nothing."""
 
 
-def _listed_transport(
+def listed_transport(
     selection: Selection, launcher: Launcher, views: Mapping[str, torch.Tensor]
 ) -> Transport | None:
+    """A transport that moves nothing and waits for nobody, to list what a step calls."""
     model, step = selection.model, selection.step
     if model.first_k_dense_replace >= model.num_layers:
         return None

@@ -10,6 +10,7 @@ import dataclasses
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from typing import Any
 
 import torch
 
@@ -21,24 +22,29 @@ from capture_cache.manifest import Manifest
 from capture_cache.restore_driver import Driver
 from capture_cache.store import Bundle, Store
 from graphs.aot import AotLauncher
+from graphs.attention_choice import AttentionCut
 from graphs.buffers import transport_config
 from graphs.capture import CudaBackend, GraphBackend, GraphSet, TwinBackend
 from graphs.checkpoint import load_checkpoint, random_weights
+from graphs.choices import ChosenOps, KernelChoices
 from graphs.compile import KernelCompiler, compile_all
 from graphs.devices import bind_views
 from graphs.ledger import make_ledger
 from graphs.ops import Ops
 from graphs.prove import Prover
 from graphs.rope import rope_table
+from graphs.timing import GraphTimer
 from graphs.weights import add_part_views
 from kernels.triton.overlap import MODES
 from runtime.assemble import exchange_launcher, list_kernels, make_step
+from runtime.attention_tuning import AttentionTuner
 from runtime.bundle_names import LIVE, SKIPPED
 from runtime.config import RuntimeConfig
 from runtime.engine import Engine, reset_state
 from runtime.ranks import Ranks
 from runtime.record import Recording, record
-from runtime.selection import Selection, choose
+from runtime.selection import Selection, choose, with_attention
+from runtime.tuning import Tuner, check_kernels, pinned, record_calls, share
 from runtime.weights import find as find_weights
 from runtime.weights import load as load_packed_weights
 
@@ -94,13 +100,16 @@ class _Builder:
     def run(self) -> Engine:
         with self._timed("select"):
             selection = choose(self.options)
+            check_kernels(self.options, selection)
             ranks, selection = self._meet(selection)
+        launcher = _launcher(self.store, selection) if selection.on_device else None
+        with self._timed("tune attention"):
+            selection = self._tune_attention(selection, launcher, ranks)
         with self._timed("arena"):
             arena = self._map(selection)
             device = torch.device("cuda" if selection.on_device else "cpu")
             views = bind_views(arena, selection.layout, device)
             add_part_views(views)
-        launcher = _launcher(self.store, selection) if selection.on_device else None
         with self._timed("compile"):
             self._compile(selection, launcher, ranks)
         backend: GraphBackend = CudaBackend(device) if selection.on_device else TwinBackend()
@@ -112,6 +121,9 @@ class _Builder:
             graphs = self._make_graphs(selection, views, launcher, backend, ranks)
         self.resources.callback(graphs.close)
         engine = Engine(selection, self.options, ranks, graphs, launcher, self.resources)
+        if isinstance(backend, CudaBackend) and launcher is not None:
+            with self._timed("tune"):
+                engine.choices = self._tune(engine, views, launcher, backend)
         self._capture(engine)
         engine.reset_state()
         ranks.meet("captured")
@@ -132,13 +144,17 @@ class _Builder:
             "attention": step.attention,
             "transport": step.transport,
             "pdl": f"{step.pdl} overlap {step.overlap}",
+            "kernels": f"{options.kernels} {options.allow_inexact}",
             "verify": f"{options.verify} {options.proof_replays}",
         }
         ranks = Ranks(options.ranks, fields, deadline_s=options.deadline_s)
         self.resources.callback(ranks.close)
+        return ranks, self._common_pages(selection, ranks)
+
+    def _common_pages(self, selection: Selection, ranks: Ranks) -> Selection:
+        step = selection.step
         pages = min(part.value for part in ranks.group.allgather("pages", step.num_pages))
-        step = dataclasses.replace(step, num_pages=pages)
-        return ranks, dataclasses.replace(selection, step=step)
+        return dataclasses.replace(selection, step=dataclasses.replace(step, num_pages=pages))
 
     def _map(self, selection: Selection) -> Arena:
         arena: Arena
@@ -218,10 +234,69 @@ class _Builder:
             transport = ranks.transport(
                 selection.step.transport, sizes, views, launch, self.store, tuning
             )
-        step = make_step(selection, Ops(launcher), views, transport, backend.branch)
+        ops = ChosenOps(Ops(launcher), KernelChoices())
+        step = make_step(selection, ops, views, transport, backend.branch)
         if launcher is None:
             return GraphSet(step, selection.ladder, backend)  # the twin compiles nothing
         return GraphSet(step, selection.ladder, backend, forbid_compile=launcher.freeze)
+
+    def _tune_attention(
+        self, selection: Selection, launcher: AotLauncher | None, ranks: Ranks
+    ) -> Selection:
+        """Choose kernel and cut on rank 0, for all; the KV cache is then sized again."""
+        options = self.options
+        if launcher is None or options.kernels == "default":
+            return selection
+        chosen = ""
+        if ranks.rank == 0:
+            pins = pinned(options)
+            if pins is None:
+                backend = CudaBackend(torch.device("cuda"))
+                timer = GraphTimer(backend.stream, target_us=300.0, replays=5)
+                tuner = AttentionTuner(
+                    selection, options, self.store, launcher, backend, timer, self.progress
+                )
+                cut = tuner.choose() if options.kernels == "tune" else tuner.stored()
+                chosen = "" if cut is None else str(cut)
+                torch.cuda.empty_cache()
+            else:
+                chosen = pins.attention or ""
+        parts = ranks.group.allgather("attention", chosen, timeout_s=COMPILE_TIMEOUT_S)
+        if not parts[0].value:
+            return selection
+        selection = with_attention(options, selection, AttentionCut.parse(parts[0].value))
+        return self._common_pages(selection, ranks)
+
+    def _tune(
+        self,
+        engine: Engine,
+        views: dict[str, torch.Tensor],
+        launcher: AotLauncher,
+        backend: CudaBackend,
+    ) -> KernelChoices:
+        """Choose kernels on rank 0, for all, and bind them to the step."""
+        if self.options.kernels == "default":
+            return KernelChoices()
+        choices: KernelChoices | None
+        choices, selection, step = None, engine.selection, engine.graphs.step
+        if engine.ranks.rank == 0 and self.options.kernels == "auto" and not self.store.records():
+            choices = KernelChoices()  # nothing was ever measured: as most runtimes start
+        elif engine.ranks.rank == 0:
+            timer = GraphTimer(backend.stream, target_us=300.0, replays=5)
+            tuner = Tuner(
+                selection, self.options, self.store, launcher, backend, timer, self.progress
+            )
+            choices = tuner.choose(record_calls(selection, views))
+            choices = tuner.confirm(choices, step, views)
+            if choices.origin != "default":
+                cut = AttentionCut(selection.step.attention, selection.step.cut)
+                choices = dataclasses.replace(choices, attention=str(cut))
+            engine.reset_state()
+            torch.cuda.empty_cache()  # inputs of measurements lay outside the arena
+        choices = share(engine.ranks, choices)
+        assert isinstance(step.ops, ChosenOps)
+        step.ops.choices = choices
+        return choices
 
     def _capture(self, engine: Engine) -> None:
         graphs, total = engine.graphs, len(engine.ladder.keys)
@@ -250,10 +325,12 @@ class _Builder:
             engine.graphs.graphs,
             engine.proofs,
             launcher.kernels if launcher else {},
+            choices=engine.choices,
             live=engine.graphs.live,
         )
         facts = engine.fingerprint()
-        stored = engine.ranks.rank == 0 and not self.replace and self._stored(facts) is not None
+        first = engine.ranks.rank == 0 and not self.replace
+        stored = first and self._stored(facts, engine.choices) is not None
         if engine.ranks.group.allgather("record", stored)[0].value:
             engine.bundle_note = "the same capture is on record"
             return  # a store may well be read-only by now
@@ -267,12 +344,14 @@ class _Builder:
         )
         self.store.publish(facts, manifest, recording.files, replace_existing=True)
 
-    def _stored(self, facts: Fingerprint) -> Bundle | None:
+    def _stored(self, facts: Fingerprint, choices: KernelChoices) -> Bundle | None:
         """The bundle on record, unless this capture has more to say."""
         try:
             stored = self.store.load(facts)
         except CorruptBundle:
             return None  # replaced
+        if stored is not None and _kernels_of(stored.manifest.ledger) != choices.kernels:
+            return None  # something was measured since
         restore = None if stored is None else stored.manifest.restore
         more = isinstance(restore, dict) and restore.get("kind") == SKIPPED and self.options.bundle
         return None if more else stored
@@ -322,6 +401,14 @@ def _in_chunks(progress: Progress, kind: str) -> Callable[[int, int], None]:
             progress(kind, pieces, "x 64 MiB")
 
     return tell
+
+
+def _kernels_of(ledger: Any) -> tuple[str | None, str]:
+    """`KernelChoices.kernels` of a stored capture; of none if it does not say."""
+    try:
+        return KernelChoices.from_json(ledger["choices"], origin="stored").kernels
+    except (KeyError, TypeError, ValueError):
+        return None, ""
 
 
 def _launcher(store: Store, selection: Selection) -> AotLauncher:

@@ -7,11 +7,14 @@ into the store, on a machine that needs no GPU; a capture on the GPU machine the
 from __future__ import annotations
 
 import argparse
+import json
 import time
+from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
+from graphs.choices import KernelChoices
 from graphs.ledger import Ledger
 from runtime.build import build
 from runtime.cli import Bar, add_selection, command, console, print_json, run, selection
@@ -37,6 +40,9 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--proof-replays", type=int, help="replays per key of that proof")
     p.add_argument(
+        "--save-kernels", metavar="FILE", type=Path, help="write the choice of kernels, to pin it"
+    )
+    p.add_argument(
         "--compile-only", metavar="SM", help="only compile, for this chip (sm_90, sm_100)"
     )
     p.add_argument("--jobs", type=int, help="processes that compile; default: one per core")
@@ -60,6 +66,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         report = _report(engine, time.perf_counter() - start)
         _show(engine, report)
+        if args.save_kernels is not None:
+            _save(args.save_kernels, engine)
         if args.json:
             print_json(report)
     finally:
@@ -88,6 +96,16 @@ def _report(engine: Engine, seconds: float) -> dict[str, Any]:
     }
 
 
+def _save(path: Path, engine: Engine) -> None:
+    if engine.ranks.rank:
+        return
+    try:
+        path.write_text(json.dumps(engine.choices.to_json(), indent=1) + "\n")
+    except OSError as error:
+        raise ValueError(f"--save-kernels {path} cannot be written: {error.strerror}") from error
+    console.print(f"kernels    chosen ones written to {path}")
+
+
 def _show(engine: Engine, report: dict[str, Any]) -> None:
     assert engine.ledger is not None
     console.print(_key_table(engine.ledger, twin=not engine.selection.on_device))
@@ -108,6 +126,7 @@ def _show(engine: Engine, report: dict[str, Any]) -> None:
         console.print(
             f"kernels    {report['kernels_compiled']} compiled, {report['kernels_loaded']} loaded"
         )
+        _show_choices(engine.choices)
         general = engine.ledger.general_kernels
         if general:
             console.print(f"general    {', '.join(general)}: shapes that the fast form cannot take")
@@ -119,6 +138,17 @@ def _show(engine: Engine, report: dict[str, Any]) -> None:
         console.print(f"captured live: {engine.ledger.live}; these graphs serve this process alone")
     if not engine.selection.on_device:
         console.print(TWIN_NOTE)
+
+
+def _show_choices(choices: KernelChoices) -> None:
+    picks = [pick for site in choices.sites.values() for pick in site.tokens.values()]
+    unmeasured = sum(pick.us is None for pick in picks)
+    console.print(
+        f"chosen     {len(picks)} for {len(choices.sites)} products, {choices.origin}"
+        + (f"; {unmeasured} unmeasured, for lack of time or need" if unmeasured else "")
+    )
+    for site in choices.inexact:
+        console.print(f"INEXACT    {site}: bits of a token depend on how many tokens there are")
 
 
 def _key_table(ledger: Ledger, *, twin: bool) -> Table:

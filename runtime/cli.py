@@ -119,6 +119,19 @@ def add_selection(parser: argparse.ArgumentParser) -> None:
         help="the shared expert beside the exchange; default: where there are both",
     )
     add("--pdl", choices=PDL, default="auto", help="overlap of kernels (dependent launch)")
+    add(
+        "--kernels",
+        default="auto",
+        metavar="auto|tune|default|FILE",
+        help="kernel of each operation: tune measures them and keeps the result in the store; auto "
+        "takes what was kept there, and else the default; a file pins",
+    )
+    add(
+        "--allow-inexact",
+        action="store_true",
+        help="let kernels in whose bits depend on the number of tokens",
+    )
+    add("--tune-seconds", type=float, default=120.0, help="of measuring at most (tune)")
     add("--seed", type=int, default=0, help="of a preset's random weights")
     add("--json", action="store_true", help="print one JSON object as the last line")
 
@@ -146,6 +159,9 @@ def selection(args: argparse.Namespace, **more: Any) -> RuntimeConfig:
         transport=args.transport,
         attention=args.attention,
         pdl=args.pdl,
+        kernels=args.kernels,
+        allow_inexact=args.allow_inexact,
+        tune_s=args.tune_seconds,
         overlap=args.overlap,
         seed=args.seed,
         prefix_cache=args.prefix_cache,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from runtime.scheduler import SchedulerConfig
 
 DEVICES = ("auto", "cuda", "cpu")
 ATTENTION = ("auto", "flashinfer", "triton")
+KERNELS = ("auto", "tune", "default")  # or a file that pins them
 PDL = ("auto", "off", "late", "early")
 # Spellings of other engines for the same thing.
 ALIASES = {
@@ -53,6 +55,11 @@ class RuntimeConfig:
         overlap: the shared expert runs beside the exchange with other ranks; None: where there are
             both.
         seed: of a preset's random weights.
+        kernels: how the kernel of each operation is chosen: "tune" measures on the device and keeps
+            the result in the store; "auto" takes what was kept there, and the default for the rest;
+            "default" takes the default; a file pins. Only "tune" measures.
+        allow_inexact: let kernels in whose bits depend on how many tokens there are.
+        tune_s: seconds of measuring at most; what is left over then takes the default.
         verify: prove every key after capture.
         proof_replays: replays per key of that proof; None: 100 on a device, 2 on the CPU twin.
         deadline_s: longest wait for a step, seconds.
@@ -80,6 +87,9 @@ class RuntimeConfig:
     pdl: str = "auto"
     overlap: bool | None = None
     seed: int = 0
+    kernels: str = "auto"
+    allow_inexact: bool = False
+    tune_s: float = 120.0
     verify: bool = True
     proof_replays: int | None = None
     deadline_s: float = 10.0
@@ -108,6 +118,16 @@ class RuntimeConfig:
             raise ValueError(
                 f"max_seq_len must be at least 2 (a prompt token and a new one), got "
                 f"{self.max_seq_len}"
+            )
+        if self.tune_s <= 0:
+            raise ValueError(
+                f"--tune-seconds {self.tune_s}: expected more than 0; --kernels default measures "
+                "nothing"
+            )
+        if self.allow_inexact and self.kernels == "default":
+            raise ValueError(
+                "--allow-inexact goes with kernels that are measured or pinned; --kernels default "
+                "takes exact ones only"
             )
         self.scheduling  # noqa: B018 - its own checks
         if self.deadline_s <= 0:
@@ -186,6 +206,24 @@ class RuntimeConfig:
     def ranks(self) -> GroupConfig:
         """Where this process stands among those that torchrun started; alone without it."""
         return GroupConfig.from_env(os.environ)
+
+    @property
+    def kernels_asked(self) -> str:
+        """How kernels are to be chosen: a word, or the digest of the file that pins them.
+
+        Raises:
+            ValueError: the file cannot be read.
+        """
+        how = self.kernels
+        if how not in KERNELS:
+            try:
+                how = f"pinned {hashlib.sha256(Path(how).read_bytes()).hexdigest()[:16]}"
+            except OSError as error:
+                raise ValueError(
+                    f"--kernels {self.kernels}: expected {', '.join(KERNELS)} or a file of kernel "
+                    f"choices, got {error}; write one with python -m runtime.capture --save-kernels"
+                ) from error
+        return f"{how}, inexact ones too" if self.allow_inexact else how
 
     @property
     def local_rank(self) -> int:

@@ -15,6 +15,7 @@ from barriers.errors import RankError
 from capture_cache.fingerprint import Fingerprint
 from graphs.aot import AotLauncher
 from graphs.capture import GraphSet
+from graphs.choices import KernelChoices
 from graphs.keys import GraphKey
 from graphs.ledger import Ledger
 from graphs.prove import Proof
@@ -49,6 +50,7 @@ class Engine:
         stages: seconds of each stage of the build.
         weights_note: where the weights came from, for people.
         proofs: one per key, empty if not verified.
+        choices: kernels that the graphs were captured with.
         loaded_from, load_reason: "capture", and why no bundle was used where one was looked for.
         bundle_note: what became of the bundle: stored, or why there is none.
     """
@@ -84,6 +86,7 @@ class Engine:
         self.bundle_note = ""
         self.proofs: dict[GraphKey, Proof] = {}
         self.ledger: Ledger | None = None
+        self.choices = KernelChoices()
         self.replay: Callable[[GraphKey], None] = graphs.replay
         self.loaded_from = "capture"
         self.load_reason = ""

@@ -52,6 +52,7 @@ FIELDS: Mapping[str, str] = MappingProxyType(
         "transport": "how tokens reach other ranks",
         "pdl": "how kernels overlap; auto is a function of the chip",
         "overlap": "whether the shared expert has a branch of its own; None follows from the model",
+        "kernels": "which kernels are captured; what was chosen is in the ledger",
         "logits rows": "buffers for returned logits are laid out for so many",
     }
 )
@@ -73,6 +74,8 @@ OPTIONS: Mapping[str, str] = MappingProxyType(
         "seed": "seed",
         "pdl": "pdl",
         "overlap": "overlap",
+        "kernels": "kernels",
+        "allow_inexact": "kernels",
         "logits_rows": "logits rows",
     }
 )
@@ -89,6 +92,7 @@ IGNORED: Mapping[str, str] = MappingProxyType(
             ("reservation", "prefix_cache", "prefill_budget", "ageing_steps"),
             "how the host schedules requests; no graph knows",
         ),
+        "tune_s": "how long measuring may take; the ledger says what it came to",
         "deadline_s": "read from device memory at run time",
     }
 )
@@ -146,5 +150,6 @@ def _asked(options: RuntimeConfig, model: ModelConfig, source: ModelSource) -> d
         "transport": options.transport,
         "pdl": options.pdl,
         "overlap": options.overlap,
+        "kernels": options.kernels_asked,
         "logits rows": options.logits_rows,
     }

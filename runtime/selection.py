@@ -11,6 +11,7 @@ from barriers.deepep import check_sizes, load_buffer_class, outside_bytes
 from barriers.transport import DEEPEP
 from barriers.transport import resolve as resolve_transport
 from capture_cache.layout import ArenaLayout
+from graphs.attention_choice import AttentionCut
 from graphs.buffers import arena_layout, kv_bytes_per_token, transport_config
 from graphs.checkpoint import ModelSource, resolve_model
 from graphs.flashinfer_mla import FlashinferMla
@@ -108,6 +109,29 @@ def _pdl(options: RuntimeConfig, on_device: bool, *, compile_only: bool) -> str:
             "at auto"
         )
     return options.pdl
+
+
+def with_attention(options: RuntimeConfig, selection: Selection, cut: AttentionCut) -> Selection:
+    """The selection with another kernel or cut of attention, and the KV cache that then fits.
+
+    Raises:
+        ValueError: a kernel that cannot be used here, or a cut that the pages do not divide.
+    """
+    model, step = selection.model, selection.step
+    if (cut.backend, cut.cut) == (step.attention, step.cut):
+        return selection
+    if cut.backend == "flashinfer":
+        usable, reason = FlashinferMla.available(model)
+        if not usable:
+            raise ValueError(f"pinned attention {str(cut)!r} cannot be used here: {reason}")
+    elif cut.backend != "triton":
+        raise ValueError(f"attention must be flashinfer or triton, got {str(cut)!r}")
+    step = dataclasses.replace(step, attention=cut.backend, cut=cut.cut)
+    if options.num_pages is None:
+        pages = _default_pages(model, step, selection.ladder, selection.on_device)
+        step = dataclasses.replace(step, num_pages=pages)
+    reason = f"{cut}, chosen from {selection.attention_reason}"
+    return dataclasses.replace(selection, step=step, attention_reason=reason)
 
 
 def _overlap(options: RuntimeConfig, model: ModelConfig, transport: str) -> bool:

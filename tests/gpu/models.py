@@ -29,4 +29,5 @@ def options_of(name: str) -> dict[str, Any]:
         "bs": 8,
         "max_seq_len": 1280,
         "ladder": LADDER,
+        "kernels": "default",
     }

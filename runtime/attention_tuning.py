@@ -1,0 +1,117 @@
+"""The choice of decode attention, measured before there is an arena, whose layout follows from it.
+
+Kept in the store by model and length of rows, so that another ladder cannot come to other bits.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+
+import torch
+
+from capture_cache.errors import CorruptBundle
+from capture_cache.machine import here
+from capture_cache.store import Store
+from graphs.aot import AotLauncher
+from graphs.attention_choice import (
+    AttentionCut,
+    choose_attention,
+    copies_for,
+    cuts_for,
+    example,
+    points_for,
+)
+from graphs.capture import GraphBackend
+from graphs.compile import RecordingLauncher, compile_all
+from graphs.ops import Ops
+from graphs.timing import Timer
+from runtime.config import RuntimeConfig
+from runtime.selection import Selection
+
+Progress = Callable[[str, int, object], None]
+
+
+class AttentionTuner:
+    """Chooses kernel and cut of decode attention, before there is an arena."""
+
+    def __init__(
+        self,
+        selection: Selection,
+        options: RuntimeConfig,
+        store: Store,
+        launcher: AotLauncher,
+        backend: GraphBackend,
+        timer: Timer,
+        progress: Progress,
+    ) -> None:
+        self._model, self._step = selection.model, selection.step
+        self._options, self._store = options, store
+        self._launcher, self._backend, self._timer = launcher, backend, timer
+        self._ops, self._progress = Ops(launcher), progress
+        self._device = torch.device("cuda", torch.cuda.current_device())
+
+    def stored(self) -> AttentionCut | None:
+        """What was measured here before, if anything."""
+        try:
+            known = self._store.load_record(self._digest(self._found()))
+            return None if known is None else AttentionCut.parse(str(known["choice"]))
+        except (CorruptBundle, ValueError, KeyError):
+            return None  # measured again, and replaced, when asked to
+
+    def choose(self) -> AttentionCut:
+        """From the store, or measured."""
+        known = self.stored()
+        if known is not None:
+            return known
+        found = self._found()
+        digest = self._digest(found)
+        points = points_for(self._step.max_seq_len)
+        self._compile(points)
+        choice, times = choose_attention(found, points, self._measure)
+        record = {"choice": str(choice), "points": [list(p) for p in points], "us": times}
+        self._store.publish_record(digest, record)
+        return choice
+
+    def _found(self) -> list[AttentionCut]:
+        """The default first; of a backend that is no default only its default cut."""
+        step = self._step
+        cuts = cuts_for(step.max_pages * step.page_size, step.page_size)
+        others = [AttentionCut(step.attention, cut) for cut in cuts if cut != step.cut]
+        if self._options.attention == "auto" and step.attention != "triton":
+            others.append(AttentionCut("triton", step.cut))
+        return [AttentionCut(step.attention, step.cut), *others]
+
+    def _digest(self, found: Sequence[AttentionCut]) -> str:
+        facts = here(on_device=True, ordinal=self._options.local_rank) | {
+            "model": self._model.digest(),
+            "max seq len": self._step.max_seq_len,
+            "page size": self._step.page_size,
+            "pdl": self._step.pdl,
+            "found": ", ".join(str(c) for c in found),
+        }
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+    def _compile(self, points: Sequence[tuple[int, int]]) -> None:
+        recorder = RecordingLauncher(
+            self._launcher.arch, num_sms=self._launcher.num_sms, pdl=self._launcher.pdl
+        )
+        for rows, context in points:
+            call = example(self._model, self._step, rows, context, torch.device("meta"), 1)[0]
+            for choice in self._found():
+                choice.bind(Ops(recorder), self._model, call)()
+        compile_all(
+            recorder.requests,
+            self._launcher.compiler,
+            progress=lambda name: self._progress("compile", len(recorder.requests), name),
+        )
+
+    def _measure(self, choice: AttentionCut, rows: int, context: int) -> float:
+        cache_bytes = int(torch.cuda.get_device_properties(self._device).L2_cache_size)
+        with self._backend.on_stream():
+            copies = copies_for(self._model, rows, context, cache_bytes)
+            calls = example(self._model, self._step, rows, context, self._device, copies)
+            us = self._timer([choice.bind(self._ops, self._model, c) for c in calls]).us
+        torch.cuda.empty_cache()
+        return us
