@@ -11,6 +11,7 @@ import argparse
 import cProfile
 import pstats
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -22,11 +23,12 @@ from graphs.keys import GraphKey, Ladder
 from graphs.model_config import ModelConfig
 from graphs.presets import PRESETS
 from graphs.step_config import StepConfig, mailbox_layout
-from kernels.triton.state import HEADER, RING_SLOTS, RingLayout
+from kernels.triton.state import HEADER, MAX_TOP, RING_SLOTS, RingLayout, mask_words
 from runtime.cli import command, console, print_json, run
 from runtime.driver import Runtime
-from runtime.engine import Engine
+from runtime.replayer import Replayer
 from runtime.report import provenance
+from runtime.row_params import Admission
 
 MARK_US = 30.0
 PAGE = 64
@@ -56,6 +58,11 @@ class NoDevice:
         self.mailbox = np.full((2, self.mailbox_layout.words), -1, np.int32)
         self.ring = np.zeros((RING_SLOTS, RingLayout(rows).words), np.int32)
         self.ring_step = np.zeros(RING_SLOTS, np.int64)
+        vocab = self.model_config.vocab_size
+        self.ring_top = np.zeros((RING_SLOTS, rows, 2, MAX_TOP), np.int32)
+        self.ring_logits = np.zeros((2, 1, vocab), np.float32)
+        self.forced_tokens = np.zeros((rows, max_seq_len), np.int32)
+        self.masks = np.zeros((2, rows, mask_words(vocab)), np.int32)
         self.steps = 0
         self.ring[:, 0] = rows
         self.ring[:, HEADER : HEADER + rows] = np.arange(rows)
@@ -66,7 +73,7 @@ class NoDevice:
         self.steps += 1
         self.ring_step[(self.steps - 1) % RING_SLOTS] = self.steps
 
-    def adopt(self, rows: list[int], length: int, limit: int, pages: list[list[int]]) -> None:
+    def adopt(self, length: int, rows: Mapping[int, tuple[Admission, list[int]]]) -> None:
         """Nobody keeps row state here."""
 
     def check_ranks(self) -> None:
@@ -117,7 +124,7 @@ def measure(rows: int, steps: int) -> HostTime:
 
 def _runtime(rows: int, steps: int) -> Runtime:
     tokens = WARM_UP + steps + 4
-    runtime = Runtime(cast(Engine, NoDevice(rows, CTX_LEN + PAGE + tokens + 1)))
+    runtime = Runtime(cast(Replayer, NoDevice(rows, CTX_LEN + PAGE + tokens + 1)))
     # Rows of equal length would all begin a page in the same step.
     for row in range(rows):
         runtime.occupy(1, CTX_LEN + row % PAGE, tokens)

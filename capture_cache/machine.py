@@ -42,10 +42,12 @@ SOURCES = (
     "capture_cache/layout.py",
     "capture_cache/nvrtc.py",
     "runtime/assemble.py",
+    "runtime/attention_tuning.py",
     "runtime/build.py",
     "runtime/golden.py",
     "runtime/record.py",
     "runtime/selection.py",
+    "runtime/tuning.py",
 )
 _MODULE_VERSION = Path("/proc/driver/nvidia/version")
 SOURCE_SUFFIXES = (".py", ".cu", ".cuh")

@@ -523,3 +523,17 @@ def test_the_twins_store_through_every_command(tmp_path: Path) -> None:
     command("import", str(tmp_path / "one.tar"))
     assert [e.path.name for e in Store(root).entries()] == [name]
     assert packed.exists()
+
+
+def test_measurements_are_counted_and_verified_and_stay(store: Path, run: Run) -> None:
+    digest = "cd" * 32
+    before = run("verify")[1]["entries"]
+    Store(store).publish_record(digest, {"us": 1.5})
+    assert run("list")[1]["measurements"] == 1
+    assert run("verify")[1]["entries"] == before + 1
+    assert run("prune", "--keep", "0")[0] == 0
+    assert Store(store).records() == [digest]
+    (store / "records" / digest / "meta.json").write_bytes(b"{}")
+    code, report = run("verify")[:2]
+    assert code == 1
+    assert any(digest in bad["path"] for bad in report["damaged"])

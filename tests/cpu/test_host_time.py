@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from bench import host_time
-from kernels.triton.state import HEADER, RING_SLOTS, RingLayout
+from kernels.triton.state import HEADER, MAX_TOP, RING_FIELDS, RING_SLOTS, RingLayout
 from runtime.cli import run
 from runtime.mailbox import Ring
 
@@ -18,7 +18,13 @@ ROWS = 5
 def _ring() -> tuple[np.ndarray, np.ndarray, Ring]:
     words = np.zeros((RING_SLOTS, RingLayout(ROWS).words), np.int32)
     steps = np.zeros(RING_SLOTS, np.int64)
-    return words, steps, Ring(words, steps, header=HEADER, max_rows=ROWS)
+    top = np.zeros((RING_SLOTS, ROWS, 2, MAX_TOP), np.int32)
+    logits = np.zeros((2, 1, 8), np.float32)
+    return (
+        words,
+        steps,
+        Ring(words, steps, header=HEADER, max_rows=ROWS, top=top, logits=logits),
+    )
 
 
 def test_the_ring_shows_a_step_as_soon_as_its_number_is_stored() -> None:
@@ -35,9 +41,10 @@ def test_an_entry_is_what_was_written_and_stays_so_when_its_slot_is_reused() -> 
     slot = words[6 % RING_SLOTS]
     slot[:2] = 3, 7
     slot[2:6] = np.array([2**40 + 5, 2**41], np.int64).view(np.int32)
-    body = slot[HEADER : HEADER + 4 * ROWS].reshape(4, ROWS)
+    body = slot[HEADER : HEADER + RING_FIELDS * ROWS].reshape(RING_FIELDS, ROWS)
     body[0], body[1], body[3] = np.arange(ROWS), np.arange(ROWS) + 100, np.arange(ROWS) % 2
     body[2] = np.linspace(-1, 0, ROWS, dtype=np.float32).view(np.int32)
+    body[4] = np.arange(ROWS) + 40
     entry = ring.read(6)
     words[:] = -1
     assert (entry.fault, entry.begin_ns, entry.end_ns) == (7, 2**40 + 5, 2**41)
@@ -46,6 +53,7 @@ def test_an_entry_is_what_was_written_and_stays_so_when_its_slot_is_reused() -> 
     assert entry.logprobs.dtype == np.float32
     assert entry.logprobs.tolist() == [-1.0, -0.75, -0.5]
     assert entry.reasons.tolist() == [0, 1, 0]
+    assert entry.positions.tolist() == [40, 41, 42]
 
 
 def test_the_benchmark_reports_each_number_of_rows(capsys: pytest.CaptureFixture[str]) -> None:

@@ -419,3 +419,17 @@ def test_digest_and_diff_agree(a: Any, b: Any, shuffle: random.Random) -> None:
 def test_fingerprints_hold_plain_values_only(value: Any) -> None:
     with pytest.raises(ValueError, match="'x' must be"):
         Fingerprint.of({"x": value})
+
+
+def test_a_measurement_comes_back_is_listed_and_replaced(tmp_path: Path) -> None:
+    store, digest = Store(tmp_path / "s"), "ab" * 32
+    assert store.records() == []
+    assert store.load_record(digest) is None
+    for record in ({"us": 1.5}, {"us": 2.5}):
+        store.publish_record(digest, record)
+        assert store.load_record(digest) == record
+    assert store.records() == [digest]
+    assert store.entries() == []  # no bundle
+    (store.root / "records" / digest / "meta.json").write_bytes(b"{}")
+    with pytest.raises(CorruptBundle):
+        store.load_record(digest)
