@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import itertools
 import json
 from pathlib import Path
@@ -35,7 +36,7 @@ from kernels.triton.grouped import GATE_UP_PLAN
 from kernels.triton.linear import LinearPlan
 from runtime.config import RuntimeConfig
 from runtime.selection import choose
-from runtime.tuning import pinned, record_calls, share
+from runtime.tuning import Tuner, pinned, record_calls, share
 
 A = Candidate("a", bits="one")
 B = Candidate("b", bits="one")
@@ -588,3 +589,43 @@ def test_the_store_keeps_records(tmp_path: Path) -> None:
         store.load_record(digest)
     with pytest.raises(ValueError, match="64 hex digits"):
         store.load_record("../x")
+
+
+# ------------------------------------------------------------------ what the store has
+
+
+class StoredOnly(Tuner):
+    """A tuner without a device: it can look things up, and any measurement would fail."""
+
+    def _compile(self, *_: Any) -> None:
+        """There is no chip."""
+
+    def _digest(self, site: str) -> str:
+        return hashlib.sha256(site.encode()).hexdigest()
+
+
+def test_auto_takes_what_was_kept_and_else_the_default(
+    recorded: dict[tuple[str, int], list[Call]], tmp_path: Path
+) -> None:
+    options = RuntimeConfig.of(**OPTIONS)
+    assert options.kernels == "auto"
+    selection, nobody = choose(options, compile_only=True), cast(Any, None)
+    tuner = StoredOnly(selection, options, Store(tmp_path / "s"), nobody, nobody, nobody, nobody)
+    assert tuner.choose(recorded) == KernelChoices()
+    (site, count), default, other = next(
+        (at, found[0], c)
+        for at, calls in sorted(recorded.items())
+        for found in [candidates(calls[0])]
+        for c in found
+        if c.exact and c.bits != found[0].bits and sum(s == at[0] for s, _ in recorded) > 1
+    )
+    kept = SiteChoice(other.bits, {count: Pick(other.name, 1.0, default.name, 2.0)})
+    tuner.store.publish_record(tuner._digest(site), kept.to_json())
+    chosen = tuner.choose(recorded)
+    assert (chosen.origin, list(chosen.sites)) == ("stored", [site])
+    assert chosen.sites[site].tokens[count] == kept.tokens[count]
+    assert chosen.sites[site].tokens.keys() == {n for s, n in recorded if s == site}
+    for tokens, pick in chosen.sites[site].tokens.items():
+        # Numbers of tokens that were not measured keep to the order that was chosen.
+        assert named(recorded[site, tokens][0], pick.kernel).bits == other.bits
+    assert tuner.measured == 0
