@@ -144,8 +144,8 @@ class PrefillBench:
 
     def _room(self) -> int:
         """Tokens that a decoding row may still get."""
-        held: int = self.args.ctx_len
-        return self.engine.config.max_seq_len - held
+        room: int = self.engine.config.max_seq_len - self.args.ctx_len
+        return room
 
     def _span(self) -> float:
         """Microseconds of one step by the graph's own clock."""
