@@ -243,7 +243,11 @@ class Runtime:
     ) -> Request:
         """A request that can fit some time, not taken yet."""
         self._check_open()
-        params = params or SamplingParams()
+        params = SamplingParams() if params is None else params
+        if not isinstance(params, SamplingParams):
+            raise TypeError(f"params must be SamplingParams or None, got {type(params).__name__}")
+        if not isinstance(cache_salt, str):
+            raise TypeError(f"cache_salt must be text, got {cache_salt!r}")
         prompt = as_token_ids(prompt_ids, self.model_config.vocab_size)
         limit = len(prompt) + params.max_tokens
         if limit > self.config.max_seq_len:
@@ -269,7 +273,7 @@ class Runtime:
             params=params,
             admission=admission(params, prompt, stops, resolve_seed(params)),
             order=(self._next_step - int(priority) * ageing, self._next_id),
-            chain=DigestChain(cache_salt.encode()),
+            chain=DigestChain(cache_salt.encode(errors="surrogatepass")),
             preemptable=preemptable,
             cacheable=True,
             arrived=self._next_step,
@@ -318,6 +322,8 @@ class Runtime:
             ValueError: no request has had this id.
         """
         self._check_open()
+        if isinstance(request_id, bool) or not isinstance(request_id, int | np.integer):
+            raise TypeError(f"a request's id is a whole number, got {request_id!r}")
         if not 0 <= request_id < self._next_id:
             raise ValueError(
                 f"request {request_id} has never been taken (ids so far: below {self._next_id})"
@@ -327,12 +333,15 @@ class Runtime:
             self._scheduler.retire(request, "cancelled")
 
     def _in_row(self, row: int) -> Request | None:
+        if isinstance(row, bool) or not isinstance(row, int | np.integer):
+            raise TypeError(f"a row is a whole number, got {row!r}")
         if not 0 <= row < self.config.max_rows:
             raise ValueError(f"row must be in [0, {self.config.max_rows}), got {row}")
         return self._scheduler.rows[row]
 
     def seed_of(self, row: int) -> int:
-        """Seed of the last request that `add` gave `row`: its own, or the operating system's.
+        """Seed of the last request in `row`, also once it has ended: its own, or the operating
+        system's.
 
         Whoever adds the same request with this seed gets the same tokens.
         """
@@ -539,6 +548,8 @@ class Runtime:
         plan = scheduler.plan(step)
         key = scheduler.ladder.select(plan.tokens, plan.samples)
         masks = self._masks(plan.admits) if plan.admits or self._new_masks else None
+        for request in plan.admits:
+            self._seeds[request.row] = request.admission.seed
         if plan.changes or masks:
             self._mailbox.write(
                 step,

@@ -114,6 +114,13 @@ def main(argv: list[str] | None = None) -> int:
         min_p=args.min_p,
         seed=args.sample_seed,
     )
+    if not prompt:
+        raise ValueError("a prompt is a non-empty list of token ids; this --prompt has none")
+    if len(prompt) + params.max_tokens > args.max_seq_len:  # said before minutes of capture
+        raise ValueError(
+            f"prompt of {len(prompt)} tokens + --max-tokens {params.max_tokens} exceeds "
+            f"max_seq_len {args.max_seq_len}; lower --max-tokens or shorten the prompt"
+        )
     with Bar() as bar:
         engine = build(selection(args), bar)
     tokens: list[int] = []

@@ -171,7 +171,8 @@ def _whole(
         kind = TypeError if not isinstance(value, float) else ValueError
         raise kind(f"{name} must be a whole number, {what}; got {value!r}")
     if not low <= value <= high:
-        raise ValueError(f"{name} must be {what}, got {value!r}")
+        most = f" and at most {high}" if value > high == 2**31 - 1 else ""
+        raise ValueError(f"{name} must be {what}{most}, got {value!r}")
     object.__setattr__(params, name, int(value))
 
 
@@ -179,6 +180,8 @@ def _real(params: SamplingParams, name: str, ok: Any, what: str) -> None:
     value = getattr(params, name)
     if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
         raise TypeError(f"{name} must be a number, {what}; got {value!r}")
+    if isinstance(value, int) and abs(value) > 2**63:
+        raise ValueError(f"{name} must be {what}, got a number beyond 2**63")
     if not ok(float(value)):  # NaN is in no range
         raise ValueError(f"{name} must be {what}, got {value!r}")
     object.__setattr__(params, name, float(value))
@@ -192,7 +195,7 @@ def _ids(name: str, value: object) -> tuple[int, ...]:
         if isinstance(token, bool) or not isinstance(token, int | np.integer):
             raise TypeError(f"{name} must hold whole numbers, got {token!r}")
         if not 0 <= token < 2**31:
-            raise ValueError(f"{name} must hold token ids of 0 or more, got {token!r}")
+            raise ValueError(f"{name} must hold token ids of 0 or more, below 2**31, got {token!r}")
     return tuple(int(token) for token in ids)
 
 

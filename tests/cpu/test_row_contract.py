@@ -374,6 +374,8 @@ def test_the_ledger_tells_what_the_contract_holds(runtime: Runtime) -> None:
 NO_NUMBER: Any = "4"
 REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"max_tokens": 0}, ValueError, "max_tokens must be at least 1, got 0"),
+    ({"max_tokens": 2**40}, ValueError, "at most 2147483647"),
+    ({"temperature": 10**400}, ValueError, "temperature must be 0.0 or in"),
     ({"max_tokens": NO_NUMBER}, TypeError, "max_tokens must be a whole number"),
     ({"max_tokens": True}, TypeError, "max_tokens must be a whole number"),
     ({"min_tokens": 13}, ValueError, "min_tokens must be 0 to max_tokens, got 13"),
@@ -501,3 +503,17 @@ def test_options_of_a_wrong_type_are_named(
 ) -> None:
     with pytest.raises(TypeError, match=message):
         load_micro(checkpoint, **options)
+
+
+def test_the_seed_of_a_submitted_request_is_told_by_its_row(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"max_seq_len": 64, "device": "cpu", "ladder": "1,2", "verify": False}
+    with Runtime.load("tiny", bs=2, store=str(tmp_path), **options) as rt:
+        rt.add([1], SamplingParams(max_tokens=1, temperature=1.0, seed=3))
+        rt.step()
+        request = rt.submit([1, 2], SamplingParams(max_tokens=2, temperature=1.0))
+        row = int(rt.step().rows[0])
+        seed = rt.seed_of_request(request)
+        assert rt.seed_of(row) == seed != 3
+        rt.step()
+        assert rt.num_running == 0
+        assert rt.seed_of(row) == seed
