@@ -51,7 +51,8 @@ def prune(
     """
     limits = [n for n in (keep, max_bytes) if n is not None]
     if not limits or min(limits) < 0:
-        raise ValueError(f"expected --keep or --max-bytes, 0 or more, got {keep} and {max_bytes}")
+        got = f"{keep} and {max_bytes}" if limits else "neither"
+        raise ValueError(f"expected --keep or --max-bytes, 0 or more, got {got}")
     rows = sorted(survey.bundles(store), key=lambda r: (r["problem"] is None, r["captured"]))
     uses = _uses(store)
     sizes = {k: survey.tree_bytes(store.root.joinpath("kernels", *k)) for k in store.kernels()}

@@ -45,6 +45,8 @@ def main(argv: list[str] | None = None) -> int:
         raise ValueError(f"--repeats {args.repeats}: expected at least 1")
     options = selection(args, verify=False)
     facts = fingerprint(options)
+    if dict(facts.fields)["device"] == "cpu twin":
+        raise ValueError("the CPU twin has no graphs to restore; run this on a machine with a GPU")
     store = Store(options.store_path)
     with Bar() as bar:
         if not (store.root / facts.digest).exists():
