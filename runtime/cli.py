@@ -44,7 +44,8 @@ NAMED_FAILURES = (
     StepFailed,
     StoreError,
 )
-console = Console(stderr=False)
+PIPE_WIDTH = 140  # columns of a table that no terminal limits
+console = Console(width=None if sys.stdout.isatty() else PIPE_WIDTH)
 
 
 class Once(argparse.Action):
