@@ -263,12 +263,7 @@ def _mlp_scratch(
 
 def workspace_per_token(cfg: ModelConfig, step: StepConfig) -> int:
     """fp32 words of workspace that there are for each step token, at every key."""
-    elems = [1]
-    for name, spec in weight_table(cfg, ep_size=step.ep_size).items():
-        if len(spec.shape) == 2 and not name.endswith("_scale") and name not in ("head", "embed"):
-            n, k = spec.shape
-            elems.append(linear_workspace_elems(1, n, k, elem_bytes=spec.nbytes // (n * k)))
-    return max(elems)
+    return max(1, _workspace_elems(cfg, step, 1, rows=0))
 
 
 def _workspace_elems(

@@ -9,7 +9,6 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -94,7 +93,6 @@ class Runtime:
             logits=engine.ring_logits,
         )
         self._new_masks: set[Request] = set()  # whose token mask the device has not got
-        self._seeds = np.zeros(rows, np.int64)
         self._next_id = 0
         self._in_flight: deque[int] = deque()
         self._next_step = 0
@@ -200,7 +198,6 @@ class Runtime:
         request = self._request(prompt_ids, params, 0, cache_salt, preemptable=False)
         self._scheduler.admit(request)
         self._accept(request)
-        self._seeds[request.row] = request.admission.seed
         return request.row
 
     def submit(
@@ -346,7 +343,7 @@ class Runtime:
         Whoever adds the same request with this seed gets the same tokens.
         """
         self._in_row(row)
-        return int(self._seeds[row])
+        return int(self._scheduler.seeds[row])
 
     def seed_of_request(self, request_id: int) -> int:
         """Seed of a request that has not ended.
@@ -548,8 +545,6 @@ class Runtime:
         plan = scheduler.plan(step)
         key = scheduler.ladder.select(plan.tokens, plan.samples)
         masks = self._masks(plan.admits) if plan.admits or self._new_masks else None
-        for request in plan.admits:
-            self._seeds[request.row] = request.admission.seed
         if plan.changes or masks:
             self._mailbox.write(
                 step,
@@ -559,7 +554,7 @@ class Runtime:
                 chunks=plan.chunks,
                 masks=masks,
             )
-        self._check(partial(self.engine.replay, key))  # the twin meets other ranks in here
+        self._check(self.engine.replay, key)  # the twin meets other ranks in here
         self.last_key = key
         scheduler.commit(plan, step)
         self._new_masks.clear()  # requests that wait for a row bring theirs with them
@@ -667,9 +662,10 @@ class Runtime:
 
     # ------------------------------------------------------------------ end
 
-    def _check(self, check: Callable[[], None]) -> None:
+    def _check(self, call: Callable[..., None], *args: Any) -> None:
+        """Call it; an exception is the end of this runtime."""
         try:
-            check()
+            call(*args)
         except Exception as error:
             self._failure = f"{type(error).__name__}: {error}"
             raise

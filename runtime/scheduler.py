@@ -108,6 +108,7 @@ class Scheduler:
     Attributes:
         since: int64 [max_rows], the step that admitted the row's request; `NEVER` before that.
         ids: int64 [max_rows], id of the row's request.
+        seeds: int64 [max_rows], seed of the last request that was given the row.
         history: int32 [max_rows, max_seq_len], its tokens, prompt first; `have`: how many.
         scored_to: int32 [max_rows], last position of its prompt whose log-prob has been returned.
     """
@@ -135,6 +136,7 @@ class Scheduler:
         self.draining = False
         self.since = np.full(max_rows, NEVER, np.int64)
         self.ids = np.full(max_rows, -1, np.int64)
+        self.seeds = np.zeros(max_rows, np.int64)
         self.have = np.zeros(max_rows, np.int64)
         self.scored_to = np.zeros(max_rows, np.int32)
         self.history = np.zeros((max_rows, max_seq_len), np.int32)
@@ -185,6 +187,7 @@ class Scheduler:
         request.matched = request.named = len(shared)
         request.done, request.sent = len(shared) * self.pages.page_size, 0
         self.ids[row], self.since[row] = request.id, NEVER
+        self.seeds[row] = request.admission.seed
         self.have[row], self.scored_to[row] = len(request.tokens), request.scored_to
         self.history[row, : len(request.tokens)] = request.tokens
         bisect.insort(self._prefilling, request, key=_order)

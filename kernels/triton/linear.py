@@ -333,7 +333,8 @@ def linear_workspace_elems(num_tokens: int, n: int, k: int, *, elem_bytes: int) 
     return splits * num_tokens * n if splits > 1 else 0
 
 
-# FP8 products whose best cut was measured (bench.plan_sweep on an H200), by (N, K).
+# FP8 products whose best cut was measured on an H200, by (N, K): h200_plan_sweep.json of
+# bench/results, and h200_ops_quick.json for the first one.
 MEASURED = {
     (2112, 7168): LinearPlan(64, 8),
     (7168, 16384): LinearPlan(64, 2, unroll=2),
