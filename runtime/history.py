@@ -2,8 +2,8 @@
 
 Rows that merely decode come in the same order step after step, each with one token more. So the
 first such steps are looked at entry by entry, and those after them only compared with these: a
-token's place is the last one's, plus one. Invariant: `end` is called before a row of such steps
-changes hands or has its tokens taken back.
+token's place is the last one's, plus one. Invariant: `end` is called where a row changes hands or
+starts again, before the next step is read.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from runtime.mailbox import Int32
 
 Int64 = NDArray[np.int64]
+Index = NDArray[np.intp]  # numpy's own type for places: others are converted at each use, dearly
 
 
 class History:
@@ -30,9 +31,10 @@ class History:
         self.steady_rows: bytes | None = None
         self.steady_requests: Int64 = np.zeros(0, np.int64)
         self._flat = self.tokens.reshape(-1)
+        self._begins: Int64 = np.arange(max_rows) * max_seq_len  # of each row in it
         self._have: Int64 = np.zeros(max_rows, np.int64)
         self._last: bytes | None = None  # rows of the last plain step, nothing having ended since
-        self._rows: Int32 = np.zeros(0, np.int32)
+        self._rows: Index = np.zeros(0, np.intp)
         self._next: Int64 = np.zeros(0, np.int64)  # where the next token of each of `_rows` goes
         self._owed = 0  # tokens that each of `_rows` has and `_have` does not count
 
@@ -44,11 +46,12 @@ class History:
             self._owed = 0
         return self._have
 
-    def append(self, rows: Int32, tokens: Int32) -> None:
+    def append(self, rows: Index, tokens: Int32) -> None:
         """A token more for each of `rows`."""
+        self.steady_rows = None  # for `_next` does not know of these
         have = self.have
         at = have[rows]
-        self.tokens[rows, at] = tokens
+        self._flat[self._begins[rows] + at] = tokens
         have[rows] = at + 1
 
     def append_again(self, tokens: Int32) -> None:
@@ -57,19 +60,18 @@ class History:
         self._next += 1
         self._owed += 1
 
-    def watch(self, rows: Int32, requests: Int64) -> None:
+    def watch(self, key: bytes, rows: Index, requests: Int64) -> None:
         """A plain step has been appended: the second one of the same rows makes them steady.
 
         Args:
-            rows: int32 [n]; requests: int64 [n], theirs. Neither is kept.
+            key: the rows' bytes as int32.
+            rows: intp [n]; requests: int64 [n], theirs, copied.
         """
-        key = rows.tobytes()
         if key != self._last:
             self._last = key
             return
-        have = self.have
-        self._rows, self.steady_requests = rows.copy(), requests.copy()
-        self._next = have[rows] + np.multiply(rows, self.tokens.shape[1], dtype=np.int64)
+        self._rows, self.steady_requests = rows, requests.copy()
+        self._next = self._begins[rows] + self.have[rows]
         self.steady_rows = key
 
     def end(self) -> None:

@@ -149,27 +149,32 @@ class RingEntry:
     @property
     def rows(self) -> Int32:
         """int32 [n]."""
-        return self._fields[0]
+        rows: Int32 = self._fields[0]
+        return rows
 
     @property
     def tokens(self) -> Int32:
         """int32 [n]."""
-        return self._fields[1]
+        tokens: Int32 = self._fields[1]
+        return tokens
 
     @property
     def logprobs(self) -> Float32:
         """float32 [n]."""
-        return self._fields[2].view(np.float32)
+        logprobs: Float32 = self._fields[2].view(np.float32)
+        return logprobs
 
     @property
     def reasons(self) -> Int32:
         """int32 [n]; `PROMPT_ENTRY` is the reason of a scored prompt token."""
-        return self._fields[3]
+        reasons: Int32 = self._fields[3]
+        return reasons
 
     @property
     def positions(self) -> Int32:
         """int32 [n], of the token in its sequence."""
-        return self._fields[4]
+        positions: Int32 = self._fields[4]
+        return positions
 
     @property
     def top_counts(self) -> Int32:
@@ -186,12 +191,14 @@ class RingEntry:
     @property
     def top_ids(self) -> Int32:
         """int32 [n, MAX_TOP], valid up to the count; [n, 0] if nobody asked."""
-        return self._top[:, 0]
+        top_ids: Int32 = self._top[:, 0]
+        return top_ids
 
     @property
     def top_logprobs(self) -> Float32:
         """float32, shaped as `top_ids`."""
-        return self._top[:, 1].view(np.float32)
+        top_logprobs: Float32 = self._top[:, 1].view(np.float32)
+        return top_logprobs
 
     @property
     def is_prompt(self) -> NDArray[np.bool_]:

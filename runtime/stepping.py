@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -121,7 +121,11 @@ class Stepping:
                 chunks=plan.chunks,
                 masks=masks,
             )
-        self._check(self.engine.replay, key)  # the twin meets other ranks in here
+        try:
+            self.engine.replay(key)  # the twin meets other ranks in here
+        except Exception as error:
+            self._end_with(error)
+            raise
         self.last_key = key
         scheduler.commit(plan, step)
         self._new_masks.clear()  # requests that wait for a row bring theirs with them
@@ -165,22 +169,23 @@ class Stepping:
 
     def _sort(self, step: int, entry: RingEntry) -> StepOutput:
         """Find out whose each entry is, record it, and end whoever has ended."""
-        scheduler = self._scheduler
-        rows, past = entry.rows, scheduler.past
+        scheduler, past = self._scheduler, self._scheduler.past
+        rows = entry.rows.astype(np.intp)
         # A cancelled row may have been in flight, and may have a new owner already.
         ours = scheduler.since[rows] <= step
         if entry.num_prompt:  # a preempted row is scored again, and tells nothing twice
             ours &= ~entry.is_prompt | (entry.positions > scheduler.scored_to[rows])
-        out = step_output(step, entry, ours, scheduler.ids)
-        past.append(out.rows, out.tokens)
+        out = step_output(step, entry, ours, scheduler.ids[rows])
+        whole = len(out) == len(rows)
+        past.append(rows if whole else out.rows.astype(np.intp), out.tokens)
         scheduler.counters.tokens_decoded += len(out)
-        if entry.is_plain and len(out) == len(rows):
-            past.watch(rows, out.requests)
+        if entry.is_plain and whole:
+            past.watch(entry.rows.tobytes(), rows, out.requests)
         else:
             past.end()
         if out.prompt is not None:
             np.maximum.at(scheduler.scored_to, out.prompt.rows, out.prompt.positions)
-        if np.count_nonzero(out.finished):
+        if not entry.is_plain and np.count_nonzero(out.finished):
             self._retire(out)
         return out
 
@@ -207,7 +212,11 @@ class Stepping:
         if not self._ring.ready(self._in_flight[0]):
             self._poll(self._in_flight[0])
         # A device that gave up waiting for a peer finishes the step with whatever is there.
-        self._check(self.engine.check_ranks)
+        try:
+            self.engine.check_ranks()
+        except Exception as error:
+            self._end_with(error)
+            raise
 
     def _poll(self, step: int) -> None:
         ready = self._ring.ready
@@ -216,7 +225,11 @@ class Stepping:
         while not ready(step):
             spins += 1
             if spins % 4096 == 0:
-                self._check(self.engine.check_alive)
+                try:
+                    self.engine.check_alive()
+                except Exception as error:
+                    self._end_with(error)
+                    raise
                 if time.monotonic() > deadline:
                     raise self._fail(
                         f"step {step} did not finish within {self.engine.deadline_s} s; "
@@ -225,13 +238,9 @@ class Stepping:
 
     # ------------------------------------------------------------------ end
 
-    def _check(self, call: Callable[..., None], *args: Any) -> None:
-        """Call it; an exception is the end of this runtime."""
-        try:
-            call(*args)
-        except Exception as error:
-            self._failure = f"{type(error).__name__}: {error}"
-            raise
+    def _end_with(self, error: Exception) -> None:
+        """An exception of the engine's is the end of this runtime."""
+        self._failure = f"{type(error).__name__}: {error}"
 
     def _fail(self, message: str) -> StepFailed:
         """Remember the failure: from now on nothing but `close` is possible."""
