@@ -49,7 +49,7 @@ class LongRows:
         with self.engine.graphs.backend.on_stream():
             self._write()
             self.saved = {n: self.buffers[n].clone() for n in (*RowState.names(), "step")}
-            self.engine.graphs.backend.synchronize()
+        self._wait()
 
     def _write(self) -> None:
         b, size = self.buffers, self.config.page_size
@@ -81,6 +81,7 @@ class LongRows:
     def replay(self, *, eagerly: bool = False) -> Tensors:
         """One step from the state; all buffers as it left them, scratch of the last layer."""
         graphs = self.engine.graphs
+        self._wait()
         with graphs.backend.on_stream():
             for name, value in self.saved.items():
                 self.buffers[name].copy_(value)
@@ -91,10 +92,15 @@ class LongRows:
                 graphs.backend.eager(lambda: graphs.step.run(self.key))
             else:
                 graphs.replay(self.key)
-            self.engine.graphs.backend.synchronize()
+        self._wait()
         found = self.buffers.for_key(self.key)
         assert int(found["fault"]) == 0
         return found
+
+    def _wait(self) -> None:
+        """For every stream: tests write and read beside the one that replays."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
 
     def token_of(self, row: int, found: Mapping[str, torch.Tensor]) -> int:
         """Index of a row's token in the step."""
