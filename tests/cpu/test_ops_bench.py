@@ -238,6 +238,15 @@ def test_a_library_may_refuse_a_shape_and_ours_may_not() -> None:
     assert (got["verdict"], got["why"]) == ("refused", "CUBLAS_STATUS_NOT_SUPPORTED")
 
 
+@pytest.mark.parametrize("error", [ImportError, AssertionError, TypeError])
+def test_a_library_that_is_half_installed_is_a_row(error: type[Exception]) -> None:
+    def broken(call: Call) -> None:
+        raise error("undefined symbol")
+
+    got = _verdict(broken, bits=None, library="flashmla")
+    assert (got["verdict"], got["why"]) == ("refused", "undefined symbol")
+
+
 def test_a_library_that_refuses_one_token_is_still_compared() -> None:
     def several(call: Call) -> None:
         if call.kwargs["out"].shape[0] == 1:
