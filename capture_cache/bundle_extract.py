@@ -36,8 +36,8 @@ from capture_cache.bundle import (
     Program,
     Symbol,
     Table,
-    payload_ends,
 )
+from capture_cache.bundle_graph import payload_ends
 from capture_cache.errors import NotRestorable
 from capture_cache.kernel import PARAM_KINDS, CompiledKernel
 from capture_cache.restore import KERNEL_PARAMS

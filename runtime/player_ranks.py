@@ -19,7 +19,7 @@ from capture_cache.restore_driver import Driver
 from runtime.config import RuntimeConfig
 
 if TYPE_CHECKING:
-    from runtime.restore import PeerFacts
+    from runtime.restore_facts import PeerFacts
 
 _MAX_REASON = 600  # characters that are passed on
 

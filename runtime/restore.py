@@ -10,9 +10,8 @@ the caller captures again, and says so.
 
 from __future__ import annotations
 
-import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -23,21 +22,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from capture_cache.arena import DeviceArena
-from capture_cache.bundle import KERNEL, PROGRAM_FILE, Graph
+from capture_cache.bundle import PROGRAM_FILE
+from capture_cache.bundle_files import BundleFiles
 from capture_cache.errors import ArenaError, CorruptBundle, CudaError
 from capture_cache.files import REMEDY
 from capture_cache.fingerprint import Fingerprint
-from capture_cache.layout import ArenaLayout
-from capture_cache.restore import Code, Files, build_graph, symbol_table
+from capture_cache.restore import build_graph, prepare_graph
+from capture_cache.restore_code import Code, symbol_table
 from capture_cache.restore_driver import Driver
-from capture_cache.store import Bundle, Loaded, Store
-from graphs.keys import GraphKey, Ladder
+from capture_cache.store import Loaded, Store
+from graphs.keys import GraphKey
 from graphs.model_config import ModelConfig, parse_overrides
 from graphs.model_source import ModelSource, resolve_model
-from graphs.step_config import StepConfig
 from runtime.bundle_names import (
     DEVICE_WHOLE,
-    GRAPHS,
     HOST_WHOLE,
     PEERS,
     ROPE_FILE,
@@ -49,7 +47,10 @@ from runtime.driver import StepFailed
 from runtime.fingerprint import absent_packages, fingerprint
 from runtime.golden import golden_step
 from runtime.opening import NotRestored, Opening
-from runtime.player import Keys, Player
+from runtime.player import Player
+from runtime.preload import Preload
+from runtime.restore_facts import Facts
+from runtime.restored_keys import Keys
 
 if TYPE_CHECKING:
     from runtime.player_ranks import PlayerRanks
@@ -79,67 +80,6 @@ def restore(options: RuntimeConfig, *, lib: Any = None, opening: Opening | None 
 
 
 @dataclass(frozen=True)
-class PeerFacts:
-    """The ranks' shared memory, as it was at capture.
-
-    Attributes:
-        base: address of this rank's part.
-        payload_bytes: of each rank.
-        words_at: offset into the payload of the transport's own words: the rank, then zeros.
-    """
-
-    base: int
-    payload_bytes: int
-    words_at: int
-
-    @classmethod
-    def of(cls, told: Any, shown: str) -> PeerFacts | None:
-        """From `Manifest.restore`; None where ranks share nothing. Raises CorruptBundle."""
-        if told is None:
-            return None
-        try:
-            facts = cls(**told)
-            sound = 0 < facts.base < 1 << 57 and 0 <= facts.words_at < facts.payload_bytes
-        except TypeError as e:
-            raise CorruptBundle(f"{shown}: memory of the ranks is malformed: {e}") from e
-        if not sound:
-            raise CorruptBundle(f"{shown}: memory of the ranks makes no sense: {facts}")
-        return facts
-
-
-@dataclass(frozen=True)
-class Facts:
-    """What the manifest says beside the files."""
-
-    layout: ArenaLayout
-    arena_base: int
-    ladder: Ladder
-    step: StepConfig
-    peers: PeerFacts | None
-
-    @classmethod
-    def of(cls, bundle: Bundle, rank: int) -> Facts:
-        """Raises NotRestored: it holds no graphs; CorruptBundle: malformed."""
-        told, layout = bundle.manifest.restore, bundle.manifest.arena
-        try:
-            kind = told["kind"]
-            if kind != GRAPHS:
-                raise NotRestored(f"the bundle holds no graphs: {told['reason']}")
-            step = StepConfig(**told["step"], ep_rank=rank)
-            peers = PeerFacts.of(told["peers"], str(bundle.path))
-            base, ladder = told["arena_base"], Ladder.parse(told["ladder"], step.max_rows)
-            whole = isinstance(base, int) and 0 < base < 1 << 57
-        except (KeyError, TypeError, ValueError) as e:
-            raise CorruptBundle(f"{bundle.path}: what to restore is malformed: {e!r}") from e
-        if layout is None or not whole:
-            raise CorruptBundle(
-                f"{bundle.path}: expected an arena table and its address, got "
-                f"{'none' if layout is None else 'a table'} and {base!r}; {REMEDY}"
-            )
-        return cls(layout, base, ladder, step, peers)
-
-
-@dataclass(frozen=True)
 class _Found:
     """What is going to be restored."""
 
@@ -147,8 +87,8 @@ class _Found:
     source: ModelSource
     path: Path
     facts: Facts
-    files: Files
-    preload: _Preload
+    files: BundleFiles
+    preload: Preload
 
 
 class _Restore:
@@ -224,8 +164,8 @@ class _Restore:
         with self._stage("manifest"):
             if PROGRAM_FILE not in loaded.files:
                 Facts.of(Store.parse(loaded), rank)  # a bundle that may lack one says why
-            files = Files(loaded.files, str(loaded.path))
-            preload = _Preload(self.opening, files, loaded.record)
+            files = BundleFiles(loaded.files, str(loaded.path))
+            preload = Preload(self.opening, files, loaded.record)
             self.resources.callback(preload.close)
             facts = Facts.of(Store.parse(loaded), rank)
         return _Found(model, source, loaded.path, facts, files, preload)
@@ -250,8 +190,8 @@ class _Restore:
         with self._stage("symbols"):
             symbols = symbol_table(files.program, partial(_address, arena, peers))
         with self._stage("code"):
-            code, prepared = found.preload.wait()
-        keys = Keys(driver, code, files, symbols, stream, facts.ladder, prepared)
+            code, decoded = found.preload.wait()
+        keys = Keys(driver, code, files, symbols, stream, facts.ladder, decoded)
         self.resources.callback(keys.close)
         player = Player(
             self.options,
@@ -305,7 +245,7 @@ class _Restore:
         self,
         driver: Driver,
         arena: DeviceArena,
-        files: Files,
+        files: BundleFiles,
         model: ModelConfig,
         source: ModelSource,
     ) -> bool:
@@ -346,7 +286,8 @@ class _Restore:
         section = next(e for e in arena.layout.extents if e.section.name == "weights")
         driver.fill(arena.base + section.offset, 0, section.nbytes, stream)
         fill = files.graph(weights_file(rank))
-        graph = build_graph(driver, code, fill, symbols, "the weights' graph")
+        prepared = prepare_graph(driver, code, fill, symbols)
+        graph = build_graph(driver, code, prepared, "the weights' graph")
         try:
             driver.launch(graph, stream, _FILLING)
             driver.wait(stream, _FILLING)
@@ -354,45 +295,6 @@ class _Restore:
             driver.drop_exec(graph)
         driver.upload(place.ptr, rope)
         return True
-
-
-class _Preload:
-    """The first key's graph and code, read and loaded in a thread while the arena is mapped."""
-
-    def __init__(self, opening: Opening, files: Files, record: Mapping[str, Any]) -> None:
-        self._opening, self._files, self._record = opening, files, record
-        self._code: Code | None = None
-        self._prepared: dict[GraphKey, Graph] = {}
-        self._failure: Exception | None = None
-        self._thread = threading.Thread(target=self._run, name="lockstep-code", daemon=True)
-        self._thread.start()
-
-    def wait(self) -> tuple[Code, dict[GraphKey, Graph]]:
-        """The code, and the graphs that have been read; raises CorruptBundle, CudaError."""
-        self._thread.join()
-        if self._failure is not None:
-            raise self._failure
-        assert self._code is not None
-        return self._code, self._prepared
-
-    def close(self) -> None:
-        """Unload the code."""
-        self._thread.join()
-        if self._code is not None:
-            self._code.close()
-
-    def _run(self) -> None:
-        try:
-            driver = self._opening.wait_context()
-            self._code = Code(driver, self._files)
-            key = Ladder(map(GraphKey.parse, self._record["restore"]["ladder"].split(","))).keys[0]
-            graph = self._files.graph_of(key.tokens, key.rows)
-            self._code.kernels(graph.nodes["function"][graph.nodes["kind"] == KERNEL])
-            self._prepared[key] = graph
-        except (CorruptBundle, CudaError, NotRestored) as e:
-            self._failure = e
-        except (KeyError, TypeError, ValueError, AttributeError) as e:
-            self._failure = CorruptBundle(f"what to restore is malformed: {e!r}; {REMEDY}")
 
 
 def check_golden(player: Player, key: GraphKey) -> None:
@@ -412,7 +314,7 @@ def check_golden(player: Player, key: GraphKey) -> None:
         )
 
 
-def _rope(files: Files, arena: DeviceArena) -> NDArray[np.uint8]:
+def _rope(files: BundleFiles, arena: DeviceArena) -> NDArray[np.uint8]:
     """The rope table's bytes; raises CorruptBundle."""
     rope, place = np.frombuffer(files.read(ROPE_FILE), np.uint8), arena.view_spec("rope_table")
     if rope.nbytes != place.nbytes:

@@ -22,13 +22,12 @@ from capture_cache.bundle import (
     Module,
     Program,
     Symbol,
-    encode_golden,
-    encode_graph,
-    encode_program,
     golden_file,
     graph_file,
-    payload_ends,
 )
+from capture_cache.bundle_golden import encode_golden
+from capture_cache.bundle_graph import encode_graph, payload_ends
+from capture_cache.bundle_program import encode_program
 from capture_cache.manifest import Manifest
 from capture_cache.restore_driver import Driver
 from capture_cache.store import Store

@@ -7,18 +7,15 @@ import struct
 
 import pytest
 
-from capture_cache.bundle import (
-    Graph,
-    Program,
-    decode_graph,
-    decode_program,
-    encode_graph,
-    encode_program,
-)
+from capture_cache.bundle import Graph, Program, Table
 from capture_cache.bundle_extract import Extractor, Range
+from capture_cache.bundle_files import BundleFiles
+from capture_cache.bundle_graph import decode_graph, encode_graph
+from capture_cache.bundle_program import decode_program, encode_program
 from capture_cache.errors import CudaError, NotRestorable
 from capture_cache.kernel import CompiledKernel
-from capture_cache.restore import Code, Files, build_graph, symbol_table
+from capture_cache.restore import build_graph, prepare_graph
+from capture_cache.restore_code import Code, symbol_table
 from capture_cache.restore_driver import Driver
 from tests.cpu.fake_cuda import FakeCuda, FakeGraph, FakeKernel
 
@@ -113,15 +110,20 @@ def compiled(name: str) -> CompiledKernel:
     )
 
 
+def built(driver: Driver, code: Code, graph: Graph, symbols: Table) -> int:
+    prepared = prepare_graph(driver, code, graph, symbols)
+    return build_graph(driver, code, prepared, "the graph")
+
+
 def rebuilt(
     found: tuple[Graph, Program, dict[str, bytes]], addresses: dict[str, int]
 ) -> tuple[FakeGraph, FakeCuda]:
     graph, program, code = found
     lib = FakeCuda(CODE)
     driver = Driver(lib)
-    files = Files({"program": encode_program(program), **code}, "bundle")
+    files = BundleFiles({"program": encode_program(program), **code}, "bundle")
     symbols = symbol_table(program, addresses.__getitem__)
-    made = build_graph(driver, Code(driver, files), graph, symbols, "the graph")
+    made = built(driver, Code(driver, files), graph, symbols)
     assert not lib.graphs, "the template is dropped"
     return lib.execs[made], lib
 
@@ -170,10 +172,10 @@ def test_code_is_loaded_once_and_unloaded() -> None:
     graph, program, code = captured.extract()
     lib = FakeCuda(CODE)
     driver = Driver(lib)
-    loaded = Code(driver, Files({"program": encode_program(program), **code}, "bundle"))
+    loaded = Code(driver, BundleFiles({"program": encode_program(program), **code}, "bundle"))
     symbols = symbol_table(program, HERE.__getitem__)
     for _ in range(2):
-        build_graph(driver, loaded, graph, symbols, "the graph")
+        built(driver, loaded, graph, symbols)
     assert lib.calls.count("cuLibraryLoadData") == 2
     loaded.close()
     assert not lib.libraries
@@ -284,10 +286,10 @@ def test_a_driver_that_refuses_is_told(call: str, message: str) -> None:
     lib = FakeCuda(CODE)
     lib.fail[call] = 2
     driver = Driver(lib)
-    loaded = Code(driver, Files({"program": encode_program(program), **code}, "bundle"))
+    loaded = Code(driver, BundleFiles({"program": encode_program(program), **code}, "bundle"))
     symbols = symbol_table(program, HERE.__getitem__)
     with pytest.raises(CudaError, match=f"{message}.*OUT_OF_MEMORY"):
-        build_graph(driver, loaded, graph, symbols, "the graph")
+        built(driver, loaded, graph, symbols)
     assert not lib.graphs
 
 
