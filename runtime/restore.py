@@ -2,7 +2,7 @@
 
     driver initialised ──► bundle found and checked ──► arena mapped ──► weights ──► first key built
       (in a thread)          (meanwhile: the context)                        ──► its golden step
-                                                              other keys are built in a thread
+                                                              other keys are built in threads
 
 Whatever is not as the bundle says ends in `NotRestored` with the reason, before a runtime exists:
 the caller captures again, and says so.
@@ -11,7 +11,7 @@ the caller captures again, and says so.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -218,10 +218,28 @@ class _Restore:
             with self._stage("golden"):
                 check_golden(player, first)
             reason = f"the golden step of key {first} agrees"
+            if self.options.check_keys == "all":
+                self._check_rest(player, facts.ladder.keys[1:])
+                reason = f"the golden steps of all {len(facts.ladder.keys)} keys agree"
         player.load_reason = f"bundle {found.path.name[:16]}: {reason}"
         player.stages = self.seconds
-        keys.build_rest()
+        if self.options.check_keys != "all":
+            keys.build_rest()
         return player
+
+    def _check_rest(self, player: Player, keys: Sequence[GraphKey]) -> None:
+        with self._stage("other keys"):  # all ranks have theirs before any of them steps
+            player.keys.build_rest(pause_s=0.0)
+            player.keys.wait()
+        with self._stage("other golden steps"):
+            failures = list[str]()
+            for key in keys:  # to the end: every rank must take as many steps as the others
+                try:
+                    check_golden(player, key)
+                except NotRestored as e:
+                    failures.append(str(e))
+            if failures:
+                raise NotRestored("; ".join(failures), replace=True)
 
     def _find(self, current: Fingerprint) -> Loaded:
         """The bundle of these options, every hash checked."""

@@ -77,12 +77,12 @@ class Keys:
         """The key's golden step; raises CorruptBundle."""
         return self._files.golden_of(key.tokens, key.rows)
 
-    def build_rest(self) -> None:
-        """Build what is missing in threads."""
+    def build_rest(self, pause_s: float = PAUSE_S) -> None:
+        """Build what is missing in threads, which begin after `pause_s` seconds."""
         missing = [key for key in self._ladder.keys if key not in self._graphs]
         # The builder takes its first key itself, so as not to wait for the reader.
         for run, keys in ((self._run, missing), (self._read_ahead, missing[1:])):
-            thread = threading.Thread(target=run, args=(keys,), daemon=True)
+            thread = threading.Thread(target=run, args=(keys, pause_s), daemon=True)
             self._threads.append(thread)
             thread.start()
 
@@ -106,9 +106,9 @@ class Keys:
         while self._graphs:
             self._driver.drop_exec(self._graphs.popitem()[1])
 
-    def _run(self, keys: Sequence[GraphKey]) -> None:
+    def _run(self, keys: Sequence[GraphKey], pause_s: float) -> None:
         try:
-            self._stop.wait(PAUSE_S)
+            self._stop.wait(pause_s)
             self._driver.make_current()
             for key in keys:
                 if self._stop.is_set():
@@ -117,9 +117,9 @@ class Keys:
         except Exception as e:  # told by `check`, and again by the step that wants the key
             self._failure = e
 
-    def _read_ahead(self, keys: Sequence[GraphKey]) -> None:
+    def _read_ahead(self, keys: Sequence[GraphKey], pause_s: float) -> None:
         try:
-            self._stop.wait(PAUSE_S)
+            self._stop.wait(pause_s)
             self._driver.make_current()
             for key in keys:
                 if self._stop.is_set():

@@ -127,10 +127,35 @@ def test_every_key_has_a_golden_step(tmp_path: Path) -> None:
     player.close()
 
 
-def refused(root: Path, message: str, *, replace: bool, gpu: Gpu | None = None) -> None:
+def test_every_key_is_checked_before_the_load_returns_where_asked(tmp_path: Path) -> None:
+    publish_bundle(tmp_path)
+    gpu = Gpu()
+    player = restore(options(tmp_path, check_keys="all"), lib=gpu)
+    assert gpu.launched == ["fill", *["publish"] * 3], "one golden step a key"
+    assert "golden steps of all 3 keys agree" in player.load_reason
+    assert len(player.keys.seconds) == 3
+    assert not player.read("phase").any()
+    player.close()
+
+
+def test_other_bits_in_a_later_key_are_found_where_every_key_is_checked(tmp_path: Path) -> None:
+    publish_bundle(tmp_path, digest={"2": "ab" * 32})
+    restore(options(tmp_path), lib=Gpu()).close()
+    message = "golden step of key 2 gave .*, expected abab"
+    refused(tmp_path, message, replace=True, check_keys="all")
+
+
+def test_keys_cannot_be_checked_without_weights(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="check_keys='all' needs weights"):
+        options(tmp_path, weights="skip", check_keys="all")
+
+
+def refused(
+    root: Path, message: str, *, replace: bool, gpu: Gpu | None = None, **changes: object
+) -> None:
     gpu = gpu or Gpu()
     with pytest.raises(NotRestored, match=message) as caught:
-        restore(options(root), lib=gpu)
+        restore(options(root, **changes), lib=gpu)
     assert caught.value.replace is replace
     assert not gpu.mapped, "what was acquired is given back"
     assert not gpu.libraries
