@@ -31,6 +31,12 @@ ALIASES = {
 }
 
 
+def child_environment(run: str) -> dict[str, str]:
+    """The environment of a process that is this rank in a world of its own, named `run`."""
+    name = "TORCHELASTIC_RUN_ID"  # a part of the ranks' meeting point
+    return {**os.environ, name: f"{os.environ.get(name, '')}/{run}"}
+
+
 @dataclass(frozen=True)
 class RuntimeConfig:
     """Everything a runtime is built from.

@@ -110,7 +110,8 @@ def publish_bundle(
     from runtime.selection import choose
 
     options = RuntimeConfig.of(**(OPTIONS | {"store": str(root)} | changes))
-    selection = choose(dataclasses.replace(options, device="cpu"))
+    several = options.num_ranks > 1  # this process is none of them
+    selection = choose(dataclasses.replace(options, device="cpu"), compile_only=several)
     layout, ladder = selection.layout, Ladder.parse(LADDER, 2)
     places = layout.by_name
     program = Program(
@@ -120,7 +121,8 @@ def publish_bundle(
     )
     files = {PROGRAM_FILE: encode_program(program), program.modules[0].file: CODE}
     files[ROPE_FILE] = b"\x07" * places["rope_table"].nbytes
-    files[weights_file(0)] = encode_graph(one_kernel(1, (2,), 1, 1))
+    for rank in range(options.num_ranks):
+        files[weights_file(rank)] = encode_graph(one_kernel(1, (2,), 1, 1))
     for key in ladder.keys:
         graph = one_kernel(0, (0, 1), key.tokens, key.rows)
         files[graph_file(key.tokens, key.rows)] = encode_graph(graph)
