@@ -39,9 +39,9 @@ from capture_cache.bundle import (
 )
 from capture_cache.bundle_graph import payload_ends
 from capture_cache.errors import NotRestorable
+from capture_cache.graph_reader import GraphReader
 from capture_cache.kernel import PARAM_KINDS, CompiledKernel
 from capture_cache.restore import KERNEL_PARAMS
-from capture_cache.restore_driver import Driver
 
 _NODE_TYPES = {0: KERNEL, 1: MEMCPY, 2: MEMSET, 5: EMPTY}  # CUgraphNodeType
 _TYPE_NAMES = {3: "host", 4: "graph", 6: "event wait", 7: "event record", 10: "allocation"}
@@ -105,7 +105,7 @@ class Extractor:
 
     def __init__(
         self,
-        driver: Driver,
+        driver: GraphReader,
         kernels: Mapping[int, CompiledKernel],
         entries: Sequence[Range],
         wholes: Sequence[Range] = (),

@@ -62,6 +62,7 @@ def main(argv: list[str], lib: object = None) -> int:
         "ahead_ms": ahead,
         "bytecode": _has_bytecode(),
         "torch": "torch" in sys.modules or "triton" in sys.modules,
+        "cuda_python": "cuda.bindings.driver" in sys.modules,
     }
     runtime.close()
     print("RESULT " + json.dumps(report), flush=True)

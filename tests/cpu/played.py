@@ -97,6 +97,7 @@ def publish_bundle(
     digest: str | Mapping[str, str] = NOTHING,
     drop: str = "",
     base: int = ARENA_BASE,
+    peers: dict[str, int] | None = None,
     **changes: Any,
 ) -> Path:
     """Store a bundle for `OPTIONS` as the fake GPU has them; returns its directory.
@@ -104,6 +105,7 @@ def publish_bundle(
     Args:
         digest: of every golden step, or of those keys; the others' are right.
         drop: a file to leave out.
+        peers: the ranks' shared memory, as `runtime.restore_facts.PeerFacts`.
         changes: of the options.
     """
     from runtime.fingerprint import fingerprint  # torch comes with the selection
@@ -133,7 +135,7 @@ def publish_bundle(
     step = dataclasses.asdict(selection.step)
     del step["ep_rank"]
     restore = {"kind": kind, "arena_base": base, "ladder": str(ladder), "step": step}
-    restore |= {"reason": "the test says so", "peers": None}
+    restore |= {"reason": "the test says so", "peers": peers}
     facts = fingerprint(options, on_device=True, driver=lambda: Driver(Gpu()))
     manifest = Manifest(facts, layout, {"keys": []}, restore=restore)
     return Store(root).publish(facts, manifest, files).path

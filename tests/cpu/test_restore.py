@@ -13,6 +13,7 @@ from capture_cache.bundle_files import BundleFiles
 from capture_cache.bundle_graph import decode_graph, encode_graph
 from capture_cache.bundle_program import decode_program, encode_program
 from capture_cache.errors import CudaError, NotRestorable
+from capture_cache.graph_reader import GraphReader
 from capture_cache.kernel import CompiledKernel
 from capture_cache.restore import build_graph, prepare_graph
 from capture_cache.restore_code import Code, symbol_table
@@ -40,7 +41,7 @@ class Captured:
 
     def __init__(self) -> None:
         self.lib = FakeCuda(CODE)
-        self.driver = Driver(self.lib)
+        self.driver = GraphReader(self.lib)
         self.graph = self.driver.new_graph()
         self.handles = {}
         for code, names in ((OURS, ("ours", "bare")), (THEIRS, ("theirs",))):

@@ -15,6 +15,7 @@ import pytest
 from runtime import restore_bench
 from tests.cpu.played import LADDER, OPTIONS, publish_bundle
 
+PEERS = {"base": 0x680000000000, "payload_bytes": 1 << 20, "words_at": 4096}
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -67,7 +68,7 @@ def test_a_run_is_timed_from_the_start_of_its_process(tmp_path: Path) -> None:
 
 
 def test_two_ranks_run_together_and_the_slowest_counts(tmp_path: Path) -> None:
-    publish_bundle(tmp_path, ep_size=2, bs=4)
+    publish_bundle(tmp_path, ep_size=2, bs=4, peers=PEERS)
     options = OPTIONS | {"store": str(tmp_path), "ep_size": 2, "bs": 4}
     found = results([start(options, rank, 2) for rank in range(2)])
     for code, told, err in found:
@@ -78,6 +79,8 @@ def test_two_ranks_run_together_and_the_slowest_counts(tmp_path: Path) -> None:
             assert run["first_step_ms"] == max(r["first_step_ms"] for r in run["ranks"])
             assert min(r["started_after_ms"] for r in run["ranks"]) == 0
             assert "ranks" in run["stages_ms"], "how long they took to meet"
+            assert "peers" in run["stages_ms"], "and to map each other's memory"
+            assert not any(r["torch"] or r["cuda_python"] for r in run["ranks"])
     assert found[0][1] == found[1][1], "all ranks know the same"
 
 
