@@ -47,12 +47,19 @@ def bundles(store: Store) -> list[dict[str, Any]]:
             fields = dict(entry.manifest.fingerprint.fields)
             row |= {n: fields.get(n) for n in ("model", "device", "ep size", "rows", "ladder")}
             row |= {
-                "graphs": sum(name.startswith("graph/") for name in entry.manifest.files),
+                "graphs": sum(name.startswith("graph/t") for name in entry.manifest.files),
+                **_restore(entry.manifest),
                 "keys": len(ledger_keys(entry.manifest)),
                 "kernels": len(entry.manifest.kernels),
             }
         rows.append(row)
     return sorted(rows, key=lambda r: (r["captured"], r["fingerprint"]))
+
+
+def _restore(manifest: Manifest) -> dict[str, Any]:
+    """Whether graphs can be restored ("graphs"), or why there are none ("live", "skipped")."""
+    told = manifest.restore if isinstance(manifest.restore, dict) else {}
+    return {"restore": told.get("kind"), "reason": told.get("reason")}
 
 
 def ledger_keys(manifest: Manifest) -> list[Mapping[str, Any]]:

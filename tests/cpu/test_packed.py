@@ -647,6 +647,14 @@ def test_a_runtime_uses_what_the_store_holds_and_what_it_is_given(tmp_path: Path
     same(load_micro(moved, **options), f"packed, {moved}")
 
 
+def test_a_packed_preset_as_a_model_is_refused_with_the_options_that_it_goes_with(
+    tmp_path: Path,
+) -> None:
+    packed = pack(*_preset("tiny", "none"), tmp_path / "p", seed=3)
+    with pytest.raises(ValueError, match=f"--model tiny --seed 3 --weights {packed.path}, with"):
+        resolve_model(str(packed.path))
+
+
 def test_changed_checkpoint_files_are_not_shadowed_by_packed_ones(tmp_path: Path) -> None:
     path = micro_checkpoint(tmp_path / "hf")
     options = RuntimeConfig(str(path), bs=1, store=str(tmp_path / "store"))
