@@ -16,7 +16,7 @@ import torch
 from barriers.rdep import Rdep, peer_layout
 from capture_cache.arena import DeviceArena
 from capture_cache.bundle import PROGRAM_FILE, golden_file, graph_file
-from capture_cache.bundle_extract import Extractor, Range
+from capture_cache.bundle_extract import Extractor
 from capture_cache.bundle_fatbin import fat_binaries
 from capture_cache.bundle_golden import encode_golden
 from capture_cache.bundle_graph import encode_graph
@@ -24,6 +24,7 @@ from capture_cache.bundle_program import encode_program
 from capture_cache.errors import CudaError, NotRestorable
 from capture_cache.graph_reader import GraphReader
 from capture_cache.kernel import CompiledKernel
+from capture_cache.memory_ranges import Range
 from capture_cache.restore_driver import Driver
 from graphs.capture import CudaBackend
 from graphs.keys import GraphKey

@@ -18,17 +18,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from capture_cache.arena import DeviceArena
 from capture_cache.bundle import PROGRAM_FILE
 from capture_cache.bundle_files import BundleFiles
 from capture_cache.errors import ArenaError, CorruptBundle, CudaError
 from capture_cache.files import REMEDY
 from capture_cache.fingerprint import Fingerprint
-from capture_cache.restore import build_graph, prepare_graph
-from capture_cache.restore_code import Code, symbol_table
+from capture_cache.restore_code import symbol_table
 from capture_cache.restore_driver import Driver
 from capture_cache.store import Loaded, Store
 from graphs.keys import GraphKey
@@ -38,9 +34,6 @@ from runtime.bundle_names import (
     DEVICE_WHOLE,
     HOST_WHOLE,
     PEERS,
-    ROPE_FILE,
-    SKIP_WEIGHTS,
-    weights_file,
 )
 from runtime.config import RuntimeConfig
 from runtime.driver import StepFailed
@@ -51,12 +44,12 @@ from runtime.player import Player
 from runtime.preload import Preload
 from runtime.restore_facts import Facts
 from runtime.restored_keys import Keys
+from runtime.restored_weights import Target, fill_weights
 
 if TYPE_CHECKING:
     from runtime.player_ranks import PlayerRanks
 
 _SKIPPED = "weights skipped, for measurement only: no golden step, and its tokens mean nothing"
-_FILLING = "filling the weights"
 
 
 def restore(options: RuntimeConfig, *, lib: Any = None, opening: Opening | None = None) -> Player:
@@ -206,9 +199,8 @@ class _Restore:
             self.ranks,
         )
         with self._stage("weights"):
-            checkable = self._load_packed(driver, arena, files, found.model, found.source)
-            if not checkable:
-                checkable = self._load_weights(driver, arena, found, code, symbols, stream)
+            place = Target(driver, arena, code, symbols, stream)
+            checkable = fill_weights(self.options, found.model, found.source, files, place)
             player.reset_state()
         first = facts.ladder.keys[0]
         with self._stage("first key"):
@@ -259,61 +251,6 @@ class _Restore:
         self.resources.callback(arena.close)
         return arena
 
-    def _load_packed(
-        self,
-        driver: Driver,
-        arena: DeviceArena,
-        files: BundleFiles,
-        model: ModelConfig,
-        source: ModelSource,
-    ) -> bool:
-        """Fill the weights from packed ones; whether there are any."""
-        if self.options.weights == SKIP_WEIGHTS:
-            return False
-        from runtime.weights import find, load  # a measurement without weights needs neither
-
-        packed = find(self.options, model, source).packed
-        if packed is None:
-            return False
-        store = Store(self.options.store_path)
-        rank = self.options.ranks.rank
-        load(packed, arena, self.options, rank=rank, driver=driver, store=store)
-        driver.upload(arena.view_spec("rope_table").ptr, _rope(files, arena))
-        return True
-
-    def _load_weights(
-        self,
-        driver: Driver,
-        arena: DeviceArena,
-        found: _Found,
-        code: Code,
-        symbols: NDArray[np.uint64],
-        stream: int,
-    ) -> bool:
-        """Fill the weights; whether a golden step can be expected to agree."""
-        files, source, rank = found.files, found.source, self.options.ranks.rank
-        rope, place = _rope(files, arena), arena.view_spec("rope_table")
-        if self.options.weights == SKIP_WEIGHTS:
-            driver.upload(place.ptr, rope)
-            return False
-        if not source.is_preset or not files.has(weights_file(rank)):
-            raise NotRestored(
-                f"the weights of {source.name} are not in the bundle and no packed ones were found;"
-                " pack them with python -m runtime.pack"
-            )
-        section = next(e for e in arena.layout.extents if e.section.name == "weights")
-        driver.fill(arena.base + section.offset, 0, section.nbytes, stream)
-        fill = files.graph(weights_file(rank))
-        prepared = prepare_graph(driver, code, fill, symbols)
-        graph = build_graph(driver, code, prepared, "the weights' graph")
-        try:
-            driver.launch(graph, stream, _FILLING)
-            driver.wait(stream, _FILLING)
-        finally:
-            driver.drop_exec(graph)
-        driver.upload(place.ptr, rope)
-        return True
-
 
 def check_golden(player: Player, key: GraphKey) -> None:
     """Run a key's golden step; the rows must be free, and are so afterwards.
@@ -330,16 +267,6 @@ def check_golden(player: Player, key: GraphKey) -> None:
             "the bundle must not be used here",
             replace=True,
         )
-
-
-def _rope(files: BundleFiles, arena: DeviceArena) -> NDArray[np.uint8]:
-    """The rope table's bytes; raises CorruptBundle."""
-    rope, place = np.frombuffer(files.read(ROPE_FILE), np.uint8), arena.view_spec("rope_table")
-    if rope.nbytes != place.nbytes:
-        raise CorruptBundle(
-            f"{ROPE_FILE}: expected {place.nbytes} bytes, got {rope.nbytes}; {REMEDY}"
-        )
-    return rope
 
 
 def _address(arena: DeviceArena, peers: int, name: str) -> int:

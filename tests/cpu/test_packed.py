@@ -26,7 +26,8 @@ from capture_cache.errors import CorruptBundle, FingerprintMismatch, StoreError
 from capture_cache.files import Files
 from capture_cache.layout import ArenaLayout, Entry
 from capture_cache.manifest import seal, unseal
-from capture_cache.packed import INDEX, SHARED, Index, PackedWeights, Run
+from capture_cache.packed import PackedWeights, Run
+from capture_cache.packed_index import INDEX, SHARED, Index
 from capture_cache.restore_driver import Driver
 from capture_cache.store import Store
 from capture_cache.weights_io import DeviceLane, HostLane, copy_runs, load_packed

@@ -31,7 +31,7 @@ from capture_cache.fingerprint import Fingerprint
 from capture_cache.kernel import CompiledKernel, TensorMapSpec
 from capture_cache.layout import ArenaLayout, Entry
 from capture_cache.manifest import Manifest, seal, unseal
-from capture_cache.packed import INDEX, Index
+from capture_cache.packed_index import INDEX, Index
 from capture_cache.store import Store
 from graphs.safetensors_dir import BadShard, tensors_of
 from runtime.packing import pack

@@ -8,13 +8,14 @@ import struct
 import pytest
 
 from capture_cache.bundle import Graph, Program, Table
-from capture_cache.bundle_extract import Extractor, Range
+from capture_cache.bundle_extract import Extractor
 from capture_cache.bundle_files import BundleFiles
 from capture_cache.bundle_graph import decode_graph, encode_graph
 from capture_cache.bundle_program import decode_program, encode_program
 from capture_cache.errors import CudaError, NotRestorable
 from capture_cache.graph_reader import GraphReader
 from capture_cache.kernel import CompiledKernel
+from capture_cache.memory_ranges import Range
 from capture_cache.restore import build_graph, prepare_graph
 from capture_cache.restore_code import Code, symbol_table
 from capture_cache.restore_driver import Driver
