@@ -8,6 +8,7 @@ call (`build_graph`). One thread may prepare a graph while another builds the on
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -77,13 +78,19 @@ def prepare_graph(driver: Driver, code: Code, graph: Graph, symbols: Table) -> P
 
 
 def build_graph(
-    driver: Driver, code: Code, prepared: Prepared, shown: str, parts: Parts | None = None
+    driver: Driver,
+    code: Code,
+    prepared: Prepared,
+    shown: str,
+    parts: Parts | None = None,
+    waiting: Callable[[], object] = lambda: None,
 ) -> int:
     """Rebuild and instantiate a graph; returns its CUgraphExec.
 
     Args:
         shown: what it is, for messages.
         parts: told how long what took.
+        waiting: called where only the driver has work left, and Python's lock is about to go.
     Raises:
         CudaError: the driver refuses a node, or the whole.
     """
@@ -96,6 +103,7 @@ def build_graph(
         _set_attributes(driver, prepared.graph, nodes, shown)
         _add_edges(driver, prepared.graph, nodes, handle, shown)
         parts.end("edges")
+        waiting()
         return driver.instantiate(handle, f"instantiating {shown}")
     finally:
         parts.end("instantiate")

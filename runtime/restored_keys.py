@@ -1,11 +1,11 @@
 """The graphs of a restored ladder: the first at once, the others in two threads.
 
-    builder   nodes, edges ─► instantiate, upload ─► nodes, edges ─► …      holds the lock
-    reader    decode, lay out the next key    ─► …                          beside instantiation
+    builder   nodes, edges ─► instantiate, upload ─► nodes, edges ─► instantiate, upload ─► …
+    reader                    read the next key                      read the next key
 
-Instantiation is the driver's own time and lets Python's lock go: the reader's work falls into it. A
-key that is wanted before the builder has come to it is built at once, by who wants it; no other key
-takes its place.
+Instantiation is the driver's own time and lets Python's lock go: the reader's work falls into it,
+one key at a time, so that the builder never waits for that lock. A key that is wanted before the
+builder has come to it is built at once, by who wants it; no other key takes its place.
 """
 
 from __future__ import annotations
@@ -58,6 +58,7 @@ class Keys:
         self._prepared: dict[GraphKey, Prepared] = {}  # by the reader, for the builder
         self._lock = threading.Lock()
         self._stop = threading.Event()
+        self._turns = threading.Semaphore(0)  # keys that the reader may read
         self._threads: list[threading.Thread] = []
         self._failure: Exception | None = None
         self.seconds: dict[GraphKey, float] = {}
@@ -81,8 +82,11 @@ class Keys:
         """Build what is missing in threads, which begin after `pause_s` seconds."""
         missing = [key for key in self._ladder.keys if key not in self._graphs]
         # The builder takes its first key itself, so as not to wait for the reader.
-        for run, keys in ((self._run, missing), (self._read_ahead, missing[1:])):
-            thread = threading.Thread(target=run, args=(keys, pause_s), daemon=True)
+        for run, arguments in (
+            (self._run, (missing, pause_s)),
+            (self._read_ahead, (missing[1:],)),
+        ):
+            thread = threading.Thread(target=run, args=arguments, daemon=True)
             self._threads.append(thread)
             thread.start()
 
@@ -90,6 +94,7 @@ class Keys:
         """Wait until every key is built; raises what went wrong."""
         for thread in self._threads:
             thread.join()
+        self._prepared.clear()
         self.check()
 
     def check(self) -> None:
@@ -100,6 +105,7 @@ class Keys:
     def close(self) -> None:
         """Stop building and drop all graphs. Idempotent."""
         self._stop.set()
+        self._turns.release()
         for thread in self._threads:
             thread.join()
         self._prepared.clear()
@@ -116,12 +122,15 @@ class Keys:
                 self.exec_of(key)
         except Exception as e:  # told by `check`, and again by the step that wants the key
             self._failure = e
+            self._stop.set()
+        finally:
+            self._turns.release()  # the reader must not wait for a builder that has ended
 
-    def _read_ahead(self, keys: Sequence[GraphKey], pause_s: float) -> None:
+    def _read_ahead(self, keys: Sequence[GraphKey]) -> None:
         try:
-            self._stop.wait(pause_s)
             self._driver.make_current()
             for key in keys:
+                self._turns.acquire()
                 if self._stop.is_set():
                     return
                 if key not in self._graphs:
@@ -151,7 +160,8 @@ class Keys:
             start = time.perf_counter()
             prepared = self._prepared.pop(key, None) or self._prepare(key, self.parts)
             shown = f"the graph of key {key}"
-            graph = build_graph(self._driver, self._code, prepared, shown, self.parts)
+            turn = self._turns.release
+            graph = build_graph(self._driver, self._code, prepared, shown, self.parts, turn)
             self._driver.upload_graph(graph, self._stream)
             self.parts.end("upload")
             self.seconds[key] = time.perf_counter() - start
