@@ -36,6 +36,7 @@ DEFAULT_REMEDY = "look the name up in the CUDA driver API reference"
 _P, _U, _U64, _I = ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint64, ctypes.c_int
 # Every function used, with its arguments. Quick ones keep Python's lock.
 QUICK: dict[str, tuple[Any, ...]] = {
+    "cuCtxGetCurrent": (_P,),
     "cuCtxSetCurrent": (_P,),
     "cuDeviceGet": (_P, _I),
     "cuDeviceGetAttribute": (_P, _I, _I),

@@ -66,6 +66,10 @@ class Driver:
         )
         self.make_current()
 
+    def adopt(self) -> None:
+        """Use the calling thread's context, which belongs to somebody else: never close this."""
+        self.context = self._new(self.lib.cuCtxGetCurrent, doing="asking for the current context")
+
     def make_current(self) -> None:
         """Make the context the calling thread's."""
         self.check(self.lib.cuCtxSetCurrent(self.context), "setting the context")

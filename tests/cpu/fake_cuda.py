@@ -123,6 +123,9 @@ class FakeCuda:
     # -- device and memory -------------------------------------------------------------------------
 
     def cuInit(self, _: int) -> None: ...
+    def cuCtxGetCurrent(self, out: int) -> None:
+        _word(out, 0xC0)
+
     def cuCtxSetCurrent(self, _: int) -> None: ...
     def cuDevicePrimaryCtxRelease_v2(self, _: int) -> None: ...
     def cuStreamDestroy_v2(self, _: int) -> None: ...
@@ -363,7 +366,8 @@ class FakeCuda:
         self.execs[handle] = self.graphs[graph]
         _word(out, handle)
 
-    def cuGraphLaunch(self, graph: int, _: int) -> int:
+    def cuGraphLaunch(self, graph: Any, _: Any) -> int:
+        graph = getattr(graph, "value", graph)  # as an integer, or as ctypes has it
         if graph not in self.execs:
             return INVALID
         self.on_launch(self.execs[graph])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import struct
+import threading
 
 import pytest
 
@@ -16,6 +17,7 @@ from capture_cache.errors import CudaError, NotRestorable
 from capture_cache.graph_reader import GraphReader
 from capture_cache.kernel import CompiledKernel
 from capture_cache.memory_ranges import Range
+from capture_cache.replay import GraphExec
 from capture_cache.restore import build_graph, prepare_graph
 from capture_cache.restore_code import Code, symbol_table
 from capture_cache.restore_driver import Driver
@@ -300,3 +302,23 @@ def test_pointers_between_entries_are_found_in_the_whole() -> None:
     names = [program.symbols[i].name for i in graph.relocations["symbol"]]
     assert names == ["weights", "x", "arena", "mailbox", "x"]
     assert [int(a) for a in graph.relocations["addend"]] == [16, 0, 4616, 64, 504]
+
+
+def test_an_instantiated_graph_is_launched_from_any_thread_and_dropped_once() -> None:
+    captured, launched = some_graph(), []
+    lib = captured.lib
+    lib.on_launch = launched.append
+    graph = GraphExec(captured.graph, 0x57, lib=lib)
+    graph.launch()
+    assert lib.calls.count("cuCtxSetCurrent") == 0
+    thread = threading.Thread(target=graph.launch)
+    thread.start()
+    thread.join()
+    assert lib.calls.count("cuCtxSetCurrent") == 1, "another thread needs the context"
+    assert len(launched) == 2
+    lib.fail["cuGraphLaunch"] = 2
+    with pytest.raises(CudaError, match="launching a graph: CUDA_ERROR_OUT_OF_MEMORY|OUT_OF_MEM"):
+        graph.launch()
+    graph.close()
+    graph.close()
+    assert not lib.execs
