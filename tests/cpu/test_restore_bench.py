@@ -12,7 +12,11 @@ from typing import Any
 
 import pytest
 
+from barriers.config import GroupConfig
 from runtime import restore_bench
+from runtime.cli import Bar
+from runtime.config import RuntimeConfig
+from runtime.restore_runs import Runs
 from tests.cpu.played import LADDER, OPTIONS, publish_bundle
 
 PEERS = {"base": 0x680000000000, "payload_bytes": 1 << 20, "words_at": 4096}
@@ -138,3 +142,33 @@ def test_kinds_are_chosen_by_name() -> None:
     args = restore_bench.parser().parse_args(["--kinds", "no-weights", "cold"])
     assert args.kinds == ["no-weights", "cold"]
     assert restore_bench.parser().parse_args([]).kinds == list(restore_bench.KINDS)
+
+
+class Recorded(Runs):
+    """Starts nothing; keeps what it was asked to load."""
+
+    def __init__(self) -> None:
+        super().__init__(GroupConfig(0, 1, "alone"))
+        self.asked: list[RuntimeConfig] = []
+
+    def process(self, options: RuntimeConfig) -> dict[str, Any]:
+        self.asked.append(options)
+        return run_of()
+
+
+def test_each_kind_loads_what_it_says(tmp_path: Path) -> None:
+    options = RuntimeConfig.of(**(OPTIONS | {"store": str(tmp_path), "check_keys": "all"}))
+    kinds = list(restore_bench.KINDS.values())
+    with Recorded() as runs, Bar() as bar:
+        found = restore_bench._measure(runs, options, kinds, 2, bar)
+        bare, _, whole, _, warm, cold = runs.asked
+        assert Path(str(cold.store)).is_dir()
+    assert {kind: len(r) for kind, r in found.items()} == dict(
+        zip(kinds, (2, 2, 1, 1), strict=True)
+    )
+    assert (bare.weights, bare.check_keys, bare.bundle) == ("skip", "first", True)
+    assert whole == options
+    assert (warm.bundle, warm.store) == (False, str(tmp_path))
+    assert not cold.bundle
+    assert cold.store != str(tmp_path)
+    assert not Path(str(cold.store)).exists(), "removed at the end"
