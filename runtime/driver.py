@@ -185,7 +185,8 @@ class Runtime:
     ) -> int:
         """Take a request into a row now, past the queue; its tokens come out of later steps.
 
-        No device work. Such a request is never preempted.
+        No device work. Such a request is never preempted. It passes the queue only as one of
+        priority 1 could: a row or pages that are due to a request of the queue are refused to it.
 
         Args:
             cache_salt: the prefix cache is shared only between requests of the same salt.
@@ -193,10 +194,11 @@ class Runtime:
             The request's row, valid until it ends; `request_id` tells its id.
         Raises:
             ValueError: the request can never fit or is malformed.
-            OutOfPages: it cannot fit now (`OutOfRows` if every row is taken).
+            OutOfPages: it cannot fit now, or who waits in the queue is due (`OutOfRows` if it is
+                a row that is missing); names whom.
         """
         request = self._request(prompt_ids, params, 0, cache_salt, preemptable=False)
-        self._scheduler.admit(request)
+        self._scheduler.admit_past_queue(request, self._next_step)
         self._accept(request)
         return request.row
 

@@ -158,12 +158,36 @@ class Scheduler:
         self.queue.push(request)
         self._may_admit = True
 
-    def admit(self, request: Request) -> None:
-        """Give a request a row and pages now.
+    def admit_past_queue(self, request: Request, step: int) -> None:
+        """Give a request a row and pages now, unless they are due to the queue's first.
+
+        It may pass what waits as a request one level of priority up could that came in `step`:
+        whoever has waited longer than that is passed no more, so a stream of these starves nobody.
 
         Raises:
-            OutOfPages: they are not there (`OutOfRows`: no row is); nothing changed.
+            OutOfPages: they are not there, or are due (`OutOfRows`: no row is); nothing changed.
         """
+        first = self.queue.first()
+        if first is None or first.order >= (step - self.config.ageing_steps, request.id):
+            self.admit(request)
+            return
+        self._check_rows(request)
+        due = (
+            f"request {first.id} has waited {step - first.arrived} steps in the queue and is next "
+            f"({len(self.queue)} wait); step() on, submit() this one too, or cancel some"
+        )
+        spare_logits = 1 + first.params.return_logits
+        if len(self.free_rows) < 2 or not self._has_logits(request, spare_logits):
+            raise OutOfRows(f"the free row is due: {due}")
+        pages, shared = self._room_for(first)
+        shared = [*shared, *self._find(request)]
+        pages += self.pages.pages_for(self._tokens_to_reserve(request)) + self._lazy
+        if not self.pages.has_room(pages, shared):
+            raise OutOfPages(f"free pages are due: {due}")
+        self.admit(request)
+
+    def _check_rows(self, request: Request) -> None:
+        """Raises OutOfRows where no row can take the request."""
         if not self.free_rows:
             raise OutOfRows(
                 f"all {len(self.rows)} rows are running; wait for one to finish, cancel one, "
@@ -174,6 +198,14 @@ class Scheduler:
                 f"{self._logits_rows} requests return their logits and there is room for no more; "
                 "wait for one to finish, or load with a larger logits_rows"
             )
+
+    def admit(self, request: Request) -> None:
+        """Give a request a row and pages now.
+
+        Raises:
+            OutOfPages: they are not there (`OutOfRows`: no row is); nothing changed.
+        """
+        self._check_rows(request)
         row, shared = self.free_rows[-1], self._find(request)
         self.pages.share(row, shared)
         try:
@@ -192,11 +224,21 @@ class Scheduler:
         self.history[row, : len(request.tokens)] = request.tokens
         bisect.insort(self._prefilling, request, key=_order)
 
-    def _has_logits(self, request: Request) -> bool:
-        """Whether one more row may return its logits, if the request wants that."""
+    def _has_logits(self, request: Request, more: int = 1) -> bool:
+        """Whether so many more rows may return their logits, if the request wants that."""
         if not request.params.return_logits:
             return True
-        return sum(q.params.return_logits for q in self.running()) < self._logits_rows
+        return sum(q.params.return_logits for q in self.running()) + more <= self._logits_rows
+
+    def _room_for(self, request: Request) -> tuple[int, list[int]]:
+        """Pages that must be free for a request of the queue, and named ones among them.
+
+        Rows that grow lazily will want a page each soon: without them in hand, an admission would
+        be preempted at once.
+        """
+        running = len(self.rows) - len(self.free_rows)
+        pages = self.pages.pages_for(self._tokens_to_reserve(request))
+        return pages + (running if self._lazy else 0), self._find(request)
 
     def settle_decoding(self, request: Request, length: int, step: int) -> None:
         """A row that decodes from `step` on, with `length` tokens computed and its pages sent."""
@@ -390,12 +432,7 @@ class Scheduler:
             request = queue.first_begun() if self.draining else queue.first()
             if request is None:
                 return
-            pages = self.pages.pages_for(self._tokens_to_reserve(request))
-            # Rows that grow lazily will want a page each soon: without them in hand, an admission
-            # would be preempted at once.
-            running = len(self.rows) - len(self.free_rows)
-            spare = running if self._lazy else 0
-            if not self.pages.has_room(pages + spare, self._find(request)):
+            if not self.pages.has_room(*self._room_for(request)):
                 return
             if not self._has_logits(request):
                 return

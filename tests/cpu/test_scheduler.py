@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from runtime import OutOfPages, Runtime, SamplingParams, StepOutput
+from runtime import OutOfPages, OutOfRows, Runtime, SamplingParams, StepOutput
 from runtime.requests import MAX_PRIORITY
 from runtime.scheduler import SchedulerConfig
 from tests.fake_device import FakeConfig, FakeDevice, FakeModel, answer
@@ -107,6 +107,58 @@ def test_a_priority_level_is_worth_so_many_steps_and_nobody_starves(
             assert step == passed
             return
     assert passed == 200, "starved"
+
+
+@pytest.mark.parametrize(("priority", "passed"), [(0, 8), (1, 0), (-1, 16)])
+def test_a_stream_of_add_passes_the_queue_for_one_level_of_priority(
+    priority: int, passed: int
+) -> None:
+    """Every free row is asked for by `add` at once; who waits in the queue gets one all the same."""
+    runtime = make("1,1+16", rows=1, ageing_steps=8)
+    runtime.add(prompt(4), params(1))
+    waits = runtime.submit(prompt(4), params(1), priority)
+    for step in range(60):
+        out = runtime.step()
+        if waits in out.requests.tolist():
+            assert step <= passed + 2
+            return
+        if step + 1 < passed:
+            runtime.add(prompt(4), params(1))
+        else:
+            with pytest.raises(OutOfRows, match=rf"request {waits} has waited {step + 1} steps"):
+                runtime.add(prompt(4), params(1))
+    raise AssertionError("starved")
+
+
+def test_a_large_request_that_is_due_keeps_its_pages_from_add() -> None:
+    runtime = make(pages=7, ageing_steps=4)
+    runtime.submit(prompt(20), params(20))  # three of six pages
+    large = runtime.submit(prompt(60, 1), params(20))  # five
+    runtime.add(prompt(2, 2), params(2))  # one: it has not waited long
+    for _ in range(5):
+        runtime.step()
+    with pytest.raises(OutOfPages, match=f"free pages are due: request {large} has waited 5 steps"):
+        runtime.add(prompt(2, 2), params(2))
+    assert (runtime.num_running, runtime.num_waiting) == (2, 1), "nothing changed"
+    run(runtime)
+
+
+def test_add_takes_what_is_left_beside_one_that_is_due() -> None:
+    """The first waits for a line of logits; an `add` that leaves it one row is no harm to it."""
+    runtime = make(ageing_steps=4)
+    wants = replace(params(40), return_logits=True)
+    for _ in range(runtime.config.logits_rows):
+        runtime.add(prompt(4), wants)
+    first = runtime.submit(prompt(4), wants)
+    for _ in range(6):
+        runtime.step()
+    with pytest.raises(OutOfRows, match="2 requests return their logits"):
+        runtime.add(prompt(4), wants)
+    for _ in range(5):
+        runtime.add(prompt(4), params(4))
+    with pytest.raises(OutOfRows, match=f"the free row is due: request {first}"):
+        runtime.add(prompt(4), params(4))
+    run(runtime)
 
 
 def test_nobody_passes_a_large_request_that_waits_for_pages() -> None:
