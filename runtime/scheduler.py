@@ -560,6 +560,16 @@ class Scheduler:
         """Requests in rows, and those that had one and wait to be computed again."""
         return len(self.rows) - len(self.free_rows) + self.queue.num_begun
 
+    def steps_to_drain(self, *, waiting: bool) -> int:
+        """At least how many steps it takes until what has begun has ended; stops not foreseen.
+
+        Args:
+            waiting: what waits in the queue must end, too.
+        """
+        longest = max((q.limit - int(self.have[q.row]) for q in self.running()), default=0)
+        more = self.has_begun or (waiting and len(self.queue) > 0)
+        return max(longest, int(more))
+
     def look_at_queue(self) -> None:
         """Something beside rows and pages may let the queue's first in."""
         self._may_admit = True
