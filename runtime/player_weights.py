@@ -73,7 +73,7 @@ class PlayerUpdate:
         """Wait, and give back what torch has taken for itself beside the arena."""
         import torch
 
-        if torch.cuda.is_initialized():
+        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
             torch.cuda.synchronize(self._ordinal)
             torch.cuda.empty_cache()
 
