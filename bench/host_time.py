@@ -118,7 +118,7 @@ def measure(rows: int, steps: int) -> HostTime:
         collect_us=float(np.median(collect)),
         p99_us=float(np.percentile(both, 99)),
         crossing_us=float(np.median(both[crossing])) if crossing.any() else float(np.median(both)),
-        functions=_profiled(rows, steps),
+        functions=profiled(rows, steps, most=12),
     )
 
 
@@ -152,7 +152,8 @@ def _timed(rows: int, steps: int) -> tuple[Any, Any, Any]:
     return times[0] / 1e3, times[1] / 1e3, crossing
 
 
-def _profiled(rows: int, steps: int) -> list[tuple[str, float, float]]:
+def profiled(rows: int, steps: int, most: int | None) -> list[tuple[str, float, float]]:
+    """The `most` dearest functions, as in `HostTime.functions`; None: all of them."""
     runtime = _runtime(rows, steps)
     profile = cProfile.Profile()
     profile.enable()
@@ -165,7 +166,7 @@ def _profiled(rows: int, steps: int) -> list[tuple[str, float, float]]:
         (f"{Path(file).stem}.{name}" if line else name, calls / steps, own * 1e6 / steps)
         for (file, line, name), (calls, _, own, _, _) in stats.items()
     ]
-    return sorted(found, key=lambda f: -f[2])[:12]
+    return sorted(found, key=lambda f: -f[2])[:most]
 
 
 def parser() -> argparse.ArgumentParser:

@@ -72,6 +72,27 @@ class Captured:
     executable: GraphExec | None = None
     owner: Any = None
 
+    @contextmanager
+    def timed(self) -> Iterator[list[int]]:
+        """Within it every launch appends the ns that it spends in the driver's call (on the CPU
+        twin: in the step) to what is yielded."""
+        if self.executable is not None:
+            with self.executable.timed() as taken:
+                yield taken
+            return
+        plain, taken = self.launch, []
+
+        def launch() -> None:
+            began = time.perf_counter_ns()
+            plain()
+            taken.append(time.perf_counter_ns() - began)
+
+        self.launch = launch
+        try:
+            yield taken
+        finally:
+            self.launch = plain
+
     def close(self) -> None:
         """Release the graph; no launch of it may be running. Idempotent."""
         if self.executable is not None:
@@ -313,6 +334,16 @@ class GraphSet:
             names.append(name)
 
         self.step.run(key, mark)
+
+    def timed(self, key: GraphKey) -> AbstractContextManager[list[int]]:
+        """`Captured.timed` of the graph of `key`.
+
+        Raises:
+            NotCaptured: no such graph.
+            CaptureError: nothing is captured.
+        """
+        self._expect(State.CAPTURED, "timed")
+        return self._graph(key).timed()
 
     def replay(self, key: GraphKey) -> None:
         """Launch the graph of `key`.

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from runtime.mailbox import Int32, Mailbox, Ring, RingEntry
 from runtime.requests import DECODING, ENDING, PREFILLING, Request
-from runtime.row_params import step_output
+from runtime.row_params import plain_output, step_output
 from runtime.sampling import StepOutput
 from runtime.scheduler import Scheduler, SchedulerConfig
 
@@ -123,7 +123,11 @@ class Stepping:
                 chunks=plan.chunks,
                 masks=masks,
             )
-        self._check(self.engine.replay, key)  # the twin meets other ranks in here
+        try:
+            self.engine.replay(key)  # the twin meets other ranks in here
+        except Exception as error:
+            self._end_with(error)
+            raise
         self.last_key = key
         scheduler.commit(plan, step)
         self._new_masks.clear()  # requests that wait for a row bring theirs with them
@@ -155,17 +159,36 @@ class Stepping:
         if entry.fault:
             named = FAULTS.get(entry.fault, f"unknown fault {entry.fault}")
             raise self._fail(f"step {step}: {named}; close this runtime and report it")
+        past = scheduler.past
+        if entry.is_plain and past.steady_rows == entry.rows.tobytes():
+            out = plain_output(step, entry, past.steady_requests.copy())
+            past.append_again(out.tokens)
+            scheduler.counters.tokens_decoded += len(out)
+        else:
+            out = self._sort(step, entry)
+        self._counters.host_ns += time.perf_counter_ns() - began
+        return out
+
+    def _sort(self, step: int, entry: RingEntry) -> StepOutput:
+        """Find out whose each entry is, record it, and end whoever has ended."""
+        scheduler, past = self._scheduler, self._scheduler.past
+        rows = entry.rows.astype(np.intp)
         # A cancelled row may have been in flight, and may have a new owner already.
-        ours = scheduler.since[entry.rows] <= step
+        ours = scheduler.since[rows] <= step
         if entry.num_prompt:  # a preempted row is scored again, and tells nothing twice
-            ours &= ~entry.is_prompt | (entry.positions > scheduler.scored_to[entry.rows])
-        out = step_output(step, entry, ours, scheduler.ids)
-        scheduler.deliver(out.rows, out.tokens)
+            ours &= ~entry.is_prompt | (entry.positions > scheduler.scored_to[rows])
+        out = step_output(step, entry, ours, scheduler.ids[rows])
+        whole = len(out) == len(rows)
+        past.append(rows if whole else out.rows.astype(np.intp), out.tokens)
+        scheduler.counters.tokens_decoded += len(out)
+        if entry.is_plain and whole:
+            past.watch(entry.rows.tobytes(), rows, out.requests)
+        else:
+            past.end()
         if out.prompt is not None:
             np.maximum.at(scheduler.scored_to, out.prompt.rows, out.prompt.positions)
-        if np.count_nonzero(out.finished):
+        if not entry.is_plain and np.count_nonzero(out.finished):
             self._retire(out)
-        self._counters.host_ns += time.perf_counter_ns() - began
         return out
 
     def _retire(self, out: StepOutput) -> None:
@@ -188,30 +211,38 @@ class Stepping:
         self._check_open()
         if not self._in_flight:
             raise RuntimeError("no step is in flight; call launch() first")
-        step = self._in_flight[0]
+        if not self._ring.ready(self._in_flight[0]):
+            self._poll(self._in_flight[0])
+        # A device that gave up waiting for a peer finishes the step with whatever is there.
+        try:
+            self.engine.check_ranks()
+        except Exception as error:
+            self._end_with(error)
+            raise
+
+    def _poll(self, step: int) -> None:
+        ready = self._ring.ready
         deadline = time.monotonic() + self.engine.deadline_s
         spins = 0
-        while not self._ring.ready(step):
+        while not ready(step):
             spins += 1
             if spins % 4096 == 0:
-                self._check(self.engine.check_alive)
+                try:
+                    self.engine.check_alive()
+                except Exception as error:
+                    self._end_with(error)
+                    raise
                 if time.monotonic() > deadline:
                     raise self._fail(
                         f"step {step} did not finish within {self.engine.deadline_s} s; "
                         "close this runtime"
                     )
-        # A device that gave up waiting for a peer finishes the step with whatever is there.
-        self._check(self.engine.check_ranks)
 
     # ------------------------------------------------------------------ end
 
-    def _check(self, call: Callable[..., None], *args: Any) -> None:
-        """Call it; an exception is the end of this runtime."""
-        try:
-            call(*args)
-        except Exception as error:
-            self._failure = f"{type(error).__name__}: {error}"
-            raise
+    def _end_with(self, error: Exception) -> None:
+        """An exception of the engine's is the end of this runtime."""
+        self._failure = f"{type(error).__name__}: {error}"
 
     def _fail(self, message: str) -> StepFailed:
         """Remember the failure: from now on nothing but `close` is possible."""
