@@ -113,12 +113,13 @@ def prepare_update(
 
 def _named_tensors(source: Iterable[tuple[str, Any]]) -> dict[str, torch.Tensor]:
     tensors: dict[str, torch.Tensor] = {}
+    wanted = "update_weights: expected (name, array) pairs, got"
+    remedy = "pass state_dict.items() or a checkpoint directory"
+    if not isinstance(source, Iterable) or isinstance(source, Mapping | bytes):
+        raise ValueError(f"{wanted} {type(source).__name__}; {remedy}")
     for pair in source:
         if not (isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], str)):
-            raise ValueError(
-                f"update_weights: expected (name, array) pairs, got {type(pair).__name__}; pass "
-                "state_dict.items() or a checkpoint directory"
-            )
+            raise ValueError(f"{wanted} {type(pair).__name__}; {remedy}")
         name, value = pair
         if name in tensors:
             raise ValueError(f"update_weights: {name} is given twice")

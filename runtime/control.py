@@ -146,7 +146,11 @@ class Control(Submission):
                 update.discard()
             raise
         assert update is not None
-        self._check(self._write, update)
+        try:
+            self._write(update)
+        except Exception as error:  # some weights are new and some are not
+            self._end_with(error)
+            raise
         self._forget_old_kv(running)
 
     def _check_update(self, running: str) -> None:
@@ -202,9 +206,11 @@ class Control(Submission):
                 raise refusal
             return [told]
         reason = None if refusal is None else f"{type(refusal).__name__}: {refusal}"[:_MAX_TOLD]
-        parts: list[Any] = []
-        mine = [self._next_step, reason, told]
-        self._check(lambda: parts.extend(self.engine.gather(what, mine, timeout_s)))
+        try:
+            parts = self.engine.gather(what, [self._next_step, reason, told], timeout_s)
+        except Exception as error:  # who comes late would find what was left of this meeting
+            self._end_with(error)
+            raise
         refused = {rank: part[1] for rank, part in enumerate(parts) if part[1] is not None}
         if refused:
             reasons = "; ".join(f"rank {rank}: {reason}" for rank, reason in refused.items())

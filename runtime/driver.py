@@ -87,6 +87,11 @@ class Runtime(Control):
 
     @ladder.setter
     def ladder(self, ladder: Ladder) -> None:
+        if not isinstance(ladder, type(self._scheduler.ladder)):
+            raise TypeError(
+                f"a ladder is a graphs.keys.Ladder, got {ladder!r}; Ladder.parse(text, rows) makes "
+                "one"
+            )
         self._scheduler.ladder = ladder
 
     def stats(self) -> RuntimeStats:

@@ -67,13 +67,15 @@ class SchedulerConfig:
     def __post_init__(self) -> None:
         if self.reservation not in RESERVATIONS:
             raise ValueError(f"reservation must be 'full' or 'lazy', got {self.reservation!r}")
-        if self.prefill_budget is not None and self.prefill_budget < 1:
+        if not isinstance(self.prefix_cache, bool):
+            raise TypeError(f"prefix_cache must be True or False, got {self.prefix_cache!r}")
+        if self.prefill_budget is not None and not _at_least_one(self.prefill_budget):
             raise ValueError(
-                f"prefill_budget must be at least 1 token a step, got {self.prefill_budget}; leave "
-                "it out for as many as a graph key covers"
+                f"prefill_budget must be at least 1 token a step, got {self.prefill_budget!r}; "
+                "leave it out for as many as a graph key covers"
             )
-        if self.ageing_steps < 1:
-            raise ValueError(f"ageing_steps must be at least 1 step, got {self.ageing_steps}")
+        if not _at_least_one(self.ageing_steps):
+            raise ValueError(f"ageing_steps must be at least 1 step, got {self.ageing_steps!r}")
 
 
 @dataclass(slots=True)
@@ -109,7 +111,7 @@ class Scheduler:
     Attributes:
         since: int64 [max_rows], the step that admitted the row's request; `NEVER` before that.
         ids: int64 [max_rows], id of the row's request.
-        seeds: int64 [max_rows], seed of the last request that was given the row.
+        seeds: int64 [max_rows], seed of the last request that was given the row; -1: none.
         past: its tokens; `history`: the same as int32 [max_rows, max_seq_len].
         scored_to: int32 [max_rows], last position of its prompt whose log-prob has been returned.
     """
@@ -137,7 +139,7 @@ class Scheduler:
         self.draining = False
         self.since = np.full(max_rows, NEVER, np.int64)
         self.ids = np.full(max_rows, -1, np.int64)
-        self.seeds = np.zeros(max_rows, np.int64)
+        self.seeds = np.full(max_rows, -1, np.int64)
         self.scored_to = np.zeros(max_rows, np.int32)
         self.past = History(max_rows, max_seq_len)
         self.history = self.past.tokens
@@ -578,6 +580,11 @@ class Scheduler:
     def running(self) -> Iterator[Request]:
         """Requests that have a row."""
         return (request for request in self.rows if request is not None)
+
+
+def _at_least_one(value: object) -> bool:
+    """Whether it is a whole number, and one that counts something."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 def _order(request: Request) -> tuple[int, int]:

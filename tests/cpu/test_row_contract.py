@@ -475,7 +475,11 @@ def test_masks_and_rows_that_cannot_be(runtime: Runtime) -> None:
         (np.zeros(2, np.float32), TypeError, "int32 .or uint32. words, got float32"),
         ([1, 2], TypeError, "int32 .or uint32. words, got int64"),
         ("ab", TypeError, "int32 .or uint32. words"),
-        ([[1], [2, 3]], TypeError, "a token mask is one array of int32 words"),
+        (
+            [[1], [2, 3]],
+            TypeError,
+            "one array of 2 int32 words on the host, got list",
+        ),
     ]
     for words, error, message in bad:
         with pytest.raises(error, match=message):
