@@ -142,6 +142,8 @@ class Loader:
         first_expert: of this rank.
     """
 
+    _remedy = "download the file again"  # where the values are at fault
+
     def __init__(
         self,
         checkpoint: CheckpointDir,
@@ -274,10 +276,9 @@ class Loader:
         problem = "expected values that fit float16, got larger ones"
         return self._error(name, stored, problem, "run with --override dtype=bfloat16")
 
-    def _error(
-        self, name: str, stored: Stored, problem: str, remedy: str = "download the file again"
-    ) -> CheckpointError:
-        return CheckpointError(self._checkpoint.path, [f"{stored.file}: {name}: {problem}"], remedy)
+    def _error(self, name: str, stored: Stored, problem: str, remedy: str = "") -> CheckpointError:
+        problems = [f"{stored.file}: {name}: {problem}"]
+        return CheckpointError(self._checkpoint.path, problems, remedy or self._remedy)
 
 
 _UNTIE = "run with --override tie_word_embeddings=false"

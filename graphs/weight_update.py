@@ -61,6 +61,8 @@ class WeightUpdate:
 class _NamedLoader(Loader):
     """Reads tensors that are in memory."""
 
+    _remedy = "look at what made it; nothing was changed"
+
     def __init__(self, tensors: Mapping[str, torch.Tensor], *args: Any) -> None:
         super().__init__(*args)
         self._tensors = tensors
