@@ -230,6 +230,7 @@ def test_the_benchmark_reports_each_number_of_rows(capsys: pytest.CaptureFixture
     assert [r["rows"] for r in report["rows"]] == [2, 5]
     for r in report["rows"]:
         assert 0 < r["launch_us"] < r["step_us"]
+        assert r["changed_us"] > 0
         assert any(name == "stepping.launch" and calls == 1 for name, calls, _ in r["functions"])
 
 

@@ -145,14 +145,17 @@ def test_compilation_is_forbidden_before_the_first_capture_and_not_before(step: 
 def test_a_capture_that_fails_leaves_nothing_to_replay(step: DecodeStep) -> None:
     class Failing(Recorder):
         def capture(self, key: GraphKey, run: Callable[[], None]) -> Captured:
+            if key != LADDER.keys[0]:  # the smallest is the last to be captured
+                return super().capture(key, run)
             raise CaptureError(f"key {key} could not be captured: it allocated")
 
     graphs = GraphSet(step, LADDER, Failing())
     graphs.warm_up()
-    with pytest.raises(CaptureError, match=r"key 4\+8 could not be captured"):
+    with pytest.raises(CaptureError, match="key 1 could not be captured"):
         graphs.capture()
-    with pytest.raises(CaptureError, match=r"replay\(\) needs state captured, got warmed_up"):
-        graphs.replay(LADDER.keys[0])
+    for key in LADDER.keys:
+        with pytest.raises(CaptureError, match=r"replay\(\) needs state captured, got warmed_up"):
+            graphs.replay(key)
 
 
 def test_a_key_that_was_not_captured_does_not_run_eagerly(step: DecodeStep) -> None:
