@@ -53,6 +53,13 @@ def _key_value(key):
 
 
 @triton.jit
+def _ranks(key):
+    """int32 [N]: how many of the keys [N] are larger. All at once: no choice waits for another."""
+    larger = tl.expand_dims(key, 0) > tl.expand_dims(key, 1)
+    return tl.sum(larger.to(tl.int32), axis=1)
+
+
+@triton.jit
 def _keep_groups(
     key,  # int64 [G2, S2] sort keys of the choices, _LOWEST where there is no expert
     GROUPS: tl.constexpr,
@@ -66,10 +73,7 @@ def _keep_groups(
     if SIZE > 1:
         score += _key_value(tl.max(tl.where(key == best[:, None], _LOWEST, key), axis=1))
     group = tl.arange(0, G2)
-    left = tl.where(group < GROUPS, _sort_key(score, group, GROUPS), _LOWEST)
-    for _ in tl.static_range(TOPK_GROUPS):
-        left = tl.where(left == tl.max(left, axis=0), _LOWEST, left)
-    return (left == _LOWEST) & (group < GROUPS)
+    return _ranks(tl.where(group < GROUPS, _sort_key(score, group, GROUPS), _LOWEST)) < TOPK_GROUPS
 
 
 @triton.jit
@@ -110,34 +114,19 @@ def _spread(
 
 
 @triton.jit
-def _best_of_few(choice, expert, real, open, E: tl.constexpr, K: tl.constexpr, K2: tl.constexpr):
-    """(int32 [K2] ids by descending choice, int32 [H, L] which of them an expert is, or -1)."""
-    key = tl.where(real & open, _sort_key(choice, expert, E), _LOWEST)
-    k = tl.arange(0, K2)
-    ids = tl.zeros([K2], tl.int32)
-    slot = tl.full(choice.shape, -1, tl.int32)
-    for i in tl.static_range(K):
-        best = tl.max(tl.max(key, axis=0), axis=0)
-        slot = tl.where(key == best, i, slot)
-        key = tl.where(key == best, _LOWEST, key)
-        ids = tl.where(k == i, (E - 1 - (best & 0xFFFFFFFF)).to(tl.int32), ids)
-    return ids, slot
+def _best_of_many(choice, expert, open, E: tl.constexpr, K: tl.constexpr):
+    """int32 [H, L]: rank of the K best among open experts, -1 for the others; `_ranks` for many.
 
-
-@triton.jit
-def _best_of_many(choice, expert, real, open, E: tl.constexpr, K: tl.constexpr, K2: tl.constexpr):
-    """As `_best_of_few`, for experts across all lanes: a warp reduces int32 in one instruction."""
-    order = tl.where(real & open, _order(choice), _LOWEST32)
-    k = tl.arange(0, K2)
-    ids = tl.zeros([K2], tl.int32)
+    They lie across all lanes, so a warp reduces int32 in one instruction.
+    """
+    order = tl.where(open, _order(choice), _LOWEST32)
     slot = tl.full(choice.shape, -1, tl.int32)
     for i in tl.static_range(K):
         best = tl.max(tl.max(order, axis=0), axis=0)
         index = tl.min(tl.min(tl.where(order == best, expert, E), axis=0), axis=0)
         slot = tl.where(expert == index, i, slot)
         order = tl.where(expert == index, _LOWEST32, order)
-        ids = tl.where(k == i, index, ids)
-    return ids, slot
+    return slot
 
 
 @triton.jit
@@ -220,24 +209,32 @@ def _route(
     choice = score
     if HAS_BIAS:
         choice += shift
-    open = real
+    key = tl.where(real, _sort_key(choice, expert, E), _LOWEST)
     if TOPK_GROUPS < GROUPS:
-        key = tl.reshape(tl.where(real, _sort_key(choice, expert, E), _LOWEST), [G2, S2])
-        kept = tl.broadcast_to(_keep_groups(key, GROUPS, SIZE, G2, TOPK_GROUPS)[:, None], [G2, S2])
-        open = tl.reshape(kept, [G2 * S2 // SPAN, SPAN])
+        grouped = tl.reshape(key, [G2, S2])
+        kept = _keep_groups(grouped, GROUPS, SIZE, G2, TOPK_GROUPS)
+        key = tl.reshape(tl.where(kept[:, None], grouped, _LOWEST), key.shape)
     if SPAN < _FULL_SPAN:
-        ids, slot = _best_of_few(choice, expert, real, open, E, K, K2)
+        rank = _ranks(tl.reshape(key, [SPAN]))
+        slot = tl.where(rank < K, rank, -1)
+        expert, score = tl.reshape(expert, [SPAN]), tl.reshape(score, [SPAN])
+        real = tl.reshape(real, [SPAN])
     else:
-        ids, slot = _best_of_many(choice, expert, real, open, E, K, K2)
-    k = tl.arange(0, K2)
-    # The scores without bias.
-    weight = tl.gather(tl.reshape(score, [G2 * S2]), ids // SIZE * S2 + ids % SIZE, 0)
+        # Places behind a group have the numbers of the next group's experts.
+        expert = tl.where(real, expert, E)
+        slot = _best_of_many(choice, expert, key != _LOWEST, E, K)
+    weight = score
     if NORMALIZE:
-        weight = tl.div_rn(weight, tl.sum(tl.where(k < K, weight, 0.0), axis=0) + _EPSILON)
-    ids = tl.where(live, tl.where(k < K, ids, SHARED_ID), -1)
-    weight = tl.where(live, tl.where(k < K, weight * scaling, 1.0), 0.0)
-    tl.store(out_ids + t * COLS + k, ids, mask=k < COLS)
-    tl.store(out_weights + t * COLS + k, weight, mask=k < COLS)
+        total = tl.sum(tl.where(slot >= 0, score, 0.0))
+        weight = tl.div_rn(score, total + _EPSILON)
+    chosen = live & (slot >= 0)
+    tl.store(out_ids + t * COLS + slot, expert, mask=chosen)
+    tl.store(out_weights + t * COLS + slot, weight * scaling, mask=chosen)
+    # The shared expert's column; of a padded token, all.
+    k = tl.arange(0, K2)
+    rest = (k < COLS) & ((k >= K) | (live == 0))
+    tl.store(out_ids + t * COLS + k, tl.where(live, SHARED_ID, -1) + k * 0, mask=rest)
+    tl.store(out_weights + t * COLS + k, tl.where(live, 1.0, 0.0) + k * 0.0, mask=rest)
     if LISTED > 0:
         slot = tl.where(live, slot, -1)
         tl.store(slots + t * LISTED2 + expert, slot.to(tl.int8), mask=real)
