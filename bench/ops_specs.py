@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 
 from graphs.calls import Call
-from kernels.triton.routing import align_ref
 from kernels.triton.tiles import dequantize_rows, sum_parts
 
 # They change the state of rows and host words: the proof of a capture checks these.
@@ -65,19 +64,7 @@ def results(call: Call) -> list[Result]:
         if value is not None:
             quantised = tensor.dtype == torch.float8_e4m3fn
             found.append(Result("out_q" if quantised else str(key), value))
-    if call.op == "route" and call.kwargs.get("offsets") is not None:
-        found.append(Result("lists", _lists_agree(call)))
     return _live(call, found)
-
-
-def _lists_agree(call: Call) -> torch.Tensor:
-    """int32 [2]: whether the lists are those of the ids that were chosen; the count left behind."""
-    ids, offsets, pairs = (call.kwargs[n].cpu() for n in ("out_ids", "offsets", "pairs"))
-    want_offsets, want_pairs = offsets.clone(), pairs.clone()
-    align_ref(ids, expert_start=0, offsets=want_offsets, pairs=want_pairs)
-    live = int(want_offsets[-1])
-    same = torch.equal(offsets, want_offsets) and torch.equal(pairs[:live], want_pairs[:live])
-    return torch.tensor([same, int(call.kwargs["arrivals"])], dtype=torch.int32)
 
 
 def _value(call: Call, name: str, tensor: torch.Tensor) -> torch.Tensor | None:
