@@ -26,7 +26,8 @@ from capture_cache.errors import CorruptBundle, FingerprintMismatch, StoreError
 from capture_cache.files import Files
 from capture_cache.layout import ArenaLayout, Entry
 from capture_cache.manifest import seal, unseal
-from capture_cache.packed import INDEX, SHARED, Index, PackedWeights, Run
+from capture_cache.packed import PackedWeights, Run
+from capture_cache.packed_index import INDEX, SHARED, Index
 from capture_cache.restore_driver import Driver
 from capture_cache.store import Store
 from capture_cache.weights_io import DeviceLane, HostLane, copy_runs, load_packed
@@ -645,6 +646,14 @@ def test_a_runtime_uses_what_the_store_holds_and_what_it_is_given(tmp_path: Path
     shutil.rmtree(path)
     assert model_digest(moved) == digest
     same(load_micro(moved, **options), f"packed, {moved}")
+
+
+def test_a_packed_preset_as_a_model_is_refused_with_the_options_that_it_goes_with(
+    tmp_path: Path,
+) -> None:
+    packed = pack(*_preset("tiny", "none"), tmp_path / "p", seed=3)
+    with pytest.raises(ValueError, match=f"--model tiny --seed 3 --weights {packed.path}, with"):
+        resolve_model(str(packed.path))
 
 
 def test_changed_checkpoint_files_are_not_shadowed_by_packed_ones(tmp_path: Path) -> None:

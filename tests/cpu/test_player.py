@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 
 import runtime.load as load_module
 from capture_cache.arena import ARENA_BASE
+from capture_cache.errors import CudaError
 from graphs.keys import GraphKey, NotCaptured
 from kernels.triton.intake import admit
 from kernels.triton.rows import RowState
@@ -127,10 +129,71 @@ def test_every_key_has_a_golden_step(tmp_path: Path) -> None:
     player.close()
 
 
-def refused(root: Path, message: str, *, replace: bool, gpu: Gpu | None = None) -> None:
+def test_keys_that_cannot_be_built_are_told_and_nothing_waits_for_good(tmp_path: Path) -> None:
+    publish_bundle(tmp_path)
+    gpu = Gpu()
+    player = restore(options(tmp_path), lib=gpu)
+    gpu.fail["cuGraphInstantiateWithFlags"] = 2
+    with pytest.raises(CudaError, match="instantiating the graph of key 2"):
+        player.keys.wait()
+    with pytest.raises(CudaError, match="instantiating the graph of key 2"):
+        player.check_alive()
+    del gpu.fail["cuGraphInstantiateWithFlags"]
+    player.replay(GraphKey(2, 2))  # who wants it builds it
+    player.close()
+
+
+def test_a_player_is_closed_while_keys_are_built(tmp_path: Path) -> None:
+    publish_bundle(tmp_path)
+    restore(options(tmp_path), lib=Gpu()).close()
+
+
+class SlowGpu(Gpu):
+    """Instantiation takes as long as the reader could need."""
+
+    def cuGraphInstantiateWithFlags(self, out: int, graph: int, flags: int) -> None:
+        time.sleep(0.3)
+        super().cuGraphInstantiateWithFlags(out, graph, flags)
+
+
+def test_the_second_thread_reads_what_the_first_builds(tmp_path: Path) -> None:
+    publish_bundle(tmp_path)
+    player = restore(options(tmp_path), lib=SlowGpu())
+    player.keys.wait()
+    assert {"decode", "lay out"} <= player.keys.ahead.seconds.keys()
+    assert not player.keys._prepared
+    player.close()
+
+
+def test_every_key_is_checked_before_the_load_returns_where_asked(tmp_path: Path) -> None:
+    publish_bundle(tmp_path)
+    gpu = Gpu()
+    player = restore(options(tmp_path, check_keys="all"), lib=gpu)
+    assert gpu.launched == ["fill", *["publish"] * 3], "one golden step a key"
+    assert "golden steps of all 3 keys agree" in player.load_reason
+    assert len(player.keys.seconds) == 3
+    assert not player.read("phase").any()
+    player.close()
+
+
+def test_other_bits_in_a_later_key_are_found_where_every_key_is_checked(tmp_path: Path) -> None:
+    publish_bundle(tmp_path, digest={"2": "ab" * 32})
+    restore(options(tmp_path), lib=Gpu()).close()
+    message = "golden step of key 2 gave .*, expected abab"
+    refused(tmp_path, message, replace=True, check_keys="all")
+
+
+def test_keys_cannot_be_checked_without_weights(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="check_keys='all' needs weights"):
+        options(tmp_path, weights="skip", check_keys="all")
+
+
+def refused(
+    root: Path, message: str, *, replace: bool, gpu: Gpu | None = None, **changes: object
+) -> None:
     gpu = gpu or Gpu()
     with pytest.raises(NotRestored, match=message) as caught:
-        restore(options(root), lib=gpu)
+        restore(options(root, **changes), lib=gpu)
     assert caught.value.replace is replace
     assert not gpu.mapped, "what was acquired is given back"
     assert not gpu.libraries

@@ -107,7 +107,7 @@ def test_a_flipped_bit_is_found_on_the_device(
     import shutil
 
     from capture_cache.errors import CorruptBundle
-    from capture_cache.packed import SHARED
+    from capture_cache.packed_index import SHARED
 
     bad = Path(shutil.copytree(packed["bf16"], tmp_path / "bad"))
     data = bytearray((bad / SHARED).read_bytes())
