@@ -190,13 +190,12 @@ def _route(
         # Places behind a group have the numbers of the next group's experts.
         expert = tl.where(real, expert, E)
         slot = _best_of_many(choice, expert, key != _LOWEST, E, K)
-    weight = score
-    if NORMALIZE:
-        total = tl.sum(tl.where(slot >= 0, score, 0.0))
-        weight = tl.div_rn(score, total + _EPSILON)
+    factor = scaling
+    if NORMALIZE:  # one division a token: a product may be an ulp off the quotient
+        factor = tl.div_rn(scaling, tl.sum(tl.where(slot >= 0, score, 0.0)) + _EPSILON)
     chosen = live & (slot >= 0)
     tl.store(out_ids + t * COLS + slot, expert, mask=chosen)
-    tl.store(out_weights + t * COLS + slot, weight * scaling, mask=chosen)
+    tl.store(out_weights + t * COLS + slot, score * factor, mask=chosen)
     # The shared expert's column; of a padded token, all.
     k = tl.arange(0, K2)
     rest = (k < COLS) & ((k >= K) | (live == 0))
