@@ -27,6 +27,7 @@ from runtime.state import RESET
 
 if TYPE_CHECKING:
     from runtime.player_ranks import PlayerRanks
+    from runtime.replayer import NewWeights
 
 
 class Player:
@@ -116,16 +117,25 @@ class Player:
                 self.forced_tokens[row, : len(admitted.known)] = admitted.known
         adopt_rows(partial(_Edited, self._driver, self._arena), length, rows)
 
-    def update_weights(self, source: str | Path | Iterable[tuple[str, Any]]) -> None:
-        """Refused: new weights are converted by torch.
+    def gather(self, what: str, value: Any, timeout_s: float) -> list[Any]:
+        """Every rank's value, by rank; all ranks call this alike. Raises RankError."""
+        if self._ranks is None:
+            return [value]
+        parts = self._ranks.group.allgather(what, value, timeout_s=timeout_s)
+        return [part.value for part in parts]
+
+    def prepare_weights(self, source: str | Path | Iterable[tuple[str, Any]]) -> NewWeights:
+        """Check new weights, this rank's part of them; nothing is written yet. Imports torch.
 
         Raises:
-            ValueError: always; says what would do.
+            ValueError, TypeError: not this model's tensors, or not finite; or there is no torch.
         """
-        raise ValueError(
-            "weights cannot be updated in restored graphs, which run without torch; load with "
-            "bundle=False to capture, and update there"
-        )
+        from runtime.player_weights import PlayerUpdate  # torch, which a player does without
+
+        self._enter()
+        self._driver.wait(self._stream, "finishing steps")
+        ordinal = self._driver.ordinal
+        return PlayerUpdate(source, self._arena, self.model_config, self.config, ordinal)
 
     def read(self, name: str) -> NDArray[np.uint8]:
         """A copy of an arena entry's bytes, after all work; for tests."""

@@ -20,6 +20,7 @@ from kernels.triton.intake import admit
 from kernels.triton.rows import RowState
 from runtime import Runtime, SamplingParams
 from runtime.config import RuntimeConfig
+from runtime.player import Player
 from runtime.restore import NotRestored, check_golden, restore
 from runtime.row_params import admission
 from tests.cpu.played import LADDER, OPTIONS, Gpu, publish_bundle
@@ -97,10 +98,45 @@ def test_adopted_rows_are_what_the_device_would_have_made_of_them(tmp_path: Path
     player.close()
 
 
-def test_new_weights_are_refused_with_the_remedy(tmp_path: Path) -> None:
+def fake_views(gpu: Gpu, player: Player) -> dict[str, torch.Tensor]:
+    """The weights in the fake GPU's memory, as torch sees a real one's."""
+    views = {}
+    for place in player._arena.layout.places:
+        if place.entry.section == "weights":
+            raw = gpu.at(player._arena.ptr(place.entry.name), place.nbytes)
+            dtype = getattr(torch, place.entry.dtype)
+            views[place.entry.name] = torch.from_numpy(raw).view(dtype).view(place.entry.shape)
+    return views
+
+
+def test_new_weights_in_a_restored_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the old ones were; a key that is built later plays on, its golden step not asked."""
+    publish_bundle(tmp_path)
+    gpu = Gpu()
+    player = restore(options(tmp_path), lib=gpu)
+    monkeypatch.setattr("runtime.player_weights.weight_views", lambda *_: fake_views(gpu, player))
+    cfg = player.model_config
+    norm = torch.arange(cfg.hidden_size, dtype=torch.float32)
+    with Runtime(player) as runtime:
+        before = {name: player.read(name) for name in ("embed", "final_norm")}
+        with pytest.raises(ValueError, match="model.norm.weight: expected shape"):
+            runtime.update_weights([("model.norm.weight", norm[1:])])
+        assert (player.read("final_norm") == before["final_norm"]).all(), "nothing was changed"
+        runtime.update_weights([("model.norm.weight", norm)])
+        stored = norm.to(getattr(torch, player._arena.view_spec("final_norm").dtype))
+        assert player.read("final_norm").tobytes() == stored.view(torch.uint8).numpy().tobytes()
+        assert (player.read("embed") == before["embed"]).all()
+        runtime.add([1, 2, 3], SamplingParams(max_tokens=2))
+        runtime.step()
+        player.keys.wait()
+        assert sorted(map(str, player.keys.seconds)) == sorted(LADDER.split(","))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="torch sees a GPU")
+def test_new_weights_need_a_torch_that_sees_the_gpu(tmp_path: Path) -> None:
     publish_bundle(tmp_path)
     player = restore(options(tmp_path), lib=Gpu())
-    with Runtime(player) as runtime, pytest.raises(ValueError, match="bundle=False"):
+    with Runtime(player) as runtime, pytest.raises(ValueError, match="torch .* sees no GPU here"):
         runtime.update_weights(str(tmp_path))
 
 
@@ -267,6 +303,7 @@ PROGRAM = """
 import json, sys
 from runtime import Runtime, SamplingParams
 from runtime.config import RuntimeConfig
+from runtime.player import Player
 from runtime.restore import restore
 from tests.cpu.played import Gpu
 with Runtime(restore(RuntimeConfig.of(**json.loads(sys.argv[1])), lib=Gpu())) as runtime:
