@@ -310,6 +310,7 @@ def _sample(call: Call) -> list[Result]:
 FORMULATIONS: dict[str, Callable[[Call], list[Result]]] = {
     "linear": _linear,
     "linear_fp8": _linear_fp8,
+    "router": _linear,
     "add_rmsnorm": _add_rmsnorm,
     "gather_add_rmsnorm": _gather_add_rmsnorm,
     "silu_mul": _silu_mul,

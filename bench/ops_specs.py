@@ -22,6 +22,7 @@ SAMPLED = ("out_token", "out_logprob")  # of the buffers that `sample` takes all
 BY_TOKEN: dict[str, tuple[int | str, ...]] = {
     "linear": (0, "out"),
     "linear_fp8": (0, 1, "out"),
+    "router": (0, "out"),
     "quantize": (0, "out_q", "out_scale"),
     "silu_mul": (0, "out", "out_q", "out_scale"),
     "absorb_q": (0, 2, 3, "out"),
@@ -88,7 +89,7 @@ def _value(call: Call, name: str, tensor: torch.Tensor) -> torch.Tensor | None:
     """A copy of one result, None for what is an input or scratch."""
     if tensor.dtype == torch.float8_e4m3fn and name in ("out", "out_q"):
         return dequantize_rows(tensor, call.kwargs["out_scale"])
-    if name == "out" and call.op in ("linear", "linear_fp8") and tensor.ndim == 3:
+    if name == "out" and call.op in ("linear", "linear_fp8", "router") and tensor.ndim == 3:
         return sum_parts(tensor, torch.float32)  # K splits, in the reader's order
     if name.startswith("out") and name != "out_scale":
         return tensor.clone()
@@ -172,9 +173,9 @@ def rotated(
 
 def prefix(call: Call, tokens: int) -> Call | None:
     """The call for its first tokens only, where that has a meaning; None where it has not."""
-    if call.op not in ("linear", "linear_fp8"):
+    shared = {"linear": (0,), "linear_fp8": (0, 1), "router": (0,)}.get(call.op)
+    if shared is None:
         return None
-    shared = {"linear": (0,), "linear_fp8": (0, 1)}[call.op]
     new: dict[int | str, torch.Tensor] = {i: call.args[i][:tokens] for i in shared}
     new["out"] = torch.empty_like(call.kwargs["out"][..., :tokens, :])
     return call.replaced(dict(new))
@@ -205,7 +206,7 @@ def turned(call: Call) -> tuple[Call, torch.Tensor] | None:
 def _num_tokens(call: Call) -> int:
     if call.op == "grouped_down":
         return int(call.args[0].shape[0]) // int(call["top_k"])
-    return int(call.args[1 if call.op == "combine" else 0].shape[0])
+    return int(call.args[{"combine": 1, "route": 2}.get(call.op, 0)].shape[0])
 
 
 def _lines(call: Call, key: int | str, order: torch.Tensor) -> torch.Tensor | None:
@@ -216,7 +217,8 @@ def _lines(call: Call, key: int | str, order: torch.Tensor) -> torch.Tensor | No
     made = torch.empty_strided(given.shape, given.stride(), dtype=given.dtype, device=given.device)
     if isinstance(key, int):
         same = torch.uint8 if given.element_size() == 1 else given.dtype  # e4m3 has no indexing
-        made.view(same).copy_(given.view(same)[order])
+        in_parts = call.op == "route" and given.ndim == 3
+        made.view(same).copy_(given.view(same).index_select(int(in_parts), order))
     return made
 
 

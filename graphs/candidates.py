@@ -17,12 +17,14 @@ from graphs.calls import Call, Hook
 from graphs.ops import Ops
 from kernels.triton.grouped import DOWN_PLAN, GATE_UP_PLAN, GroupedPlan
 from kernels.triton.linear import LinearPlan, linear_plan
+from kernels.triton.router import RouterPlan, router_plan
 from kernels.triton.tiles import FP8_GROUP
 
-Plan = LinearPlan | GroupedPlan
+Plan = LinearPlan | GroupedPlan | RouterPlan
 PLANS: dict[str, type[Plan]] = {
     "linear": LinearPlan,
     "linear_fp8": LinearPlan,
+    "router": RouterPlan,
     "grouped_gate_up": GroupedPlan,
     "grouped_down": GroupedPlan,
 }
@@ -52,8 +54,13 @@ class Candidate:
 
     @classmethod
     def of(cls, plan: Plan) -> Candidate:
-        """Our kernel with a plan; of its fields only the splits change bits."""
-        bits = f"splits={plan.splits}" if isinstance(plan, LinearPlan) else "one order"
+        """Our kernel with a plan; of its fields only the cut along K changes bits, and of the
+        router's tiles the height, for it decides the tensor cores' instruction."""
+        bits = "one order"
+        if isinstance(plan, LinearPlan):
+            bits = f"splits={plan.splits}"
+        elif isinstance(plan, RouterPlan):
+            bits = f"block_k={plan.block_k} {'low' if plan.block_n < 64 else 'tall'} tiles"
         return cls(plan_name(plan), bits, plan=plan)
 
     def run(self, ops: Ops, call: Call) -> None:
@@ -74,6 +81,8 @@ def candidates(call: Call) -> list[Candidate]:
     """Every candidate for a call, the launcher's own choice first."""
     if call.op in ("linear", "linear_fp8"):
         return [*(Candidate.of(p) for p in _linear_plans(call)), *_libraries(call)]
+    if call.op == "router":
+        return [Candidate.of(p) for p in _router_plans(call)]
     if call.op in PLANS:
         return [Candidate.of(p) for p in _grouped_plans(call)]
     return [ONLY]
@@ -160,6 +169,14 @@ def _narrow_plans(default: LinearPlan, call: Call, n: int, k: int) -> list[Linea
     for splits in (default.splits, *(s for s in counts if s == 1 or blocks // s >= 4)):
         plans += [LinearPlan(64, splits, unroll=unroll) for unroll in unrolls]
     return plans
+
+
+def _router_plans(call: Call) -> list[RouterPlan]:
+    """The layout of the step has settled the number of parts, and with it the cut along K."""
+    default = router_plan(*call.args[1].shape)
+    plans = [default, replace(default, warps=8)]
+    plans += [replace(default, block_n=block_n) for block_n in (16, 32, 64)]
+    return list(dict.fromkeys(plans))
 
 
 def _grouped_plans(call: Call) -> list[GroupedPlan]:

@@ -325,9 +325,7 @@ class DecodeStep:
         """What goes to the experts; to which of them, is in `topk_ids` and `topk_weights`."""
         cfg, w = self.cfg, self.weights
         x = self._norm(b, name + "mlp_norm", Delta(b["o_out"]), plain=True)
-        self.ops.linear(
-            x.plain, w[name + "router"], out=b["router_logits"], workspace=b["workspace"]
-        )
+        self.ops.router(x.plain, w[name + "router"], out=b["router_logits"])
         self.ops.route(
             b["router_logits"],
             w.get(name + "router_bias"),
