@@ -44,6 +44,7 @@ OTHER_PLANS: dict[str, tuple[Plan, ...]] = {
                 *(QueryPlan(held=h, ask=a, prefetch=4) for h in (128, 256) for a in (0, 1)),
                 *(QueryPlan(held=512, prefetch=p) for p in (0, 2, 4, 8)),
                 *(QueryPlan(held=512, prefetch=4, stages=s) for s in (3, 4, 5)),
+                replace(QUERY_PLAN, ahead=1 - QUERY_PLAN.ahead),
             )
         )
     ),

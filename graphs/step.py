@@ -262,7 +262,8 @@ class DecodeStep:
         if query_fuses(cfg):
             weight, scale = w[name + "q_b"], w[name + "q_b_scale"]
             x = (q_norm.q, q_norm.scale)
-            self.ops.latent_query(*x, weight, scale, w[name + "w_uk"], *places, **rest)
+            ahead = w[name + "w_uv"]
+            self.ops.latent_query(*x, weight, scale, w[name + "w_uk"], *places, **rest, ahead=ahead)
             return
         q = b["qkv"][:, : cfg.q_part_width]
         if cfg.q_lora_rank is not None:

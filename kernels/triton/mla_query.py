@@ -22,6 +22,7 @@ from kernels.triton.overlap import (
     await_inputs_streaming,
     hold,
     overlap,
+    prefetch_kept,
     prefetch_rows,
     release_dependents,
 )
@@ -38,6 +39,7 @@ from kernels.triton.tiles import (
 )
 
 TOKEN_BLOCKS = (16, 32, 64)
+WARPS = 8
 LATENT_BLOCK = 128  # latent columns of a tile of W_UK
 
 
@@ -82,6 +84,7 @@ def _latent_query(
     tok_pos,  # int32 [T]
     tok_row,  # int32 [T]
     rope_table,  # fp32 [max_seq_len, DR]
+    ahead,  # [H, NUM_WARPS * AHEAD bytes] or unused: what is read after attention, by heads
     out,  # act [T, H, DC+DR], row pitch out_pitch
     T,
     out_pitch,
@@ -98,6 +101,8 @@ def _latent_query(
     HELD: tl.constexpr,  # columns of W_UK on their way in registers during the first product
     ASK: tl.constexpr,  # columns after them that L2 is asked for
     PREFETCH: tl.constexpr,  # blocks of K of W_UQ that L2 is asked for
+    AHEAD: tl.constexpr,  # bytes of `ahead` that each warp asks L2 for
+    NUM_WARPS: tl.constexpr,
     X_TMA: tl.constexpr,
     W_TMA: tl.constexpr,
     EVEN_K: tl.constexpr,
@@ -155,6 +160,9 @@ def _latent_query(
     at = out_head + t.to(tl.int64)[:, None] * out_pitch + DC + pair
     tl.store(at, first.to(act), mask=(t < T)[:, None])
     tl.store(at + DR // 2, second.to(act), mask=(t < T)[:, None])
+    if AHEAD > 0 and t0 == 0:
+        own = ahead.to(tl.pointer_type(tl.int8)) + head.to(tl.int64) * (NUM_WARPS * AHEAD)
+        prefetch_kept(own, AHEAD)
 
 
 @dataclass(frozen=True)
@@ -167,19 +175,21 @@ class QueryPlan:
         ask: whether L2 is asked for the others before the inputs are there.
         prefetch: blocks of K of W_UQ that L2 is asked for before the inputs are there.
         stages: tiles of W_UQ in flight, at most; as many as fit where fewer do.
+        ahead: whether L2 is asked, at the end, for what `absorb_v` reads after attention.
     """
 
     held: int
     ask: int = 0
     prefetch: int = 0
     stages: int = MAX_STAGES
+    ahead: int = 0
 
     def __post_init__(self) -> None:
         powers = not (self.held & (self.held - 1) or self.prefetch & (self.prefetch - 1))
-        if not powers or self.ask not in (0, 1) or self.stages < 2:
+        if not powers or {self.ask, self.ahead} - {0, 1} or self.stages < 2:
             raise ValueError(
-                "expected held and prefetch 0 or powers of two, ask 0 or 1 and at least 2 stages, "
-                f"got {self}"
+                "expected held and prefetch 0 or powers of two, ask and ahead 0 or 1 and at least "
+                f"2 stages, got {self}"
             )
 
 
@@ -208,6 +218,7 @@ def latent_query(
     *,
     interleave: bool,
     out: torch.Tensor,
+    ahead: torch.Tensor | None = None,
     plan: QueryPlan | None = None,
 ) -> None:
     """q = x @ w.T by head, its first dn elements @ w_uk, the rest rotated.
@@ -223,6 +234,7 @@ def latent_query(
         rope_table: float32 [max_seq_len, dr]: cos of each pair, then sin of each.
         interleave: see `mla_prep`.
         out: act [T, H, dc+dr].
+        ahead: contiguous [H, …], what each head reads after attention; it is only prefetched.
         plan: instead of `QUERY_PLAN` (`UNHELD_PLAN` without overlap), for measurements.
     Raises:
         ValueError: shapes that do not fit, or sizes that `fuses_query` does not allow.
@@ -256,6 +268,7 @@ def latent_query(
         tok_pos,
         tok_row,
         rope_table,
+        w_uk if ahead is None else ahead,
         out,
         tokens,
         out.stride(0),
@@ -272,12 +285,14 @@ def latent_query(
         HELD=held,
         ASK=dc - held if asks and plan.ask and (dc - held) % 32 == 0 else 0,
         PREFETCH=plan.prefetch if asks and bulk and k % 16 == 0 else 0,
+        NUM_WARPS=WARPS,
+        AHEAD=_ahead_bytes(ahead) if asks and plan.ahead else 0,
         X_TMA=isinstance(x, TensorMap),
         W_TMA=bulk,
         EVEN_K=k % FP8_GROUP == 0,
         INTERLEAVE=bool(interleave),
         STAGES=stages,
-        num_warps=8,
+        num_warps=WARPS,
         num_stages=stages,
         **overlap(launch),
     )
@@ -289,6 +304,14 @@ def _held(plan: QueryPlan, dc: int, block_t: int, arch: str) -> int:
     if block_t == TOKEN_BLOCKS[-1]:
         room = 256 if arch == HOPPER else 0
     return min(plan.held, room, 1 << (dc.bit_length() - 1))
+
+
+def _ahead_bytes(ahead: torch.Tensor | None) -> int:
+    """Bytes of a head that each warp asks for; 0 where they are not whole 16 bytes."""
+    if ahead is None:
+        return 0
+    each, rest = divmod(ahead.nbytes, ahead.shape[0] * WARPS)
+    return each if rest == 0 and each % 16 == 0 else 0
 
 
 def latent_query_ref(
@@ -303,6 +326,7 @@ def latent_query_ref(
     *,
     interleave: bool,
     out: torch.Tensor,
+    ahead: torch.Tensor | None = None,
 ) -> None:
     """`latent_query` in plain torch: the two products one after the other."""
     _check(xq, xs, w, ws, w_uk, rope_table, out)

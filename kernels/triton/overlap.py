@@ -106,6 +106,31 @@ def _ask(at, num_bytes):
 
 
 @triton.jit
+def prefetch_kept(
+    src,  # int8, 16-byte aligned
+    WARP_BYTES: tl.constexpr,  # a multiple of 16
+):
+    """Ask L2 for WARP_BYTES from `src` on for each warp, and to keep them before others.
+
+    For what is read after a kernel that streams more than L2 holds. Nothing waits for it. One
+    thread of a warp asks: requests of several threads would be issued one after the other.
+    """
+    tl.inline_asm_elementwise(
+        "{ .reg .pred first; .reg .b32 tid, lane; .reg .b64 kept, at;"
+        " mov.u32 tid, %tid.x; and.b32 lane, tid, 31; setp.eq.u32 first, lane, 0;"
+        " shr.u32 tid, tid, 5; mul.wide.u32 at, tid, $2; add.u64 at, at, $1;"
+        " createpolicy.fractional.L2::evict_last.b64 kept, 1.0;"
+        " @first cp.async.bulk.prefetch.L2.global.L2::cache_hint [at], $2, kept;"
+        " mov.u32 $0, 0; }",
+        "=r,l,r",
+        [src, WARP_BYTES],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
 def hold(x, PDL: tl.constexpr):
     """`x` of 16-bit elements, as it was loaded, from here on.
 
