@@ -9,7 +9,7 @@ on T.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -19,7 +19,14 @@ from kernels.triton.activation import check_quantized, quantize_groups, quantize
 from kernels.triton.launch import HOPPER, Launcher
 from kernels.triton.mla_merge import MERGE_GROUP, check_parts, merge_ref, merge_splits
 from kernels.triton.mla_prep import rope_pair, rope_ref
-from kernels.triton.overlap import OFF, await_inputs, hold, overlap, prefetch_rows
+from kernels.triton.overlap import (
+    OFF,
+    await_inputs,
+    hold,
+    overlap,
+    prefetch_block,
+    prefetch_rows,
+)
 from kernels.triton.tiles import einsum_rows
 
 MIN_TOKENS, MAX_TOKENS = 16, 64  # of one tile; the narrow side of a tensor-core instruction
@@ -169,6 +176,7 @@ def _absorb_v(
     GROUP: tl.constexpr,
     HELD: tl.constexpr,  # columns of W_UV on their way in registers while inputs are awaited
     ASK: tl.constexpr,  # columns after them that L2 is asked for
+    ASK_WARP: tl.constexpr,  # or, where nothing is held, bytes that each warp asks for
     HAS_OUT: tl.constexpr,
     HAS_Q: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -187,6 +195,8 @@ def _absorb_v(
         w_first = tl.load(w_head + c_held[None, :], mask=(v < DV)[:, None], other=0.0)
     if ASK > 0:
         prefetch_rows(w_uv, head * DV + v0, HELD, (head + 1) * DV, DC, DC, BLOCK_V, ASK)
+    if ASK_WARP > 0:
+        prefetch_block(w_uv + (head * DV + v0).to(tl.int64) * DC, ASK_WARP, False)
     await_inputs(PDL)
     real = tl.load(kv_len + t, mask=t < T, other=0) > 0
     if SPLITS > 1:
@@ -404,7 +414,7 @@ def absorb_v(
         MERGE_T=min(block_t, plan.merge),
         GROUP=MERGE_GROUP,
         HELD=held,
-        ASK=_asked(plan, w_uv, held, launch),
+        **_asked(plan, w_uv, tile, held, launch),
         HAS_OUT=out is not None,
         HAS_Q=out_q is not None,
         PRECISION=_precision(o_latent),
@@ -445,12 +455,21 @@ def _held(plan: AbsorbPlan, w_uv: torch.Tensor, arch: str) -> int:
     return min(plan.held, room, 1 << (w_uv.shape[2].bit_length() - 1))
 
 
-def _asked(plan: AbsorbPlan, w_uv: torch.Tensor, held: int, launch: Launcher) -> int:
-    """Columns to ask L2 for; it takes whole 16 bytes only, odd shapes go without."""
-    columns = w_uv.shape[2] - held
-    if not plan.ask or launch.pdl == OFF or columns * w_uv.element_size() % 32:
-        return 0
-    return columns
+def _asked(
+    plan: AbsorbPlan, w_uv: torch.Tensor, tile: _Tile, held: int, launch: Launcher
+) -> dict[str, Any]:
+    """What to ask L2 for; it takes whole 16 bytes only, odd shapes go without."""
+    _, dv, dc = w_uv.shape
+    asked = {"ASK": 0, "ASK_WARP": 0}
+    if not plan.ask or launch.pdl == OFF:
+        return asked
+    if held == 0 and dv % tile.rows == 0:
+        share, rest = divmod(tile.rows * dc * w_uv.element_size(), plan.warps)
+        if rest == 0 and share % 16 == 0:
+            asked["ASK_WARP"] = share
+    elif (dc - held) * w_uv.element_size() % 32 == 0:
+        asked["ASK"] = dc - held
+    return asked
 
 
 def _q_tile(w_uk: torch.Tensor) -> _Tile:

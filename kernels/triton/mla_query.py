@@ -22,7 +22,7 @@ from kernels.triton.overlap import (
     await_inputs_streaming,
     hold,
     overlap,
-    prefetch_kept,
+    prefetch_block,
     prefetch_rows,
     release_dependents,
 )
@@ -162,7 +162,7 @@ def _latent_query(
     tl.store(at + DR // 2, second.to(act), mask=(t < T)[:, None])
     if AHEAD > 0 and t0 == 0:
         own = ahead.to(tl.pointer_type(tl.int8)) + head.to(tl.int64) * (NUM_WARPS * AHEAD)
-        prefetch_kept(own, AHEAD)
+        prefetch_block(own, AHEAD, True)
 
 
 @dataclass(frozen=True)

@@ -106,24 +106,27 @@ def _ask(at, num_bytes):
 
 
 @triton.jit
-def prefetch_kept(
-    src,  # int8, 16-byte aligned
+def prefetch_block(
+    src,  # 16-byte aligned
     WARP_BYTES: tl.constexpr,  # a multiple of 16
+    KEEP: tl.constexpr,
 ):
-    """Ask L2 for WARP_BYTES from `src` on for each warp, and to keep them before others.
+    """Ask L2 for WARP_BYTES from `src` on for each warp; where KEEP, to keep them before others,
+    for what is read after a kernel that streams more than L2 holds.
 
-    For what is read after a kernel that streams more than L2 holds. Nothing waits for it. One
-    thread of a warp asks: requests of several threads would be issued one after the other.
+    Nothing waits for it. One thread of a warp asks: requests of several threads would be issued one
+    after the other.
     """
+    HINT: tl.constexpr = ".L2::cache_hint" if KEEP else ""
     tl.inline_asm_elementwise(
-        "{ .reg .pred first; .reg .b32 tid, lane; .reg .b64 kept, at;"
-        " mov.u32 tid, %tid.x; and.b32 lane, tid, 31; setp.eq.u32 first, lane, 0;"
-        " shr.u32 tid, tid, 5; mul.wide.u32 at, tid, $2; add.u64 at, at, $1;"
+        "{ .reg .pred first; .reg .b32 warp, lane; .reg .b64 kept, at;"
+        " mov.u32 warp, %tid.x; and.b32 lane, warp, 31; setp.eq.u32 first, lane, 0;"
+        " shr.u32 warp, warp, 5; mul.wide.u32 at, warp, $2; add.u64 at, at, $1;"
         " createpolicy.fractional.L2::evict_last.b64 kept, 1.0;"
-        " @first cp.async.bulk.prefetch.L2.global.L2::cache_hint [at], $2, kept;"
-        " mov.u32 $0, 0; }",
+        " @first cp.async.bulk.prefetch.L2.global" + HINT + " [at], $2"
+        "" + (", kept" if KEEP else "") + "; mov.u32 $0, 0; }",
         "=r,l,r",
-        [src, WARP_BYTES],
+        [src.to(tl.pointer_type(tl.int8)), WARP_BYTES],
         dtype=tl.int32,
         is_pure=False,
         pack=1,
