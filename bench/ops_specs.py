@@ -108,9 +108,8 @@ class Floors:
         self._kv_bytes = kv_bytes_per_token
 
     def weights_of(self, call: Call) -> list[tuple[int | str, torch.Tensor]]:
-        """The weights among its arguments that it reads; `ahead` it only prefetches."""
-        found = ((k, t) for k, t in call.tensors() if k != "ahead")
-        return [(k, t) for k, t in found if t.data_ptr() in self._weights]
+        """The weights among its arguments."""
+        return [(k, t) for k, t in call.tensors() if t.data_ptr() in self._weights]
 
     def bytes(self, call: Call) -> int:
         """0 for what works in L2 alone."""
@@ -157,7 +156,7 @@ BY_TOKEN: dict[str, tuple[int, ...]] = {
     "linear": (0,),
     "linear_fp8": (0, 1),
     "latent_query": (0, 1, 5, 6),
-    "absorb_v": (0, 1, 2, 3),
+    "absorb_v": (0, 1),
 }
 
 

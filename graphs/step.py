@@ -243,15 +243,13 @@ class DecodeStep:
         )
         self._query(b, name, q_norm)
         self.attention.run(b, b[f"kv.{layer}"])
-        o = Activation.of(b, "o")
-        self.ops.absorb_v(
-            *(b[n] for n in ("o_latent", "kv_len", "part_o", "part_lse")),
-            w[name + "w_uv"],
-            cut=self.config.cut,
-            **(o.quantised_only if o.plain is None else {"out": o.plain}),
-        )
-        if o.plain is not None and o.q is not None:
-            self.ops.quantize(o.plain, out_q=o.q, out_scale=o.scale)
+        o, attended = Activation.of(b, "o"), (b["o_latent"], b["kv_len"], w[name + "w_uv"])
+        if o.plain is None:
+            self.ops.absorb_v(*attended, **o.quantised_only)
+        else:
+            self.ops.absorb_v(*attended, out=o.plain)
+            if o.q is not None:
+                self.ops.quantize(o.plain, out_q=o.q, out_scale=o.scale)
         self._linear(b, name + "o", o, b["o_out"])
 
     def _query(self, b: Buffers, name: str, q_norm: Activation) -> None:
@@ -262,8 +260,7 @@ class DecodeStep:
         if query_fuses(cfg):
             weight, scale = w[name + "q_b"], w[name + "q_b_scale"]
             x = (q_norm.q, q_norm.scale)
-            ahead = w[name + "w_uv"]
-            self.ops.latent_query(*x, weight, scale, w[name + "w_uk"], *places, **rest, ahead=ahead)
+            self.ops.latent_query(*x, weight, scale, w[name + "w_uk"], *places, **rest)
             return
         q = b["qkv"][:, : cfg.q_part_width]
         if cfg.q_lora_rank is not None:
