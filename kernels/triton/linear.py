@@ -42,6 +42,8 @@ from kernels.triton.tiles import (
 
 TOKEN_BLOCKS = (16, 32, 64, 128)
 FP32_TOKEN_BLOCKS = (16, 32)
+TILE_N = 128  # weight rows of the largest tile
+PAIRED_N = 2 * TILE_N  # of a program that takes two tiles at once
 # The plan must be the same on every chip, so it counts on a fixed number of SMs.
 MIN_PROGRAMS = 120
 UNSPLIT_PROGRAMS = 112
@@ -195,31 +197,47 @@ def _linear_fp8_kernel(
     n0 = tl.program_id(1) * BLOCK_N
     split = tl.program_id(2)
     blocks: tl.constexpr = (K + 127) // 128
+    # A block of 256 rows is two tiles, each with its own scale: one turn's waits serve both.
+    PAIRED: tl.constexpr = BLOCK_N == 256
+    TILE_N: tl.constexpr = 128 if PAIRED else BLOCK_N
+    n1 = n0 + TILE_N
+    scale_row = n0 // 128
+    next_scale_row = tl.minimum(scale_row + 1, (N + 127) // 128 - 1)
     t = t0 + tl.arange(0, BLOCK_T)
     begin, end = _split_range(split, blocks, SPLITS)
     if PREFETCH > 0:
         prefetch_rows(w_rows, n0, begin * 128, N, K, W_PITCH, BLOCK_N, PREFETCH * 128)
     await_inputs_streaming(PDL)
-    acc = tl.zeros([BLOCK_N, BLOCK_T], tl.float32)
+    acc = tl.zeros([TILE_N, BLOCK_T], tl.float32)
+    if PAIRED:
+        acc1 = tl.zeros([TILE_N, BLOCK_T], tl.float32)
     for first in tl.range(begin, end, UNROLL, num_stages=STAGES):
         for i in tl.static_range(UNROLL):
             kb = first + i
             if UNROLL > 1:
                 kb = tl.minimum(kb, end - 1)
             k = kb * 128
-            scale = load_scale(x_scale, t, t < num_tokens, kb, blocks, SCALE_PITCH, BLOCK_T)
-            scale *= tl.load(w_scale + (n0 // 128) * blocks + kb)
+            token_scale = load_scale(x_scale, t, t < num_tokens, kb, blocks, SCALE_PITCH, BLOCK_T)
+            scale = token_scale * tl.load(w_scale + scale_row * blocks + kb)
             if UNROLL > 1:
                 # A turn that is not full takes the last block again, and adds nothing.
                 scale *= tl.where(first + i < end, 1.0, 0.0)
-            wt = load_tile(w, n0, k, N, K, W_PITCH, BLOCK_N, 128, W_TMA, EVEN_N, EVEN_K)
+            wt = load_tile(w, n0, k, N, K, W_PITCH, TILE_N, 128, W_TMA, EVEN_N, EVEN_K)
             xt = load_tile(x, t0, k, num_tokens, K, X_PITCH, BLOCK_T, 128, X_TMA, False, EVEN_K)
             acc += tl.dot(wt, tl.trans(xt)) * scale[None, :]
+            if PAIRED:
+                scale1 = token_scale * tl.load(w_scale + next_scale_row * blocks + kb)
+                if UNROLL > 1:
+                    scale1 *= tl.where(first + i < end, 1.0, 0.0)
+                wt1 = load_tile(w, n1, k, N, K, W_PITCH, TILE_N, 128, W_TMA, EVEN_N, EVEN_K)
+                acc1 += tl.dot(wt1, tl.trans(xt)) * scale1[None, :]
     release_dependents(PDL)
-    n = n0 + tl.arange(0, BLOCK_N)
+    n = n0 + tl.arange(0, TILE_N)
     if SPLITS > 1:
         dst += tl.cast(split, tl.int64) * num_tokens * N
     _store_tokens_major(dst, acc, n, t, num_tokens, N, OUT_PITCH)
+    if PAIRED:
+        _store_tokens_major(dst, acc1, n + TILE_N, t, num_tokens, N, OUT_PITCH)
 
 
 @triton.jit
@@ -275,7 +293,8 @@ class LinearPlan:
     """How a product is cut; the number of tokens has no say in it.
 
     Attributes:
-        block_n: weight rows of a tile: 64 or 128; of fp32 weights 32 or 64.
+        block_n: weight rows of a program: 64 or 128, with FP8 weights also 256, with fp32 ones 32
+            or 64.
         splits: parts that K is cut into, added up in order. The one choice that changes bits.
         unroll: blocks of K that one turn of the loop takes (FP8 only).
         per_sm: programs that are to share an SM; decides how deep each is pipelined.
@@ -289,10 +308,10 @@ class LinearPlan:
     prefetch: int = 4
 
     def __post_init__(self) -> None:
-        if self.block_n not in (32, 64, 128) or min(self.splits, self.unroll) < 1:
+        if self.block_n not in (32, 64, 128, PAIRED_N) or min(self.splits, self.unroll) < 1:
             raise ValueError(
-                "expected block_n 32 (fp32 weights), 64 or 128 and at least one split and block, "
-                f"got {self}"
+                "expected block_n 32 (fp32 weights), 64, 128 or 256 (FP8 weights) and at least one "
+                f"split and block, got {self}"
             )
         if self.per_sm not in BUDGET_BYTES:
             raise ValueError(f"expected 1 to 3 programs an SM, got {self}")
@@ -371,6 +390,8 @@ def linear(
     if w.dtype not in (x.dtype, torch.float32) or x.element_size() == 1:
         raise ValueError(f"linear takes w of x's dtype {x.dtype} or float32, got {w.dtype}")
     plan = plan or linear_plan(w.shape[0], w.shape[1], elem_bytes=w.element_size())
+    if plan.block_n > TILE_N:
+        raise ValueError(f"block_n {plan.block_n} is for FP8 weights; take {TILE_N} for {w.dtype}")
     if w.dtype == torch.float32:
         tiles = _Tiles.of(x, w, plan, token_blocks=FP32_TOKEN_BLOCKS, bulk=False)
         kernel, sources = _linear_fp32_kernel, {}
@@ -465,6 +486,7 @@ class _Tiles:
     x_pitch: int
     w_pitch: int
     plan: LinearPlan
+    block_n: int
     fp32: bool  # weights without tensor cores: more warps hide more latency
     unroll: int
     block_t: int
@@ -484,23 +506,25 @@ class _Tiles:
         num_tokens, (n, k) = x.shape[0], w.shape
         block_t = next((b for b in token_blocks if b >= num_tokens), token_blocks[-1])
         block_k = BLOCK_K_BYTES // w.element_size()
-        # The tallest tile takes the registers of two: neither a neighbour nor a second block.
+        # The tallest tile takes the registers of two: no neighbour, second block or second tile.
         budget = BUDGET_BYTES[plan.per_sm if block_t < 128 else 1]
         unroll = plan.unroll if block_t < 128 else 1
+        block_n = plan.block_n if block_t < 128 else min(plan.block_n, TILE_N)
         return cls(
             x=tile_source(x, (block_t, block_k)) if bulk else x,
-            w=tile_source(w, (plan.block_n, block_k)) if bulk else w,
+            w=tile_source(w, (min(block_n, TILE_N), block_k)) if bulk else w,
             num_tokens=num_tokens,
             n=n,
             k=k,
             x_pitch=x.stride(0),
             w_pitch=w.stride(0),
             plan=plan,
+            block_n=block_n,
             fp32=w.dtype == torch.float32,
             unroll=unroll,
             block_t=block_t,
             block_k=block_k,
-            stages=max(2, pipeline_stages(plan.block_n, block_t, budget) // unroll),
+            stages=max(2, pipeline_stages(block_n, block_t, budget) // unroll),
         )
 
     @property
@@ -508,16 +532,17 @@ class _Tiles:
         # Token tiles first: programs that share a weight tile run together, and HBM is read once.
         return (
             triton.cdiv(self.num_tokens, self.block_t),
-            triton.cdiv(self.n, self.plan.block_n),
+            triton.cdiv(self.n, self.block_n),
             self.plan.splits,
         )
 
     @property
     def num_warps(self) -> int:
-        return 8 if self.fp32 else self.plan.block_n // 16  # a warp group for each 64 weight rows
+        # A warp group for each 64 rows of a tile; of two tiles each takes its rows of both.
+        return 8 if self.fp32 else min(self.block_n, TILE_N) // 16
 
     def constexprs(self, dst: torch.Tensor, launch: Launcher) -> dict[str, Any]:
-        block_n, splits = self.plan.block_n, self.plan.splits
+        block_n, splits = self.block_n, self.plan.splits
         return {
             "N": self.n,
             "K": self.k,

@@ -210,19 +210,22 @@ def test_k_splits_can_be_left_to_the_reader(fp8: bool) -> None:
         linear(LAUNCH, rand(5, k).half(), rand(n, k).half(), out=short)
 
 
-@pytest.mark.parametrize(("unroll", "per_sm", "block_n"), [(2, 2, 64), (1, 3, 64), (3, 1, 128)])
+@pytest.mark.parametrize(
+    ("unroll", "per_sm", "block_n"), [(2, 2, 64), (1, 3, 64), (3, 1, 128), (1, 1, 256), (2, 2, 256)]
+)
+@pytest.mark.parametrize("n", [70, 300])
 def test_a_plan_of_the_same_splits_gives_the_same_bits(
-    unroll: int, per_sm: int, block_n: int
+    unroll: int, per_sm: int, block_n: int, n: int
 ) -> None:
-    (xq, xs), (wq, ws) = quantized(17, 1100, 0), weight(70, 1100)
-    default = linear_plan(70, 1100, elem_bytes=1)
-    space = torch.empty(default.splits * 17 * 70)
+    (xq, xs), (wq, ws) = quantized(17, 1100, 0), weight(n, 1100)
+    default = linear_plan(n, 1100, elem_bytes=1)
+    space = torch.empty(default.splits * 17 * n)
     results = []
     for plan in (None, LinearPlan(block_n, default.splits, unroll, per_sm)):
-        results.append(torch.empty(17, 70))
+        results.append(torch.empty(17, n))
         linear_fp8(LAUNCH, xq, xs, wq, ws, out=results[-1], workspace=space, plan=plan)
     torch.testing.assert_close(*results, rtol=1e-6, atol=1e-4)
-    with pytest.raises(ValueError, match="64 or 128 and at least one"):
+    with pytest.raises(ValueError, match=r"64, 128 or 256 \(FP8 weights\) and at least one"):
         LinearPlan(48, 1)
     with pytest.raises(ValueError, match="1 to 3 programs"):
         LinearPlan(64, 1, per_sm=4)
@@ -261,6 +264,8 @@ def test_misuse_is_named() -> None:
         linear(LAUNCH, x, w[:, :599], out=out)
     with pytest.raises(ValueError, match="last stride of 1"):
         linear(LAUNCH, rand(600, 4).T, w, out=out)
+    with pytest.raises(ValueError, match="block_n 256 is for FP8 weights; take 128"):
+        linear(LAUNCH, x, w, out=out, plan=LinearPlan(256, 1))
     (xq, xs), (wq, ws) = quantized(4, 600, 0), weight(70, 600)
     with pytest.raises(ValueError, match=r"xs must be float32 \[4, 5\]"):
         linear_fp8(LAUNCH, xq, xs[:, :4], wq, ws, out=out)
@@ -382,6 +387,8 @@ def _real_shapes(launch: Launcher) -> None:
         xs, ws = meta(t, k // 128), meta(-(-n // 128), k // 128)
         x, w = meta(t, k, dtype=FP8), meta(n, k, dtype=FP8)
         linear_fp8(launch, x, xs, w, ws, out=meta(t, n, dtype=BF16), workspace=space)
+        paired = LinearPlan(256, 4, per_sm=1)
+        linear_fp8(launch, x, xs, w, ws, out=meta(4, t, n), plan=paired)
     for (n, k), t in zip(PLAIN_SHAPES, (32, 64, 128), strict=True):
         x, w = meta(t, k, dtype=BF16), meta(n, k, dtype=BF16)
         linear(launch, x, w, out=meta(t, n), workspace=space)
