@@ -52,8 +52,8 @@ class Candidate:
 
     @classmethod
     def of(cls, plan: Plan) -> Candidate:
-        """Our kernel with a plan; of its fields only the splits change bits."""
-        bits = f"splits={plan.splits}" if isinstance(plan, LinearPlan) else "one order"
+        """Our kernel with a plan; what does not show in the plan's order changes no bit."""
+        bits = plan.order if isinstance(plan, LinearPlan) else "one order"
         return cls(plan_name(plan), bits, plan=plan)
 
     def run(self, ops: Ops, call: Call) -> None:

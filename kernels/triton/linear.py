@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 
 from kernels.triton.launch import Arg, Launcher, TensorMap
+from kernels.triton.linear_runs import linear_fp8_runs_kernel, run_parts
 from kernels.triton.overlap import (
     OFF,
     await_inputs,
@@ -37,6 +38,7 @@ from kernels.triton.tiles import (
     load_tile,
     matmul_rows,
     pipeline_stages,
+    store_tokens_major,
     tile_source,
 )
 
@@ -58,14 +60,6 @@ def _split_range(split, BLOCKS: tl.constexpr, SPLITS: tl.constexpr):
     if SPLITS == 1:
         return 0, BLOCKS
     return split * BLOCKS // SPLITS, (split + 1) * BLOCKS // SPLITS
-
-
-@triton.jit
-def _store_tokens_major(dst, acc, n, t, num_tokens, N: tl.constexpr, PITCH: tl.constexpr):
-    """Write acc [BLOCK_N, BLOCK_T] to dst[t, n], the part inside the matrix."""
-    at = dst + t.to(tl.int64)[:, None] * PITCH + n[None, :]
-    inside = (t < num_tokens)[:, None] & (n < N)[None, :]
-    tl.store(at, tl.trans(acc).to(dst.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -111,7 +105,7 @@ def _linear_kernel(
     n = n0 + tl.arange(0, BLOCK_N)
     if SPLITS > 1:
         dst += tl.cast(split, tl.int64) * num_tokens * N
-    _store_tokens_major(dst, acc, n, t, num_tokens, N, OUT_PITCH)
+    store_tokens_major(dst, acc, n, t, num_tokens, N, OUT_PITCH)
 
 
 @triton.jit
@@ -163,7 +157,7 @@ def _linear_fp32_kernel(
     n = n0 + tl.arange(0, BLOCK_N)
     if SPLITS > 1:
         dst += tl.cast(split, tl.int64) * num_tokens * N
-    _store_tokens_major(dst, acc, n, t, num_tokens, N, OUT_PITCH)
+    store_tokens_major(dst, acc, n, t, num_tokens, N, OUT_PITCH)
 
 
 @triton.jit
@@ -235,9 +229,9 @@ def _linear_fp8_kernel(
     n = n0 + tl.arange(0, TILE_N)
     if SPLITS > 1:
         dst += tl.cast(split, tl.int64) * num_tokens * N
-    _store_tokens_major(dst, acc, n, t, num_tokens, N, OUT_PITCH)
+    store_tokens_major(dst, acc, n, t, num_tokens, N, OUT_PITCH)
     if PAIRED:
-        _store_tokens_major(dst, acc1, n + TILE_N, t, num_tokens, N, OUT_PITCH)
+        store_tokens_major(dst, acc1, n + TILE_N, t, num_tokens, N, OUT_PITCH)
 
 
 @triton.jit
@@ -299,6 +293,9 @@ class LinearPlan:
         unroll: blocks of K that one turn of the loop takes (FP8 only).
         per_sm: programs that are to share an SM; decides how deep each is pipelined.
         prefetch: blocks of K whose weights are asked for before the inputs are there.
+        programs: 0, or so many take equal runs of (tile, block of K) (FP8 only); then `splits` is
+            the number of parts that this makes of a tile (`linear_runs.run_parts`), and both change
+            bits.
     """
 
     block_n: int
@@ -306,6 +303,7 @@ class LinearPlan:
     unroll: int = 1
     per_sm: int = 2
     prefetch: int = 4
+    programs: int = 0
 
     def __post_init__(self) -> None:
         if self.block_n not in (32, 64, 128, PAIRED_N) or min(self.splits, self.unroll) < 1:
@@ -317,6 +315,14 @@ class LinearPlan:
             raise ValueError(f"expected 1 to 3 programs an SM, got {self}")
         if self.prefetch & (self.prefetch - 1):
             raise ValueError(f"prefetch must be 0 or a power of two, got {self.prefetch}")
+        if self.programs and (self.block_n > TILE_N or self.unroll > 1 or self.splits == 1):
+            raise ValueError(f"runs take block_n 64 or 128, unroll 1 and at least 2 parts: {self}")
+
+    @property
+    def order(self) -> str:
+        """Of additions: equal for plans that give the same bits."""
+        runs = f" in {self.programs} runs of {self.block_n} rows" if self.programs else ""
+        return f"splits={self.splits}{runs}"
 
 
 def linear_plan(n: int, k: int, *, elem_bytes: int) -> LinearPlan:
@@ -390,8 +396,8 @@ def linear(
     if w.dtype not in (x.dtype, torch.float32) or x.element_size() == 1:
         raise ValueError(f"linear takes w of x's dtype {x.dtype} or float32, got {w.dtype}")
     plan = plan or linear_plan(w.shape[0], w.shape[1], elem_bytes=w.element_size())
-    if plan.block_n > TILE_N:
-        raise ValueError(f"block_n {plan.block_n} is for FP8 weights; take {TILE_N} for {w.dtype}")
+    if plan.block_n > TILE_N or plan.programs:
+        raise ValueError(f"{w.dtype} weights take block_n up to {TILE_N} and no runs, got {plan}")
     if w.dtype == torch.float32:
         tiles = _Tiles.of(x, w, plan, token_blocks=FP32_TOKEN_BLOCKS, bulk=False)
         kernel, sources = _linear_fp32_kernel, {}
@@ -453,8 +459,14 @@ def linear_fp8(
     check_scale("ws", ws, (triton.cdiv(w.shape[0], FP8_GROUP), groups))
     tiles = _Tiles.of(xq, w, plan or linear_plan(w.shape[0], w.shape[1], elem_bytes=1))
     dst = tiles.destination(out, workspace)
+    constexprs = tiles.constexprs(dst, launch)
+    if tiles.plan.programs:
+        del constexprs["OUT_PITCH"]
+        constexprs["PROGRAMS"] = tiles.plan.programs
+    else:
+        constexprs["UNROLL"] = tiles.unroll
     launch(
-        _linear_fp8_kernel,
+        linear_fp8_runs_kernel if tiles.plan.programs else _linear_fp8_kernel,
         tiles.grid,
         tiles.x,
         xs,
@@ -463,9 +475,8 @@ def linear_fp8(
         w,
         dst,
         xq.shape[0],
-        **tiles.constexprs(dst, launch),
+        **constexprs,
         **tiles.sources,
-        UNROLL=tiles.unroll,
         SCALE_PITCH=xs.stride(0),
         num_warps=tiles.num_warps,
         num_stages=tiles.stages,
@@ -504,6 +515,10 @@ class _Tiles:
         bulk: bool = True,
     ) -> _Tiles:
         num_tokens, (n, k) = x.shape[0], w.shape
+        if plan.programs:
+            parts = run_parts(n, k, block_n=plan.block_n, programs=plan.programs)
+            if parts != plan.splits:
+                raise ValueError(f"{n}x{k} falls into {parts} parts, not those of {plan}")
         block_t = next((b for b in token_blocks if b >= num_tokens), token_blocks[-1])
         block_k = BLOCK_K_BYTES // w.element_size()
         # The tallest tile takes the registers of two: no neighbour, second block or second tile.
@@ -530,11 +545,10 @@ class _Tiles:
     @property
     def grid(self) -> tuple[int, int, int]:
         # Token tiles first: programs that share a weight tile run together, and HBM is read once.
-        return (
-            triton.cdiv(self.num_tokens, self.block_t),
-            triton.cdiv(self.n, self.block_n),
-            self.plan.splits,
-        )
+        across = triton.cdiv(self.num_tokens, self.block_t)
+        if self.plan.programs:
+            return across, self.plan.programs, 1
+        return across, triton.cdiv(self.n, self.block_n), self.plan.splits
 
     @property
     def num_warps(self) -> int:
