@@ -6,6 +6,7 @@ for small shapes on a CPU.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -192,8 +193,16 @@ def _latent_query(call: Call) -> list[Result]:
 
 
 def _absorb_v(call: Call) -> list[Result]:
-    o_latent, w_uv = call.args
-    heads = [o_latent[:, h].double() @ w_uv[h].double().T for h in range(w_uv.shape[0])]
+    o_latent, kv_len, part_o, part_lse, w_uv = call.args
+    o = o_latent.double()
+    for t, length in enumerate(kv_len.tolist()):
+        used = -(-length // call["cut"])
+        if used > 1:
+            share = torch.softmax(part_lse[t, :used].double() * math.log(2), 0)
+            o[t] = (part_o[t, :used].double() * share[..., None]).sum(0)
+            o[t] = o[t].to(o_latent.dtype).double()  # as if it had been stored
+    o[kv_len == 0] = 0.0
+    heads = [o[:, h] @ w_uv[h].double().T for h in range(w_uv.shape[0])]
     return _outputs(call, torch.cat(heads, 1), o_latent.dtype)
 
 

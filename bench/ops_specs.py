@@ -150,11 +150,25 @@ def rotated(
     return [call, *(call.replaced(dict(c)) for c in copied)]
 
 
+# Arguments with a line for each token, of operations that treat every token alone; of a result
+# in parts, [S, T, N], tokens are the second dimension.
+BY_TOKEN: dict[str, tuple[int, ...]] = {
+    "linear": (0,),
+    "linear_fp8": (0, 1),
+    "latent_query": (0, 1, 5, 6),
+    "absorb_v": (0, 1, 2, 3),
+}
+
+
 def prefix(call: Call, tokens: int) -> Call | None:
     """The call for its first tokens only, where that has a meaning; None where it has not."""
-    if call.op not in ("linear", "linear_fp8"):
+    places = BY_TOKEN.get(call.op)
+    if places is None:
         return None
-    shared = {"linear": (0,), "linear_fp8": (0, 1)}[call.op]
-    new: dict[int | str, torch.Tensor] = {i: call.args[i][:tokens] for i in shared}
-    new["out"] = torch.empty_like(call.kwargs["out"][..., :tokens, :])
+    new: dict[int | str, torch.Tensor] = {i: call.args[i][:tokens] for i in places}
+    parts = call.op in ("linear", "linear_fp8") and call.kwargs["out"].ndim == 3
+    for name in ("out", "out_q", "out_scale"):
+        whole = call.kwargs.get(name)
+        if whole is not None:
+            new[name] = torch.empty_like(whole[:, :tokens] if parts else whole[:tokens])
     return call.replaced(dict(new))

@@ -244,12 +244,14 @@ class DecodeStep:
         self._query(b, name, q_norm)
         self.attention.run(b, b[f"kv.{layer}"])
         o = Activation.of(b, "o")
-        if o.plain is None:
-            self.ops.absorb_v(b["o_latent"], w[name + "w_uv"], **o.quantised_only)
-        else:
-            self.ops.absorb_v(b["o_latent"], w[name + "w_uv"], out=o.plain)
-            if o.q is not None:
-                self.ops.quantize(o.plain, out_q=o.q, out_scale=o.scale)
+        self.ops.absorb_v(
+            *(b[n] for n in ("o_latent", "kv_len", "part_o", "part_lse")),
+            w[name + "w_uv"],
+            cut=self.config.cut,
+            **(o.quantised_only if o.plain is None else {"out": o.plain}),
+        )
+        if o.plain is not None and o.q is not None:
+            self.ops.quantize(o.plain, out_q=o.q, out_scale=o.scale)
         self._linear(b, name + "o", o, b["o_out"])
 
     def _query(self, b: Buffers, name: str, q_norm: Activation) -> None:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
 from kernels.triton.mla_query import fuses_query, latent_query, latent_query_ref
+from kernels.triton.overlap import LATE, OFF
 from tests.cpu.test_kernels_linear import (
     BF16,
     F16,
     FP8,
     LAUNCH,
+    CompileLauncher,
     compile_for_both,
     compiled,
     exact_in_tiles,
@@ -98,14 +102,14 @@ def test_real_shapes_compile_without_spills() -> None:
     assert not [b for b in built if not b["mma"]]
 
 
-def _real_shapes(launch: object) -> None:
-    for tokens in (1, 32, 64):
+def _real_shapes(launch: CompileLauncher) -> None:
+    for tokens, launch.pdl in itertools.product((1, 32, 64), (OFF, LATE)):
         xq, xs = meta(tokens, 1536, dtype=FP8), meta(tokens, 12)
         w, ws = meta(24576, 1536, dtype=FP8), meta(192, 12)
         rows = meta(tokens, dtype=I32)
         w_uk, out = meta(128, 128, 512, dtype=BF16), meta(tokens, 128, 576, dtype=BF16)
         latent_query(
-            launch,  # type: ignore[arg-type]
+            launch,
             *(xq, xs, w, ws, w_uk, rows, rows, meta(4096, 64)),
             interleave=True,
             out=out,

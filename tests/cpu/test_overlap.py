@@ -47,7 +47,7 @@ def test_every_kernel_of_a_step_waits_before_it_touches_what_steps_write(
     listed: dict[str, list[dict[str, Any]]], mode: str
 ) -> None:
     names = {k["name"] for k in listed[mode]}
-    assert {"_add_rmsnorm", "_linear_fp8_kernel", "_gate_up_kernel", "_route", "_merge"} <= names
+    assert {"_add_rmsnorm", "_linear_fp8_kernel", "_gate_up_kernel", "_route", "_absorb_v"} <= names
     for kernel in listed[mode]:
         if kernel["name"] in ORDINARY:
             assert not kernel["pdl"], kernel["name"]
