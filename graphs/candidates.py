@@ -19,13 +19,15 @@ from kernels.triton.grouped import DOWN_PLAN, GATE_UP_PLAN, GroupedPlan
 from kernels.triton.linear import PAIRED_N, LinearPlan, linear_plan
 from kernels.triton.mla_absorb import ABSORB_PLAN, AbsorbPlan
 from kernels.triton.mla_query import QUERY_PLAN, QueryPlan
+from kernels.triton.router import RouterPlan, router_plan
 from kernels.triton.tiles import FP8_GROUP
 
-Plan = LinearPlan | GroupedPlan | QueryPlan | AbsorbPlan
+Plan = LinearPlan | GroupedPlan | RouterPlan | QueryPlan | AbsorbPlan
 # Of these a capture chooses by measurement; of other operations with plans it takes the default.
-PLANS: dict[str, type[LinearPlan] | type[GroupedPlan]] = {
+PLANS: dict[str, type[LinearPlan] | type[GroupedPlan] | type[RouterPlan]] = {
     "linear": LinearPlan,
     "linear_fp8": LinearPlan,
+    "router": RouterPlan,
     "grouped_gate_up": GroupedPlan,
     "grouped_down": GroupedPlan,
 }
@@ -82,8 +84,13 @@ class Candidate:
 
     @classmethod
     def of(cls, plan: Plan) -> Candidate:
-        """Our kernel with a plan; what does not show in the plan's order changes no bit."""
-        bits = plan.order if isinstance(plan, LinearPlan) else "one order"
+        """Our kernel with a plan; of its fields only the cut along K changes bits, and of the
+        router's tiles the height, for it decides the tensor cores' instruction."""
+        bits = "one order"
+        if isinstance(plan, LinearPlan):
+            bits = plan.order
+        elif isinstance(plan, RouterPlan):
+            bits = f"block_k={plan.block_k} {'low' if plan.block_n < 64 else 'tall'} tiles"
         return cls(plan_name(plan), bits, plan=plan)
 
     def run(self, ops: Ops, call: Call) -> None:
@@ -104,6 +111,8 @@ def candidates(call: Call) -> list[Candidate]:
     """Every candidate for a call, the launcher's own choice first."""
     if call.op in ("linear", "linear_fp8"):
         return [*(Candidate.of(p) for p in _linear_plans(call)), *_libraries(call)]
+    if call.op == "router":
+        return [Candidate.of(p) for p in _router_plans(call)]
     if call.op in PLANS:
         return [Candidate.of(p) for p in _grouped_plans(call)]
     others = OTHER_PLANS.get(call.op)
@@ -197,6 +206,14 @@ def _narrow_plans(default: LinearPlan, call: Call, n: int, k: int) -> list[Linea
             if splits == 1 or blocks // splits >= 4:
                 plans += [LinearPlan(PAIRED_N, splits, per_sm=per_sm) for per_sm in (1, 2)]
     return plans
+
+
+def _router_plans(call: Call) -> list[RouterPlan]:
+    """The layout of the step has settled the number of parts, and with it the cut along K."""
+    default = router_plan(*call.args[1].shape)
+    plans = [default, replace(default, warps=8)]
+    plans += [replace(default, block_n=block_n) for block_n in (16, 32, 64)]
+    return list(dict.fromkeys(plans))
 
 
 def _grouped_plans(call: Call) -> list[GroupedPlan]:

@@ -35,6 +35,7 @@ from graphs.tuning_inputs import expert_lists, on_meta, with_tokens
 from graphs.weights import add_part_views
 from kernels.triton.grouped import GATE_UP_PLAN
 from kernels.triton.linear import LinearPlan
+from kernels.triton.router import RouterPlan
 from runtime.config import RuntimeConfig
 from runtime.selection import choose
 from runtime.tuning import Tuner, pinned, record_calls, share
@@ -201,7 +202,7 @@ def test_every_product_of_a_step_is_a_site(recorded: dict[tuple[str, int], list[
     fp8 = "float8_e4m3fn"
     assert counts[f"linear_fp8 2112x7168 {fp8}"] == {1, 8, 32, 72}
     assert counts["linear 129280x7168 bfloat16"] == {1, 8, 32}  # the head: sampling rows
-    assert counts["linear 32x7168 float32"] == {1, 8, 32, 72}
+    assert counts["router 32x7168 float32"] == {1, 8, 32, 72}
     assert counts[f"grouped_gate_up 33x4096x7168 {fp8}"] == {1, 8, 32, 72}
     assert counts[f"grouped_down 33x7168x2048 {fp8}"] == {9, 72, 288, 648}
     layers = recorded[f"linear_fp8 7168x16384 {fp8}", 8]
@@ -246,6 +247,9 @@ def test_only_the_number_of_splits_changes_bits(
         for candidate in candidates(calls[0]):
             if isinstance(candidate.plan, LinearPlan):
                 assert candidate.bits == f"splits={candidate.plan.splits}"
+            elif isinstance(candidate.plan, RouterPlan):
+                tiles = "low" if candidate.plan.block_n < 64 else "tall"
+                assert candidate.bits == f"block_k={candidate.plan.block_k} {tiles} tiles"
             else:
                 assert candidate.bits == ("one order" if candidate.exact else "")
 
