@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from kernels.triton.activation import check_quantized, quantize_groups, quantize_ref
-from kernels.triton.launch import Launcher
+from kernels.triton.launch import HOPPER, Launcher
 from kernels.triton.mla_merge import MERGE_GROUP, check_parts, merge_ref, merge_splits
 from kernels.triton.mla_prep import rope_pair, rope_ref
 from kernels.triton.overlap import OFF, await_inputs, hold, overlap, prefetch_rows
@@ -373,7 +373,7 @@ def absorb_v(
     tile = _v_tile(w_uv)
     block_t = _token_tile(o_latent)
     plan = plan or ABSORB_PLAN
-    held = _held(plan, w_uv)
+    held = _held(plan, w_uv, launch.arch)
     splits = part_o.shape[1]
     launch(
         _absorb_v,
@@ -437,11 +437,12 @@ def absorb_v_ref(
         quantize_ref(flat, out_q=out_q, out_scale=out_scale)
 
 
-def _held(plan: AbsorbPlan, w_uv: torch.Tensor) -> int:
-    """Columns to hold, as far as there are as many; only 16-bit weights are."""
+def _held(plan: AbsorbPlan, w_uv: torch.Tensor, arch: str) -> int:
+    """Columns to hold, as far as there are as many and registers; only 16-bit weights are."""
     if w_uv.dtype.itemsize != 2:
         return 0
-    return min(plan.held, 1 << (w_uv.shape[2].bit_length() - 1))
+    room = 512 if arch == HOPPER else 256
+    return min(plan.held, room, 1 << (w_uv.shape[2].bit_length() - 1))
 
 
 def _asked(plan: AbsorbPlan, w_uv: torch.Tensor, held: int, launch: Launcher) -> int:

@@ -14,11 +14,10 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.triton.launch import Launcher, TensorMap
+from kernels.triton.launch import HOPPER, Launcher, TensorMap
 from kernels.triton.mla_merge import check_parts
 from kernels.triton.overlap import await_inputs_streaming, overlap
 
-HOPPER = "sm_90"
 LOG2_E = 1.4426950408889634
 REF_BYTES = 64 << 20  # of gathered KV that the oracle holds at a time
 

@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.triton.launch import Launcher, TensorMap
+from kernels.triton.launch import HOPPER, Launcher, TensorMap
 from kernels.triton.linear import linear_fp8_ref
 from kernels.triton.mla_absorb import absorb_q_ref
 from kernels.triton.overlap import (
@@ -38,7 +38,6 @@ from kernels.triton.tiles import (
 )
 
 TOKEN_BLOCKS = (16, 32, 64)
-HOPPER = "sm_90"
 LATENT_BLOCK = 128  # latent columns of a tile of W_UK
 
 
