@@ -18,11 +18,13 @@ from kernels.triton.tiles import num_parts, sigmoid_rows, sum_parts
 ALIGN_BLOCK = 2048
 LIST_ELEMS = 8192  # tokens times experts that one program lists the pairs of
 PART_ELEMS = 16384  # of the router's parts that a program of eight warps has in flight
-LANES_SPAN = 128  # experts that a warp takes side by side, four a lane
+FULL_SPAN = 128  # experts that a warp takes side by side: four a lane, 16 bytes
 COMBINE_BLOCK = 512  # 4 elements a thread: the rows of all K choices are in flight at once
 EPSILON = 1e-20  # keeps the normalising sum away from zero
 
 _LOWEST = tl.constexpr(-(2**63))
+_LOWEST32 = tl.constexpr(-(2**31))
+_FULL_SPAN = tl.constexpr(FULL_SPAN)
 _EPSILON = tl.constexpr(EPSILON)
 
 
@@ -33,11 +35,16 @@ def _flip(bits):
 
 
 @triton.jit
-def _sort_key(value, index, N: tl.constexpr):
-    """int64 keys, all different: by fp32 value, then lower index first; NaN on top, as in topk."""
+def _order(value):
+    """int32 of the same order as fp32 values; NaN on top, as in topk."""
     # The sign of a NaN differs between machines, so its bits cannot be used.
-    order = tl.where(value == value, _flip(value.to(tl.int32, bitcast=True)), 0x7FFFFFFF)
-    return (order.to(tl.int64) << 32) | (N - 1 - index).to(tl.int64)
+    return tl.where(value == value, _flip(value.to(tl.int32, bitcast=True)), 0x7FFFFFFF)
+
+
+@triton.jit
+def _sort_key(value, index, N: tl.constexpr):
+    """int64 keys, all different: by fp32 value, then lower index first."""
+    return (_order(value).to(tl.int64) << 32) | (N - 1 - index).to(tl.int64)
 
 
 @triton.jit
@@ -80,11 +87,57 @@ def _sum_logits(
     """
     total = tl.zeros(at.shape, tl.float32)
     for first in tl.static_range(0, PARTS, CHUNK):
-        part = first + tl.arange(0, CHUNK)[None, :, None]
-        inside = (part < PARTS) & real[:, None, :]
-        value = tl.load(at[:, None, :] + part * part_stride, mask=inside, other=0.0)
-        total += tl.sum(value, axis=1)
+        part = first + tl.arange(0, CHUNK)[:, None, None]
+        inside = (part < PARTS) & real[None, :, :]
+        value = tl.load(at[None, :, :] + part * part_stride, mask=inside, other=0.0)
+        total += tl.sum(value, axis=0)
     return total
+
+
+@triton.jit
+def _spread(
+    src,  # fp32 [E]
+    index,  # int32 [H, L]
+    real,  # bool [H, L]
+    COPIES: tl.constexpr,
+):
+    """fp32 [H, L]: src[index], zero where it is not real, for every warp as in `_sum_logits`.
+
+    A plain load would be dealt out among the warps, and all that depends on it, too.
+    """
+    first = tl.arange(0, COPIES)[:, None, None] == 0
+    return tl.sum(tl.load(src + index[None, :, :], mask=first & real[None, :, :], other=0.0), 0)
+
+
+@triton.jit
+def _best_of_few(choice, expert, real, open, E: tl.constexpr, K: tl.constexpr, K2: tl.constexpr):
+    """(int32 [K2] ids by descending choice, int32 [H, L] which of them an expert is, or -1)."""
+    key = tl.where(real & open, _sort_key(choice, expert, E), _LOWEST)
+    k = tl.arange(0, K2)
+    ids = tl.zeros([K2], tl.int32)
+    slot = tl.full(choice.shape, -1, tl.int32)
+    for i in tl.static_range(K):
+        best = tl.max(tl.max(key, axis=0), axis=0)
+        slot = tl.where(key == best, i, slot)
+        key = tl.where(key == best, _LOWEST, key)
+        ids = tl.where(k == i, (E - 1 - (best & 0xFFFFFFFF)).to(tl.int32), ids)
+    return ids, slot
+
+
+@triton.jit
+def _best_of_many(choice, expert, real, open, E: tl.constexpr, K: tl.constexpr, K2: tl.constexpr):
+    """As `_best_of_few`, for experts across all lanes: a warp reduces int32 in one instruction."""
+    order = tl.where(real & open, _order(choice), _LOWEST32)
+    k = tl.arange(0, K2)
+    ids = tl.zeros([K2], tl.int32)
+    slot = tl.full(choice.shape, -1, tl.int32)
+    for i in tl.static_range(K):
+        best = tl.max(tl.max(order, axis=0), axis=0)
+        index = tl.min(tl.min(tl.where(order == best, expert, E), axis=0), axis=0)
+        slot = tl.where(expert == index, i, slot)
+        order = tl.where(expert == index, _LOWEST32, order)
+        ids = tl.where(k == i, index, ids)
+    return ids, slot
 
 
 @triton.jit
@@ -153,6 +206,11 @@ def _route(
     if S2 != SIZE:
         expert = place // S2 * SIZE + place % S2
         real = (place // S2 < GROUPS) & (place % S2 < SIZE)
+    if HAS_BIAS:  # no step writes it
+        if SPAN < _FULL_SPAN:
+            shift = tl.load(bias + expert, mask=real, other=0.0)
+        else:
+            shift = _spread(bias, expert, real, CHUNK)
     await_inputs(PDL)
     t = tl.program_id(0).to(tl.int64)
     live = tl.load(tok_row + t) >= 0
@@ -161,19 +219,17 @@ def _route(
     )
     choice = score
     if HAS_BIAS:
-        choice += tl.load(bias + expert, mask=real, other=0.0)
-    key = tl.reshape(tl.where(real, _sort_key(choice, expert, E), _LOWEST), [G2, S2])
+        choice += shift
+    open = real
     if TOPK_GROUPS < GROUPS:
-        kept = _keep_groups(key, GROUPS, SIZE, G2, TOPK_GROUPS)
-        key = tl.where(kept[:, None], key, _LOWEST)
+        key = tl.reshape(tl.where(real, _sort_key(choice, expert, E), _LOWEST), [G2, S2])
+        kept = tl.broadcast_to(_keep_groups(key, GROUPS, SIZE, G2, TOPK_GROUPS)[:, None], [G2, S2])
+        open = tl.reshape(kept, [G2 * S2 // SPAN, SPAN])
+    if SPAN < _FULL_SPAN:
+        ids, slot = _best_of_few(choice, expert, real, open, E, K, K2)
+    else:
+        ids, slot = _best_of_many(choice, expert, real, open, E, K, K2)
     k = tl.arange(0, K2)
-    ids = tl.zeros([K2], tl.int32)
-    slot = tl.full([G2, S2], -1, tl.int32)
-    for i in tl.static_range(K):
-        best = tl.max(tl.max(key, axis=1), axis=0)
-        slot = tl.where(key == best, i, slot)
-        key = tl.where(key == best, _LOWEST, key)
-        ids = tl.where(k == i, (E - 1 - (best & 0xFFFFFFFF)).to(tl.int32), ids)
     # The scores without bias.
     weight = tl.gather(tl.reshape(score, [G2 * S2]), ids // SIZE * S2 + ids % SIZE, 0)
     if NORMALIZE:
@@ -183,7 +239,7 @@ def _route(
     tl.store(out_ids + t * COLS + k, ids, mask=k < COLS)
     tl.store(out_weights + t * COLS + k, weight, mask=k < COLS)
     if LISTED > 0:
-        slot = tl.where(live, tl.reshape(slot, [G2 * S2 // SPAN, SPAN]), -1)
+        slot = tl.where(live, slot, -1)
         tl.store(slots + t * LISTED2 + expert, slot.to(tl.int8), mask=real)
         if LISTED > E:
             tl.store(slots + t * LISTED2 + E, tl.where(live, K, -1).to(tl.int8))
@@ -347,7 +403,7 @@ def route(
         NORMALIZE=normalize,
         PARTS=parts,
         CHUNK=chunk,
-        SPAN=min(tile, LANES_SPAN),
+        SPAN=min(tile, FULL_SPAN),
         LISTED=listed,
         LISTED2=list_width(listed),
         T2=triton.next_power_of_2(num_tokens) if listed else 1,
