@@ -16,13 +16,15 @@ import torch
 from graphs.calls import Call, Hook
 from graphs.ops import Ops
 from kernels.triton.grouped import DOWN_PLAN, GATE_UP_PLAN, GroupedPlan
-from kernels.triton.linear import LinearPlan, linear_plan
+from kernels.triton.linear import PAIRED_N, LinearPlan, linear_plan
+from kernels.triton.router import RouterPlan, router_plan
 from kernels.triton.tiles import FP8_GROUP
 
-Plan = LinearPlan | GroupedPlan
+Plan = LinearPlan | GroupedPlan | RouterPlan
 PLANS: dict[str, type[Plan]] = {
     "linear": LinearPlan,
     "linear_fp8": LinearPlan,
+    "router": RouterPlan,
     "grouped_gate_up": GroupedPlan,
     "grouped_down": GroupedPlan,
 }
@@ -52,8 +54,13 @@ class Candidate:
 
     @classmethod
     def of(cls, plan: Plan) -> Candidate:
-        """Our kernel with a plan; of its fields only the splits change bits."""
-        bits = f"splits={plan.splits}" if isinstance(plan, LinearPlan) else "one order"
+        """Our kernel with a plan; of its fields only the cut along K changes bits, and of the
+        router's tiles the height, for it decides the tensor cores' instruction."""
+        bits = "one order"
+        if isinstance(plan, LinearPlan):
+            bits = plan.order
+        elif isinstance(plan, RouterPlan):
+            bits = f"block_k={plan.block_k} {'low' if plan.block_n < 64 else 'tall'} tiles"
         return cls(plan_name(plan), bits, plan=plan)
 
     def run(self, ops: Ops, call: Call) -> None:
@@ -74,6 +81,8 @@ def candidates(call: Call) -> list[Candidate]:
     """Every candidate for a call, the launcher's own choice first."""
     if call.op in ("linear", "linear_fp8"):
         return [*(Candidate.of(p) for p in _linear_plans(call)), *_libraries(call)]
+    if call.op == "router":
+        return [Candidate.of(p) for p in _router_plans(call)]
     if call.op in PLANS:
         return [Candidate.of(p) for p in _grouped_plans(call)]
     return [ONLY]
@@ -159,7 +168,21 @@ def _narrow_plans(default: LinearPlan, call: Call, n: int, k: int) -> list[Linea
     plans = [default, replace(default, per_sm=1)]
     for splits in (default.splits, *(s for s in counts if s == 1 or blocks // s >= 4)):
         plans += [LinearPlan(64, splits, unroll=unroll) for unroll in unrolls]
+    if call.op == "linear_fp8":
+        # Two tiles at once: a turn of the loop has four times the bytes of a tile of 64 rows.
+        fills = max(1, round(PROGRAMS[0] / -(-n // PAIRED_N)))
+        for splits in dict.fromkeys((default.splits, fills)):
+            if splits == 1 or blocks // splits >= 4:
+                plans += [LinearPlan(PAIRED_N, splits, per_sm=per_sm) for per_sm in (1, 2)]
     return plans
+
+
+def _router_plans(call: Call) -> list[RouterPlan]:
+    """The layout of the step has settled the number of parts, and with it the cut along K."""
+    default = router_plan(*call.args[1].shape)
+    plans = [default, replace(default, warps=8)]
+    plans += [replace(default, block_n=block_n) for block_n in (16, 32, 64)]
+    return list(dict.fromkeys(plans))
 
 
 def _grouped_plans(call: Call) -> list[GroupedPlan]:
@@ -168,6 +191,8 @@ def _grouped_plans(call: Call) -> list[GroupedPlan]:
         default,
         *(replace(default, per_sm=per_sm) for per_sm in (1, 2, 3)),
         replace(default, block_n=64),
+        *(replace(default, prefetch=blocks) for blocks in (0, 1, 2)),
+        *(replace(default, walk=walk, per_sm=per_sm) for walk in (0, 1) for per_sm in (1, 2, 3)),
     ]
     return [p for p in dict.fromkeys(plans) if _fits(p, call)]
 

@@ -35,6 +35,8 @@ def with_tokens(
     """
     new: Changes = {0: _like_rows(call.args[0], count, device)}
     new["out"] = _like_rows(call.kwargs["out"], count, device)
+    if call.op == "router":
+        return new
     if call.op in ("linear", "linear_fp8"):
         if call.op == "linear_fp8":
             new[1] = _ones_like_rows(call.args[1], count, device)
@@ -80,7 +82,7 @@ def rotated(calls: Sequence[Call], new: Changes, cache_bytes: int) -> list[Call]
     total = 0
     for call in calls[:MAX_ROTATED]:
         found.append(call.replaced(dict(new)))
-        total += call.args[1 if call.op == "linear" else 2].nbytes
+        total += call.args[1 if call.op in ("linear", "router") else 2].nbytes
         if total > 4 * cache_bytes:
             break
     return found

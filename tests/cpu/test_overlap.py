@@ -76,6 +76,7 @@ def test_before_the_wait_only_what_no_step_writes_is_loaded() -> None:
     """By source: the loads above `await_inputs` name weights and nothing else."""
     allowed = {
         "weight",
+        "bias",
         "w_uk",
         "w_rows",
         "w_uv",

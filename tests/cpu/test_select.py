@@ -35,6 +35,7 @@ from graphs.tuning_inputs import expert_lists, on_meta, with_tokens
 from graphs.weights import add_part_views
 from kernels.triton.grouped import GATE_UP_PLAN
 from kernels.triton.linear import LinearPlan
+from kernels.triton.router import RouterPlan
 from runtime.config import RuntimeConfig
 from runtime.selection import choose
 from runtime.tuning import Tuner, pinned, record_calls, share
@@ -201,7 +202,7 @@ def test_every_product_of_a_step_is_a_site(recorded: dict[tuple[str, int], list[
     fp8 = "float8_e4m3fn"
     assert counts[f"linear_fp8 2112x7168 {fp8}"] == {1, 8, 32, 72}
     assert counts["linear 129280x7168 bfloat16"] == {1, 8, 32}  # the head: sampling rows
-    assert counts["linear 32x7168 float32"] == {1, 8, 32, 72}
+    assert counts["router 32x7168 float32"] == {1, 8, 32, 72}
     assert counts[f"grouped_gate_up 33x4096x7168 {fp8}"] == {1, 8, 32, 72}
     assert counts[f"grouped_down 33x7168x2048 {fp8}"] == {9, 72, 288, 648}
     layers = recorded[f"linear_fp8 7168x16384 {fp8}", 8]
@@ -246,6 +247,9 @@ def test_only_the_number_of_splits_changes_bits(
         for candidate in candidates(calls[0]):
             if isinstance(candidate.plan, LinearPlan):
                 assert candidate.bits == f"splits={candidate.plan.splits}"
+            elif isinstance(candidate.plan, RouterPlan):
+                tiles = "low" if candidate.plan.block_n < 64 else "tall"
+                assert candidate.bits == f"block_k={candidate.plan.block_k} {tiles} tiles"
             else:
                 assert candidate.bits == ("one order" if candidate.exact else "")
 
@@ -279,8 +283,8 @@ def test_a_name_is_a_plan_whether_listed_or_not() -> None:
     [
         ("cutlass", "expected words such as block_n=128, got 'cutlass'"),
         ("block_n=128", "expected all of block_n, per_sm, prefetch, splits, unroll"),
-        ("block_n=100 splits=1", "expected block_n 32 (fp32 weights), 64 or 128"),
-        ("block_n=128 splits=0", "64 or 128 and at least one split"),
+        ("block_n=100 splits=1", "expected block_n 32 (fp32 weights), 64, 128 or 256"),
+        ("block_n=128 splits=0", "FP8 weights) and at least one split"),
         ("block_n=128 splits=1 stages=9", "got 'stages=9'"),
     ],
 )
@@ -532,9 +536,9 @@ def test_the_default_cut_limits_the_splits(max_rows: int, page_size: int) -> Non
     for max_seq_len in (1, 64, 4096, 32768, 131072, 163840):
         cut = default_cut(max_rows, max_seq_len, page_size)
         step = StepConfig(max_rows, max_seq_len, 2, page_size, cut)  # it refuses what does not fit
-        assert step.splits <= (64 if max_rows == 1 else 16 if max_rows > 3 else 21)
+        assert step.splits <= (32 if max_rows == 1 else 16)
         assert cut % 64 == 0
-    assert default_cut(1, 131072) == 2048
+    assert default_cut(1, 131072) == 4096
 
 
 @pytest.mark.parametrize("max_seq_len", [64, 2000, 4096, 32768, 163840])

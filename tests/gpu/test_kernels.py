@@ -25,6 +25,7 @@ from kernels.triton import (
     mla_query,
     norm,
     random_init,
+    router,
     routing,
     sample,
     settle,
@@ -284,6 +285,29 @@ def align(seed: int, tokens: int) -> Arguments:
     }
 
 
+def route_of_parts(seed: int, tokens: int) -> Arguments:
+    parts = router.router_parts(EXPERTS, HIDDEN)
+    # Sixteenths, so that every order of additions gives the same sum.
+    logits = (randn(seed, parts, tokens, EXPERTS, dtype=F32, std=0.3) * 16).round() / 16
+    return route(seed, tokens) | {"logits": logits}
+
+
+def route_with_lists(seed: int, tokens: int) -> Arguments:
+    few = 16
+    chosen = {"num_groups": 4, "topk_groups": 2, "top_k": 4, "shared_id": few}
+    return route_of_parts(seed, tokens) | {
+        "logits": route_of_parts(seed, tokens)["logits"][..., :few].contiguous(),
+        "bias": randn(3, few, dtype=F32, std=0.1),
+        **chosen,
+        "out_ids": zeros(tokens, 5, dtype=I32),
+        "out_weights": zeros(tokens, 5, dtype=F32),
+        "offsets": zeros(few + 2, dtype=I32),
+        "pairs": zeros(tokens * 5, dtype=I32),
+        "slots": torch.full((tokens, routing.list_width(few + 1)), 3, dtype=torch.int8),
+        "arrivals": zeros(1, dtype=I32),
+    }
+
+
 def combine(seed: int, tokens: int) -> Arguments:
     chosen = ids(seed, EXPERTS, tokens, TOP_K)
     chosen[PADDED : PADDED + 1] = -1
@@ -418,6 +442,13 @@ CASES: dict[str, Case] = {
     "mla_decode": Case(mla_decode.mla_decode, mla_decode.mla_decode_ref, decode, {"out": 2**-6}),
     "mla_plan": Case(mla_plan.mla_plan, mla_plan.mla_plan_ref, plan, {"ws": 0}),
     "route": Case(routing.route, routing.route_ref, route, {"out_ids": 0, "out_weights": 1e-5}),
+    "route_of_parts": Case(
+        routing.route, routing.route_ref, route_of_parts, {"out_ids": 0, "out_weights": 1e-5}
+    ),
+    "route_with_lists": Case(
+        routing.route, routing.route_ref, route_with_lists,
+        {"out_ids": 0, "out_weights": 1e-5, "offsets": 0, "pairs": 0, "arrivals": 0},
+    ),
     "align": Case(routing.align, routing.align_ref, align, {"offsets": 0, "pairs": 0}),
     "combine": Case(routing.combine, routing.combine_ref, combine, {"out": 2**-7}),
     "grouped_gate_up": Case(
@@ -541,6 +572,76 @@ def test_a_tokens_bits_do_not_depend_on_how_many_there_are(name: str, launcher: 
         some = whole | {k: whole[k][:tokens].contiguous() for k in by_token}
         got = run(case, launcher, copied(case, some))["out"].cpu()
         assert torch.equal(bits(got), bits(want[:tokens].clone())), f"{tokens} tokens"
+
+
+@pytest.mark.parametrize("experts", [32, 64, 256, 384])
+def test_the_router_loses_nothing_and_goes_by_the_token_alone(
+    experts: int, launcher: Launcher
+) -> None:
+    x, w = randn(0, 130, HIDDEN).to(DEVICE), weight(experts, HIDDEN, dtype=F32).to(DEVICE)
+
+    def run(tokens: int, plan: router.RouterPlan | None = None) -> torch.Tensor:
+        parts = router.router_parts(experts, HIDDEN)
+        out = torch.full((parts, tokens, experts), float("nan"), device=DEVICE)
+        router.router(launcher, x[:tokens], w, out=out, plan=plan)
+        return out
+
+    whole = run(130)
+    exact = x.double() @ w.double().T
+    error = (whole.double().sum(0) - exact).norm() / exact.norm()
+    assert error < 3e-7, f"{float(error):.1e}: an fp32 product has about 1e-7"
+    for tokens in (1, 2, 8, 15, 16, 17, 32, 33, 64, 65, 129):
+        assert torch.equal(bits(run(tokens)), bits(whole[:, :tokens])), f"{tokens} tokens"
+    default = router.router_plan(experts, HIDDEN)
+    for warps, block_n in ((8, default.block_n), (4, 16), (4, 32)):
+        if (block_n < 64) == (default.block_n < 64):
+            plan = router.RouterPlan(block_n, default.block_k, warps)
+            assert torch.equal(bits(run(33, plan)), bits(whole[:, :33])), plan
+
+
+@pytest.mark.parametrize(("experts", "groups", "kept"), [(32, 8, 4), (256, 8, 4), (384, 1, 1)])
+def test_a_tokens_choice_goes_by_the_token_alone(
+    experts: int, groups: int, kept: int, launcher: Launcher
+) -> None:
+    """The lists are made, or not, by the number of tokens: the choice must not notice."""
+    parts = randn(0, 56, 130, experts, dtype=F32, std=0.1).to(DEVICE)
+    bias = randn(1, experts, dtype=F32, std=0.1).to(DEVICE)
+
+    def run(tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+        made = {"dtype": I32, "device": DEVICE}
+        ids = torch.zeros(tokens, 9, **made)
+        weights = torch.zeros(tokens, 9, device=DEVICE)
+        lists = {}
+        if routing.lists_fit(tokens, experts + 1):
+            lists = {"pairs": torch.zeros(9 * tokens, **made), "arrivals": torch.zeros(1, **made)}
+            lists["offsets"] = torch.zeros(experts + 2, **made)
+            width = routing.list_width(experts + 1)
+            lists["slots"] = torch.zeros(tokens, width, dtype=torch.int8, device=DEVICE)
+        for _ in range(3):
+            routing.route(
+                launcher,
+                parts[:, :tokens].contiguous(),
+                bias,
+                torch.arange(tokens, **made),
+                **{"num_groups": groups, "topk_groups": kept, "top_k": 8, "normalize": True},
+                scaling=2.5,
+                shared_id=experts,
+                out_ids=ids,
+                out_weights=weights,
+                **lists,
+            )
+        if lists:
+            offsets, pairs = lists["offsets"].clone(), lists["pairs"].clone()
+            routing.align(launcher, ids, expert_start=0, offsets=offsets, pairs=pairs)
+            assert torch.equal(offsets, lists["offsets"])
+            assert torch.equal(pairs, lists["pairs"])
+            assert int(lists["arrivals"]) == 0
+        return ids, weights
+
+    whole = run(130)
+    for tokens in (1, 2, 15, 16, 31, 32, 33, 64, 65, 129):
+        for got, want in zip(run(tokens), whole, strict=True):
+            assert torch.equal(bits(got), bits(want[:tokens])), f"{tokens} tokens"
 
 
 # ------------------------------------------------------------------ the row state
