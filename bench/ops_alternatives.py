@@ -192,8 +192,10 @@ def _latent_query(call: Call) -> list[Result]:
 
 
 def _absorb_v(call: Call) -> list[Result]:
-    o_latent, w_uv = call.args
-    heads = [o_latent[:, h].double() @ w_uv[h].double().T for h in range(w_uv.shape[0])]
+    o_latent, kv_len, w_uv = call.args
+    o = o_latent.double()
+    o[kv_len == 0] = 0.0
+    heads = [o[:, h] @ w_uv[h].double().T for h in range(w_uv.shape[0])]
     return _outputs(call, torch.cat(heads, 1), o_latent.dtype)
 
 

@@ -171,13 +171,28 @@ def rotated(
     return [call, *(call.replaced(dict(c)) for c in copied)]
 
 
+# Arguments with a line for each token, of operations that treat every token alone; of a result
+# in parts, [S, T, N], tokens are the second dimension.
+FIRST_TOKENS: dict[str, tuple[int, ...]] = {
+    "linear": (0,),
+    "linear_fp8": (0, 1),
+    "router": (0,),
+    "latent_query": (0, 1, 5, 6),
+    "absorb_v": (0, 1),
+}
+
+
 def prefix(call: Call, tokens: int) -> Call | None:
     """The call for its first tokens only, where that has a meaning; None where it has not."""
-    shared = {"linear": (0,), "linear_fp8": (0, 1), "router": (0,)}.get(call.op)
-    if shared is None:
+    places = FIRST_TOKENS.get(call.op)
+    if places is None:
         return None
-    new: dict[int | str, torch.Tensor] = {i: call.args[i][:tokens] for i in shared}
-    new["out"] = torch.empty_like(call.kwargs["out"][..., :tokens, :])
+    new: dict[int | str, torch.Tensor] = {i: call.args[i][:tokens] for i in places}
+    parts = call.op in ("linear", "linear_fp8", "router") and call.kwargs["out"].ndim == 3
+    for name in ("out", "out_q", "out_scale"):
+        whole = call.kwargs.get(name)
+        if whole is not None:
+            new[name] = torch.empty_like(whole[:, :tokens] if parts else whole[:tokens])
     return call.replaced(dict(new))
 
 

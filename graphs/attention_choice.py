@@ -124,13 +124,14 @@ def run_every_cut(ops: Ops, model: ModelConfig, call: Call) -> None:
             AttentionCut(backend, cut).bind(ops, model, call)()
 
 
-def points_for(max_seq_len: int) -> list[tuple[int, int]]:
+def points_for(max_rows: int, max_seq_len: int) -> list[tuple[int, int]]:
     """(rows, context) at which choices are compared; they do not follow the ladder, for two
-    runtimes of one model are to give the same bits."""
+    runtimes of one size are to give the same bits."""
     longest = max_seq_len - 1
-    found = [(rows, min(2000, longest)) for rows in (1, 8, 32, 64)]
+    counts = sorted({rows for rows in (1, 8, 32, 64) if rows < max_rows} | {min(64, max_rows)})
+    found = [(rows, min(2000, longest)) for rows in counts]
     if longest > 8192:
-        found += [(1, min(longest, 131072)), (8, min(longest, 32768))]
+        found += [(1, min(longest, 131072)), (min(8, max_rows), min(longest, 32768))]
     return found
 
 

@@ -16,7 +16,7 @@ import torch
 from graphs.calls import Call, Hook
 from graphs.ops import Ops
 from kernels.triton.grouped import DOWN_PLAN, GATE_UP_PLAN, GroupedPlan
-from kernels.triton.linear import LinearPlan, linear_plan
+from kernels.triton.linear import PAIRED_N, LinearPlan, linear_plan
 from kernels.triton.router import RouterPlan, router_plan
 from kernels.triton.tiles import FP8_GROUP
 
@@ -58,7 +58,7 @@ class Candidate:
         router's tiles the height, for it decides the tensor cores' instruction."""
         bits = "one order"
         if isinstance(plan, LinearPlan):
-            bits = f"splits={plan.splits}"
+            bits = plan.order
         elif isinstance(plan, RouterPlan):
             bits = f"block_k={plan.block_k} {'low' if plan.block_n < 64 else 'tall'} tiles"
         return cls(plan_name(plan), bits, plan=plan)
@@ -168,6 +168,12 @@ def _narrow_plans(default: LinearPlan, call: Call, n: int, k: int) -> list[Linea
     plans = [default, replace(default, per_sm=1)]
     for splits in (default.splits, *(s for s in counts if s == 1 or blocks // s >= 4)):
         plans += [LinearPlan(64, splits, unroll=unroll) for unroll in unrolls]
+    if call.op == "linear_fp8":
+        # Two tiles at once: a turn of the loop has four times the bytes of a tile of 64 rows.
+        fills = max(1, round(PROGRAMS[0] / -(-n // PAIRED_N)))
+        for splits in dict.fromkeys((default.splits, fills)):
+            if splits == 1 or blocks // splits >= 4:
+                plans += [LinearPlan(PAIRED_N, splits, per_sm=per_sm) for per_sm in (1, 2)]
     return plans
 
 
@@ -185,6 +191,8 @@ def _grouped_plans(call: Call) -> list[GroupedPlan]:
         default,
         *(replace(default, per_sm=per_sm) for per_sm in (1, 2, 3)),
         replace(default, block_n=64),
+        *(replace(default, prefetch=blocks) for blocks in (0, 1, 2)),
+        *(replace(default, walk=walk, per_sm=per_sm) for walk in (0, 1) for per_sm in (1, 2, 3)),
     ]
     return [p for p in dict.fromkeys(plans) if _fits(p, call)]
 

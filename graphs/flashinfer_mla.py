@@ -152,7 +152,10 @@ class FlashinferMla:
         part_lse: torch.Tensor,
         out: torch.Tensor,
     ) -> None:
-        """Attend with every token of the planned step; tokens of length 0 get zeros.
+        """Attend with every token of the planned step.
+
+        A token of length 0 gets zeros from the merge, and nothing where no row can have a second
+        split: then there is none, and `absorb_v` does not look at what such a token has.
 
         On `meta` tensors only our own kernels are launched (that is, listed).
 
@@ -193,7 +196,8 @@ class FlashinferMla:
                 1.0,
                 None,  # no FP8 scales
             )
-        merge(launch, kv_len, part_o, part_lse, cut=self.cut, out=out)
+        if part_o.shape[1] > 1:
+            merge(launch, kv_len, part_o, part_lse, cut=self.cut, out=out)
 
     @cached_property
     def _module(self) -> Any:

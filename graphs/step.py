@@ -243,11 +243,11 @@ class DecodeStep:
         )
         self._query(b, name, q_norm)
         self.attention.run(b, b[f"kv.{layer}"])
-        o = Activation.of(b, "o")
+        o, attended = Activation.of(b, "o"), (b["o_latent"], b["kv_len"], w[name + "w_uv"])
         if o.plain is None:
-            self.ops.absorb_v(b["o_latent"], w[name + "w_uv"], **o.quantised_only)
+            self.ops.absorb_v(*attended, **o.quantised_only)
         else:
-            self.ops.absorb_v(b["o_latent"], w[name + "w_uv"], out=o.plain)
+            self.ops.absorb_v(*attended, out=o.plain)
             if o.q is not None:
                 self.ops.quantize(o.plain, out_q=o.q, out_scale=o.scale)
         self._linear(b, name + "o", o, b["o_out"])

@@ -18,10 +18,14 @@ import torch
 import triton
 import triton.language as tl
 
+from kernels.triton.grouped_parts import expert_of, gather_rows, store_hidden, store_pairs
+from kernels.triton.grouped_walk import down_walk_kernel, gate_up_walk_kernel
 from kernels.triton.launch import Arg, Launcher, TensorMap
 from kernels.triton.overlap import (
+    OFF,
     await_inputs_streaming,
     overlap,
+    prefetch_rows,
     release_dependents,
 )
 from kernels.triton.tiles import (
@@ -43,6 +47,7 @@ from kernels.triton.tiles import (
 
 BLOCK_N = 128  # weight rows of a tile; one quantisation group of the experts' hidden activation
 PAIR_BLOCKS = (16, 32, 64)  # pairs of a tile; an expert's own count chooses, on the device
+WALK_PAIRS = 32  # of the tallest tile of programs that walk: an expert with more is several items
 FP8_MAX = 448.0
 FP8_MIN_AMAX = 1e-4
 
@@ -54,64 +59,24 @@ class GroupedPlan:
     Attributes:
         block_n: weight rows of a tile: 64 or 128; FP8 gate_up takes 128, a quantisation group.
         per_sm: programs that are to share an SM; decides how deep each is pipelined.
+        prefetch: blocks of K whose weights are asked for before the inputs are there: 0, 1, 2 or 4.
+        walk: 1: as many programs as the chip holds walk from tile to tile; 0: one for each tile.
     """
 
     block_n: int = BLOCK_N
     per_sm: int = 2
+    prefetch: int = 0
+    walk: int = 0
 
     def __post_init__(self) -> None:
         if self.block_n not in (64, 128) or self.per_sm not in BUDGET_BYTES:
             raise ValueError(f"expected block_n 64 or 128 and 1 to 3 programs, got {self}")
+        if self.prefetch not in (0, 1, 2, 4) or self.walk not in (0, 1):
+            raise ValueError(f"expected prefetch 0, 1, 2 or 4 and walk 0 or 1, got {self}")
 
 
 GATE_UP_PLAN = GroupedPlan()
 DOWN_PLAN = GroupedPlan()
-
-
-@triton.jit
-def _expert_of(offsets, slot, E: tl.constexpr, E_POW2: tl.constexpr, COMPACT: tl.constexpr):
-    """Expert of a grid slot, and the bounds of its pairs; first == end leaves nothing to do."""
-    if COMPACT:
-        # The grid is as high as experts can be busy: slot j takes the j-th expert that has pairs.
-        ids = tl.arange(0, E_POW2)
-        begins = tl.load(offsets + ids, mask=ids < E, other=0)
-        ends = tl.load(offsets + ids + 1, mask=ids < E, other=0)
-        busy = (ends > begins).to(tl.int32)
-        mine = (tl.cumsum(busy, 0) == slot + 1) & (busy == 1)
-        expert = tl.sum(tl.where(mine, ids, 0), 0)
-        first = tl.sum(tl.where(mine, begins, 0), 0)
-        end = tl.sum(tl.where(mine, ends, 0), 0)
-    else:
-        expert = slot
-        first = tl.load(offsets + slot)
-        end = tl.load(offsets + slot + 1)
-    return expert, first, end
-
-
-@triton.jit
-def _gather_rows(
-    x,  # [rows, K], pitch X_PITCH
-    rows,  # i64 [BLOCK_P]
-    live,  # bool [BLOCK_P]
-    k,
-    K: tl.constexpr,
-    X_PITCH: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    EVEN_K: tl.constexpr,
-):
-    """The [BLOCK_P, BLOCK_K] tile of scattered rows at column k, zero outside."""
-    c = k + tl.arange(0, BLOCK_K)
-    inside = live[:, None]
-    if not EVEN_K:
-        inside = inside & (c < K)[None, :]
-    return tl.load(x + rows[:, None] * X_PITCH + c[None, :], mask=inside, other=0.0)
-
-
-@triton.jit
-def _store_pairs(out, acc, pair, live, n, N: tl.constexpr):
-    """Write acc [BLOCK_N, BLOCK_P] to out[pair, n], the part inside the matrix."""
-    at = out + pair.to(tl.int64)[:, None] * N + n[None, :]
-    tl.store(at, tl.trans(acc).to(out.dtype.element_ty), mask=live[:, None] & (n < N)[None, :])
 
 
 @triton.jit
@@ -149,7 +114,6 @@ def _gate_up_tiles(
     gate_row = up_row - INTER
     gate_scale = w_scale + (expert * (2 * scale_rows) + n_tile) * blocks
     up_scale = gate_scale + scale_rows * blocks
-    n = n_tile * BLOCK_N + tl.arange(0, BLOCK_N)
     for p0 in range(first, end, BLOCK_P):
         at = p0 + tl.arange(0, BLOCK_P)
         live = at < end
@@ -164,7 +128,7 @@ def _gate_up_tiles(
             ut = load_tile(
                 w, up_row, k, up_begin + INTER, K, K, BLOCK_N, BLOCK_K, W_TMA, EVEN_N, EVEN_K
             )
-            xt = tl.trans(_gather_rows(x, row, live, k, K, X_PITCH, BLOCK_K, EVEN_K))
+            xt = tl.trans(gather_rows(x, row, live, k, K, X_PITCH, BLOCK_K, EVEN_K))
             if FP8:
                 scale = load_scale(x_scale, token, live, kb, blocks, blocks, BLOCK_P)
                 # The weights' scales stay scalars: one set of token scales serves both products.
@@ -174,14 +138,7 @@ def _gate_up_tiles(
                 gate = tl.dot(gt, xt, gate, input_precision="ieee")
                 up = tl.dot(ut, xt, up, input_precision="ieee")
         release_dependents(PDL)
-        h = gate / (1.0 + tl.exp(-gate)) * up
-        if FP8:
-            if not EVEN_N:
-                h = tl.where((n < INTER)[:, None], h, 0.0)
-            scale = tl.div_rn(tl.maximum(tl.max(tl.abs(h), 0), 1e-4), 448.0)
-            h = h / scale[None, :]
-            tl.store(out_scale + pair * scale_rows + n_tile, scale, mask=live)
-        _store_pairs(out, h, pair, live, n, INTER)
+        store_hidden(out, out_scale, gate, up, pair, live, n_tile, INTER, BLOCK_N, FP8, EVEN_N)
 
 
 @triton.jit
@@ -189,6 +146,7 @@ def _gate_up_kernel(
     x,  # act or e4m3 [T, K], pitch X_PITCH
     x_scale,  # f32 [T, K/128]
     w,  # as x [E, 2*INTER, K]: gate rows, then up rows
+    w_rows,  # w behind a plain pointer
     w_scale,  # f32 [E, 2*(INTER/128), K/128]
     offsets,  # i32 [E+1]
     pairs,  # i32 [T*TOP_K]
@@ -211,6 +169,7 @@ def _gate_up_kernel(
     STAGES_16: tl.constexpr,
     STAGES_32: tl.constexpr,
     STAGES_64: tl.constexpr,
+    PREFETCH: tl.constexpr,
     PDL: tl.constexpr,
 ):
     # How many pairs an expert has is known on the device only: one kernel holds several heights.
@@ -218,8 +177,13 @@ def _gate_up_kernel(
     slot = tl.program_id(1)
     if not COMPACT:
         slot = E - 1 - slot  # a shared expert is the last and has the most to do: it goes first
+    if PREFETCH > 0:
+        up_end = (slot + 1) * (2 * INTER)
+        row = up_end - INTER + n_tile * BLOCK_N
+        prefetch_rows(w_rows, row, 0, up_end, K, K, BLOCK_N, PREFETCH * BLOCK_K)
+        prefetch_rows(w_rows, row - INTER, 0, up_end - INTER, K, K, BLOCK_N, PREFETCH * BLOCK_K)
     await_inputs_streaming(PDL)
-    expert, first, end = _expert_of(offsets, slot, E, E_POW2, COMPACT)
+    expert, first, end = expert_of(offsets, slot, E, E_POW2, COMPACT)
     if HIGHEST == 16 or end - first <= 16:
         _gate_up_tiles(
             x, x_scale, w, w_scale, pairs, out, out_scale, expert, n_tile, first, end,
@@ -282,7 +246,7 @@ def _down_tiles(
             wt = load_tile(
                 w, w_row, k, expert * N + N, K, K, BLOCK_N, BLOCK_K, W_TMA, EVEN_N, EVEN_K
             )
-            ht = tl.trans(_gather_rows(h, row, live, k, K, H_PITCH, BLOCK_K, EVEN_K))
+            ht = tl.trans(gather_rows(h, row, live, k, K, H_PITCH, BLOCK_K, EVEN_K))
             if FP8:
                 scale = load_scale(h_scale, pair, live, kb, blocks, blocks, BLOCK_P)
                 scale *= tl.load(tile_scale + kb)
@@ -290,7 +254,7 @@ def _down_tiles(
             else:
                 acc = tl.dot(wt, ht, acc, input_precision="ieee")
         release_dependents(PDL)
-        _store_pairs(out, acc, pair, live, n, N)
+        store_pairs(out, acc, pair, live, n, N)
 
 
 @triton.jit
@@ -298,6 +262,7 @@ def _down_kernel(
     h,  # act or e4m3 [P, K], pitch H_PITCH
     h_scale,  # f32 [P, K/128]
     w,  # as h [E, N, K]
+    w_rows,  # w behind a plain pointer
     w_scale,  # f32 [E, N/128, K/128]
     offsets,  # i32 [E+1]
     pairs,  # i32 [P]
@@ -318,6 +283,7 @@ def _down_kernel(
     STAGES_16: tl.constexpr,
     STAGES_32: tl.constexpr,
     STAGES_64: tl.constexpr,
+    PREFETCH: tl.constexpr,
     PDL: tl.constexpr,
 ):
     # How many pairs an expert has is known on the device only: one kernel holds several heights.
@@ -325,8 +291,12 @@ def _down_kernel(
     slot = tl.program_id(1)
     if not COMPACT:
         slot = E - 1 - slot  # a shared expert is the last and has the most to do: it goes first
+    if PREFETCH > 0:
+        row_end = (slot + 1) * N
+        row = row_end - N + n_tile * BLOCK_N
+        prefetch_rows(w_rows, row, 0, row_end, K, K, BLOCK_N, PREFETCH * BLOCK_K)
     await_inputs_streaming(PDL)
-    expert, first, end = _expert_of(offsets, slot, E, E_POW2, COMPACT)
+    expert, first, end = expert_of(offsets, slot, E, E_POW2, COMPACT)
     if HIGHEST == 16 or end - first <= 16:
         _down_tiles(
             h, h_scale, w, w_scale, pairs, out, expert, n_tile, first, end,
@@ -391,11 +361,12 @@ def grouped_gate_up(
         check_scale("out_scale", out_scale, (num_pairs, rows))
     tiles = _Tiles.of(launch, plan, w, inter, 2, num_pairs, x.shape[0], fp8=fp8)
     launch(
-        _gate_up_kernel,
+        gate_up_walk_kernel if plan.walk else _gate_up_kernel,
         tiles.grid,
         x,
         _or(x_scale, x),
         tiles.w,
+        w.view(-1, k),
         _or(w_scale, x),
         offsets,
         pairs,
@@ -406,7 +377,7 @@ def grouped_gate_up(
         X_PITCH=x.stride(0),
         **tiles.constexprs,
         num_warps=tiles.num_warps,
-        num_stages=tiles.stages[0],
+        num_stages=tiles.stages,
         **overlap(launch),
     )
 
@@ -452,11 +423,12 @@ def grouped_down(
         check_scale("w_scale", w_scale, (num_experts, triton.cdiv(n, FP8_GROUP), groups))
     tiles = _Tiles.of(launch, plan, w, n, 1, num_pairs, num_pairs // top_k, fp8=fp8)
     launch(
-        _down_kernel,
+        down_walk_kernel if plan.walk else _down_kernel,
         tiles.grid,
         h,
         _or(h_scale, h),
         tiles.w,
+        w.view(-1, k),
         _or(w_scale, h),
         offsets,
         pairs,
@@ -465,7 +437,7 @@ def grouped_down(
         H_PITCH=h.stride(0),
         **tiles.constexprs,
         num_warps=tiles.num_warps,
-        num_stages=tiles.stages[0],
+        num_stages=tiles.stages,
         **overlap(launch),
     )
 
@@ -475,9 +447,9 @@ class _Tiles:
     """How the experts' weights are cut, and how the kernel reads them."""
 
     w: Arg
-    grid: tuple[int, int]
+    grid: tuple[int, ...]
     constexprs: dict[str, Any]
-    stages: tuple[int, ...]
+    stages: int
     num_warps: int
 
     @classmethod
@@ -509,34 +481,45 @@ class _Tiles:
         bulk = isinstance(source, TensorMap)
         highest = next((h for h in PAIR_BLOCKS if h >= most), PAIR_BLOCKS[-1]) if bulk else 16
         per_sm = plan.per_sm if fp8 else 2
+        if plan.walk:
+            highest = min(highest, WALK_PAIRS)
         if fp8 and halves == 2 and highest > 32:
             per_sm = 1  # two tall fp32 accumulators and a partial product take all registers
         budget = BUDGET_BYTES[per_sm]
-        stages = tuple(
-            max(2, pipeline_stages(halves * block_n, height, budget)) for height in PAIR_BLOCKS
-        )
+        stages = {
+            height: max(2, pipeline_stages(halves * block_n, height, budget))
+            for height in PAIR_BLOCKS
+        }
         compact = num_pairs < num_experts
+        across = triton.cdiv(rows, block_n)
+        # No more experts can have pairs than there are pairs: idle programs cost a step, too.
+        slots = min(num_experts, num_pairs)
+        constexprs = {
+            "E": num_experts,
+            "E_POW2": triton.next_power_of_2(num_experts),
+            "K": k,
+            "BLOCK_N": block_n,
+            "BLOCK_K": block_k,
+            "FP8": fp8,
+            "W_TMA": bulk,
+            "EVEN_N": rows % block_n == 0,
+            "EVEN_K": k % block_k == 0,
+            # Which expert a slot of a compact grid takes is known only once the lists are there.
+            "PREFETCH": plan.prefetch if bulk and not compact and launch.pdl != OFF else 0,
+        }
+        if plan.walk:
+            chunks = slots + num_pairs // highest  # at most: a last one of each expert, full ones
+            grid: tuple[int, ...] = (min(across * chunks, per_sm * launch.num_sms),)
+            constexprs |= {"BLOCK_P": highest, "STAGES": stages[highest]}
+        else:
+            grid = (across, slots)
+            constexprs |= {"COMPACT": compact, "HIGHEST": highest}
+            constexprs |= {f"STAGES_{height}": stages[height] for height in PAIR_BLOCKS}
         return cls(
             w=source,
-            # No more experts can have pairs than there are pairs: idle programs cost a step, too.
-            grid=(triton.cdiv(rows, block_n), min(num_experts, num_pairs)),
-            constexprs={
-                "E": num_experts,
-                "E_POW2": triton.next_power_of_2(num_experts),
-                "COMPACT": compact,
-                "K": k,
-                "BLOCK_N": block_n,
-                "BLOCK_K": block_k,
-                "FP8": fp8,
-                "W_TMA": bulk,
-                "EVEN_N": rows % block_n == 0,
-                "EVEN_K": k % block_k == 0,
-                "HIGHEST": highest,
-                "STAGES_16": stages[0],
-                "STAGES_32": stages[1],
-                "STAGES_64": stages[2],
-            },
-            stages=stages,
+            grid=grid,
+            constexprs=constexprs,
+            stages=stages[highest],
             num_warps=max(4, block_n * halves // 32),  # a warp group for each tile of 128 rows
         )
 

@@ -110,6 +110,7 @@ def _absorb_q(
 @triton.jit
 def _absorb_v(
     o_latent,  # act [T, H, DC], row pitch o_pitch
+    kv_len,  # int32 [T]
     w_uv,  # act [H, DV, DC]
     out,  # act [T, H*DV], row pitch out_pitch, or unused
     out_q,  # e4m3 [T, H*DV], row pitch out_q_pitch, or unused
@@ -137,11 +138,14 @@ def _absorb_v(
     w_at = w_uv + head.to(tl.int64) * (DV * DC) + v[:, None] * DC + c[None, :]
     x_at = o_latent + head * DC + t.to(tl.int64)[None, :] * o_pitch + c[:, None]
     await_inputs(PDL)
+    real = tl.load(kv_len + t, mask=t < T, other=0) > 0
     acc = tl.zeros([BLOCK_V, BLOCK_T], tl.float32)
     for c0 in range(0, DC, BLOCK_C):
         w = tl.load(w_at + c0, mask=(v[:, None] < DV) & (c[None, :] + c0 < DC), other=0.0)
         x = tl.load(x_at + c0, mask=(t[None, :] < T) & (c[:, None] + c0 < DC), other=0.0)
         acc = tl.dot(w, x, acc, input_precision=PRECISION)
+    # Attention may leave a padded token as it was.
+    acc = tl.where(real[None, :], acc, 0.0)
     y = tl.trans(acc.to(o_latent.dtype.element_ty))
     row = t.to(tl.int64)[:, None]
     col = head * DV + v[None, :]
@@ -242,6 +246,7 @@ def absorb_q_ref(
 def absorb_v(
     launch: Launcher,
     o_latent: torch.Tensor,
+    kv_len: torch.Tensor,
     w_uv: torch.Tensor,
     *,
     out: torch.Tensor | None = None,
@@ -252,6 +257,7 @@ def absorb_v(
 
     Args:
         o_latent: act [T, H, dc].
+        kv_len: int32 [T]; a token of 0 is padding and gives zeros, whatever o_latent holds.
         w_uv: act [H, dv, dc].
         out: act [T, H*dv]; the row pitch may exceed the width.
         out_q, out_scale: the same (after its rounding to act) quantised, e4m3 [T, H*dv] and
@@ -270,6 +276,7 @@ def absorb_v(
         _absorb_v,
         (num_heads * triton.cdiv(dv, tile.rows), triton.cdiv(tokens, block_t)),
         o_latent,
+        kv_len,
         w_uv,
         o_latent if out is None else out,
         o_latent if out_q is None else out_q,
@@ -295,6 +302,7 @@ def absorb_v(
 
 def absorb_v_ref(
     o_latent: torch.Tensor,
+    kv_len: torch.Tensor,
     w_uv: torch.Tensor,
     *,
     out: torch.Tensor | None = None,
@@ -303,7 +311,8 @@ def absorb_v_ref(
 ) -> None:
     """`absorb_v` in plain torch."""
     _check_v(o_latent, w_uv, out, out_q, out_scale)
-    y = einsum_rows("thc,hvc->thv", o_latent.float(), w_uv.float()).to(o_latent.dtype)
+    o = o_latent.masked_fill((kv_len == 0)[:, None, None], 0.0)
+    y = einsum_rows("thc,hvc->thv", o.float(), w_uv.float()).to(o.dtype)
     flat = y.reshape(y.shape[0], -1)
     if out is not None:
         out.copy_(flat)

@@ -17,6 +17,7 @@ from kernels.triton.launch import Launcher, TensorMap
 from kernels.triton.overlap import await_inputs, await_inputs_streaming, overlap
 
 MERGE_HEADS = 4  # heads of one merge CTA
+LONG_CUT = 2048  # tokens; from here on most rows have one split, and there is nothing to merge
 HOPPER = "sm_90"
 LOG2_E = 1.4426950408889634
 REF_BYTES = 64 << 20  # of gathered KV that the oracle holds at a time
@@ -155,22 +156,26 @@ def _merge(
     SPLITS: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    AHEAD: tl.constexpr,  # load two splits before it is known whether there are any
     PDL: tl.constexpr,
 ):
     await_inputs(PDL)
     t = tl.program_id(0).to(tl.int64)
+    used = (tl.load(kv_len + t) + CUT - 1) // CUT
+    # The first is settled by the compiler, the second on the device.
+    if not AHEAD:  # noqa: SIM102
+        if used == 1:
+            return
     h = (tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H))[:, None]
     c = tl.arange(0, BLOCK_C)[None, :]
     mask = (h < H) & (c < DC)
-    # The first two splits are loaded before it is known whether there are any: where there are not,
-    # what they hold is dropped.
+    # Where there are not as many, what the first two hold is dropped.
     first = t * SPLITS * H + h
     second = first + (H if SPLITS > 1 else 0)
     lse_0 = tl.load(part_lse + first, mask=h < H, other=0.0)
     lse_1 = tl.load(part_lse + second, mask=h < H, other=0.0)
     o_0 = tl.load(part_o + first * DC + c, mask=mask, other=0.0).to(tl.float32)
     o_1 = tl.load(part_o + second * DC + c, mask=mask, other=0.0).to(tl.float32)
-    used = (tl.load(kv_len + t) + CUT - 1) // CUT
     if used == 1:
         return
     high = tl.maximum(lse_0, lse_1)
@@ -355,6 +360,7 @@ def merge(
         SPLITS=part_o.shape[1],
         BLOCK_H=MERGE_HEADS,
         BLOCK_C=_pow2(dc),
+        AHEAD=cut < LONG_CUT,
         num_warps=4,
         **overlap(launch),
     )

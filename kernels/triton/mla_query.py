@@ -15,6 +15,7 @@ import triton.language as tl
 from kernels.triton.launch import Launcher, TensorMap
 from kernels.triton.linear import linear_fp8_ref
 from kernels.triton.mla_absorb import absorb_q_ref
+from kernels.triton.mla_prep import rotated
 from kernels.triton.overlap import (
     await_inputs_streaming,
     overlap,
@@ -56,7 +57,7 @@ def _rotate(x, angles, PAIRS: tl.constexpr, INTERLEAVE: tl.constexpr):
     pair = tl.arange(0, PAIRS)[None, :]
     cos = tl.load(angles + pair)
     sin = tl.load(angles + PAIRS + pair)
-    return a * cos - b * sin, b * cos + a * sin
+    return rotated(a, b, cos, sin)
 
 
 @triton.jit

@@ -52,6 +52,14 @@ def load_tile(
 
 
 @triton.jit
+def store_tokens_major(dst, acc, n, t, num_tokens, N: tl.constexpr, PITCH: tl.constexpr):
+    """Write acc [BLOCK_N, BLOCK_T] to dst[t, n], the part inside the matrix."""
+    at = dst + t.to(tl.int64)[:, None] * PITCH + n[None, :]
+    inside = (t < num_tokens)[:, None] & (n < N)[None, :]
+    tl.store(at, tl.trans(acc).to(dst.dtype.element_ty), mask=inside)
+
+
+@triton.jit
 def load_scale(
     scale,  # f32 [rows, GROUPS], pitch PITCH
     row,  # i32 [BLOCK]

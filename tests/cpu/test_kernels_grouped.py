@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import product
 
 import pytest
 import torch
 
 from kernels.triton.grouped import (
+    GroupedPlan,
     grouped_down,
     grouped_down_ref,
     grouped_gate_up,
@@ -29,6 +31,8 @@ from tests.cpu.test_kernels_linear import (
 )
 
 LAUNCH = JitLauncher()
+NARROW = JitLauncher(num_sms=1)  # so that programs that walk have several tiles each
+GRID, WALK = GroupedPlan(), GroupedPlan(walk=1)
 I32 = torch.int32
 pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")
 # Pairs of each expert: none, one, and one less and one more than every tile height.
@@ -82,30 +86,31 @@ def _input(rows: int, cols: int, dtype: torch.dtype) -> tuple[torch.Tensor, torc
 
 
 def _gate_up(
-    run: str, x: torch.Tensor, xs: torch.Tensor | None, w: Experts, r: Routing
+    run: GroupedPlan | str, x: torch.Tensor, xs: torch.Tensor | None, w: Experts, r: Routing
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Outputs full of ones (e4m3 0x38) where nothing was written."""
     inter = w.gate_up.shape[1] // 2
     out = torch.ones(r.num_pairs, inter).to(x.dtype)
     scale = None if xs is None else torch.ones(r.num_pairs, -(-inter // 128))
     args = (x, xs, w.gate_up, w.gate_up_scale, r.offsets, r.pairs)
-    if run == "ref":
+    if isinstance(run, str):
         grouped_gate_up_ref(*args, top_k=r.top_k, out=out, out_scale=scale)
     else:
-        grouped_gate_up(LAUNCH, *args, top_k=r.top_k, out=out, out_scale=scale)
+        launch = NARROW if run.walk else LAUNCH
+        grouped_gate_up(launch, *args, top_k=r.top_k, out=out, out_scale=scale, plan=run)
     return out, scale
 
 
 def _down(
-    run: str, h: torch.Tensor, hs: torch.Tensor | None, w: Experts, r: Routing
+    run: GroupedPlan | str, h: torch.Tensor, hs: torch.Tensor | None, w: Experts, r: Routing
 ) -> torch.Tensor:
     dtype = F32 if h.dtype == FP8 else h.dtype
     out = torch.ones(r.num_pairs, w.down.shape[1], dtype=dtype)
     args = (h, hs, w.down, w.down_scale, r.offsets, r.pairs)
-    if run == "ref":
+    if isinstance(run, str):
         grouped_down_ref(*args, out=out)
     else:
-        grouped_down(LAUNCH, *args, out=out)
+        grouped_down(NARROW if run.walk else LAUNCH, *args, out=out, plan=run)
     return out
 
 
@@ -123,17 +128,19 @@ def _same_codes(got: torch.Tensor, want: torch.Tensor) -> None:
     assert (apart > 0).float().mean() < 0.01
 
 
-def _check(r: Routing, inter: int, hidden: int, dtype: torch.dtype) -> None:
+def _check(
+    r: Routing, inter: int, hidden: int, dtype: torch.dtype, plan: GroupedPlan = GRID
+) -> None:
     w = Experts.random(len(r.counts), inter, hidden, dtype)
     x, xs = _input(r.tokens, hidden, dtype)
-    (got, got_scale), (want, want_scale) = (_gate_up(run, x, xs, w, r) for run in ("", "ref"))
+    (got, got_scale), (want, want_scale) = (_gate_up(run, x, xs, w, r) for run in (plan, "ref"))
     if dtype == FP8:
         assert got_scale is not None
         torch.testing.assert_close(got_scale, want_scale, rtol=1e-5, atol=0)
         _same_codes(got[r.listed], want[r.listed])
     else:
         torch.testing.assert_close(got, want, rtol=2e-3 if dtype == F16 else 1e-5, atol=1e-5)
-    got_y, want_y = (_down(run, want, want_scale, w, r) for run in ("", "ref"))
+    got_y, want_y = (_down(run, want, want_scale, w, r) for run in (plan, "ref"))
     torch.testing.assert_close(got_y, want_y, rtol=2e-3 if dtype == F16 else 1e-5, atol=1e-4)
     untouched = torch.ones(r.num_pairs, dtype=torch.bool)
     untouched[r.listed] = False
@@ -149,8 +156,11 @@ def _check(r: Routing, inter: int, hidden: int, dtype: torch.dtype) -> None:
         (F32, 130, 101),
     ],
 )
-def test_counts_around_every_tile_height(dtype: torch.dtype, inter: int, hidden: int) -> None:
-    _check(Routing(COUNTS, top_k=2, tokens=80), inter, hidden, dtype)
+@pytest.mark.parametrize("plan", [GRID, WALK], ids=["grid", "walk"])
+def test_counts_around_every_tile_height(
+    dtype: torch.dtype, inter: int, hidden: int, plan: GroupedPlan
+) -> None:
+    _check(Routing(COUNTS, top_k=2, tokens=80), inter, hidden, dtype, plan)
 
 
 @pytest.mark.parametrize("dtype", [F16, FP8])
@@ -164,12 +174,13 @@ def test_counts_around_every_tile_height(dtype: torch.dtype, inter: int, hidden:
     ],
     ids=["one expert", "idle", "compact", "single"],
 )
-def test_skewed_routing(routing: Routing, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("plan", [GRID, WALK], ids=["grid", "walk"])
+def test_skewed_routing(routing: Routing, dtype: torch.dtype, plan: GroupedPlan) -> None:
     if routing.listed.numel():
-        _check(routing, 128, 128, dtype)
+        _check(routing, 128, 128, dtype, plan)
         return
     w = Experts.random(3, 128, 128, dtype)
-    out, _ = _gate_up("", *_input(3, 128, dtype), w, routing)
+    out, _ = _gate_up(plan, *_input(3, 128, dtype), w, routing)
     assert (out.float() == 1).all()
 
 
@@ -188,16 +199,19 @@ def test_a_pairs_bits_do_not_depend_on_its_company(dtype: torch.dtype) -> None:
     )
     xs = torch.rand(1, 3)
     seen = []
-    for count, tokens in ((1, 1), (17, 20), (33, 40), (70, 80)):
+    cases = ((1, 1), (17, 20), (33, 40), (70, 80))
+    for (count, tokens), plan in product(cases, (GRID, WALK)):
         r = Routing((count,), top_k=1, tokens=tokens)
         mine = int(r.listed[count - 1])
         x = exact_in_tiles(tokens, hidden, seed=count)
         x[mine] = token
-        h, hs = _gate_up("", x.to(dtype), xs.expand(tokens, 3).contiguous() if fp8 else None, w, r)
+        h, hs = _gate_up(
+            plan, x.to(dtype), xs.expand(tokens, 3).contiguous() if fp8 else None, w, r
+        )
         h_exact = exact_in_tiles(tokens, inter, seed=count)
         h_exact[mine] = exact_in_tiles(1, inter, seed=78)[0]
         y = _down(
-            "", h_exact.to(dtype), xs[:, :2].expand(tokens, 2).contiguous() if fp8 else None, w, r
+            plan, h_exact.to(dtype), xs[:, :2].expand(tokens, 2).contiguous() if fp8 else None, w, r
         )
         seen.append((h.view(torch.uint8)[mine], y[mine], None if hs is None else hs[mine]))
     for h, y, hs in seen:
@@ -263,10 +277,19 @@ def test_real_shapes_compile_without_spills() -> None:
     assert {b["arch"] for b in built} == {90, 100}
     assert not [b for b in built if b["stack_bytes"] or b["shared_bytes"] > 227 * 1024]
     assert all(b["mma"] for b in built)
+    assert {"gate_up_walk_kernel", "down_walk_kernel"} <= {b["kernel"] for b in built}
 
 
 def _launch(
-    launch: Launcher, tokens: int, experts: int, inter: int, hidden: int, top_k: int, *, fp8: bool
+    launch: Launcher,
+    tokens: int,
+    experts: int,
+    inter: int,
+    hidden: int,
+    top_k: int,
+    *,
+    fp8: bool,
+    plan: GroupedPlan = GRID,
 ) -> None:
     dtype = FP8 if fp8 else BF16
     pairs, groups = tokens * top_k, lambda n: -(-n // 128)
@@ -284,14 +307,20 @@ def _launch(
         top_k=top_k,
         out=h,
         out_scale=hs,
+        plan=plan,
     )
     w, ws = meta(experts, hidden, inter, dtype=dtype), scale(experts, groups(hidden), groups(inter))
-    grouped_down(launch, h, hs, w, ws, *lists, out=meta(pairs, hidden, dtype=BF16))
+    out = meta(pairs, hidden, dtype=BF16)
+    grouped_down(launch, h, hs, w, ws, *lists, top_k=top_k, out=out, plan=plan)
 
 
 def _real_shapes(launch: Launcher) -> None:
     _launch(launch, 256, 32, 2048, 7168, 8, fp8=True)  # DeepSeek-V3 on 8 ranks
     _launch(launch, 32, 64, 1408, 2048, 6, fp8=False)  # Moonlight
+    walk = GroupedPlan(per_sm=1, prefetch=2, walk=1)
+    for tokens in (1, 32):  # tiles of 16 and 32 pairs
+        _launch(launch, tokens, 33, 2048, 7168, 9, fp8=True, plan=walk)
+    _launch(launch, 32, 64, 1408, 2048, 6, fp8=False, plan=walk)
 
 
 if __name__ == "__main__":

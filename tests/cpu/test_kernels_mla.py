@@ -16,7 +16,14 @@ import torch
 
 from kernels.triton.launch import JitLauncher
 from kernels.triton.mla_absorb import absorb_q, absorb_q_ref, absorb_v, absorb_v_ref
-from kernels.triton.mla_decode import merge, merge_ref, mla_decode, mla_decode_ref, num_splits
+from kernels.triton.mla_decode import (
+    LONG_CUT,
+    merge,
+    merge_ref,
+    mla_decode,
+    mla_decode_ref,
+    num_splits,
+)
 from kernels.triton.mla_plan import PlanLayout, mla_plan
 from kernels.triton.mla_prep import mla_prep, mla_prep_ref, rope_ref
 
@@ -176,7 +183,10 @@ def test_absorb_q_matches_its_oracle(tokens: int, heads: int, dn: int, dr: int, 
 @pytest.mark.parametrize(("heads", "dv", "dc"), [(3, 20, 48), (2, 128, 128), (1, 256, 96)])
 def test_absorb_v_matches_its_oracle(tokens: int, heads: int, dv: int, dc: int) -> None:
     torch.manual_seed(tokens)
-    args = torch.randn(tokens, heads, dc), torch.randn(heads, dv, dc)
+    o, kv_len = torch.randn(tokens, heads, dc), torch.full((tokens,), 7, dtype=torch.int32)
+    if tokens > 1:
+        o[tokens // 2], kv_len[tokens // 2] = NAN, 0
+    args = o, kv_len, torch.randn(heads, dv, dc)
     got, want = torch.full((2, tokens, heads * dv), NAN)
     quantised: list[dict[str, torch.Tensor]] = [{}, {}]
     if dv % 128 == 0:
@@ -186,6 +196,8 @@ def test_absorb_v_matches_its_oracle(tokens: int, heads: int, dv: int, dc: int) 
     absorb_v(LAUNCH, *args, out=got, **quantised[0])
     absorb_v_ref(*args, out=want, **quantised[1])
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-4)
+    if tokens > 1:
+        assert (got[tokens // 2] == 0.0).all()
     for name, tensor in quantised[1].items():
         rtol = 2**-3 if name == "out_q" else 1e-5
         torch.testing.assert_close(
@@ -201,10 +213,11 @@ def test_absorption_of_a_token_does_not_depend_on_the_others() -> None:
     many, alone = torch.empty(40, 2, 56), torch.empty(1, 2, 56)
     out_many, out_alone = torch.empty(40, 40), torch.empty(1, 40)
     absorb_q(LAUNCH, q, w_uk, pos, row, table, interleave=False, out=many)
-    absorb_v(LAUNCH, many[..., :48].contiguous(), w_uv, out=out_many)
+    kv_len = row + 1
+    absorb_v(LAUNCH, many[..., :48].contiguous(), kv_len, w_uv, out=out_many)
     one = slice(33, 34)
     absorb_q(LAUNCH, q[one], w_uk, pos[one], row[one], table, interleave=False, out=alone)
-    absorb_v(LAUNCH, alone[..., :48].contiguous(), w_uv, out=out_alone)
+    absorb_v(LAUNCH, alone[..., :48].contiguous(), kv_len[one], w_uv, out=out_alone)
     assert torch.equal(many[one], alone)
     assert torch.equal(out_many[one], out_alone)
 
@@ -212,7 +225,11 @@ def test_absorption_of_a_token_does_not_depend_on_the_others() -> None:
 def test_absorb_v_refuses_to_quantise_a_partial_group() -> None:
     o, w_uv = torch.randn(2, 3, 48), torch.randn(3, 20, 48)
     with pytest.raises(ValueError, match="multiples of 128, got 20"):
-        absorb_v_ref(o, w_uv, out_q=torch.empty(2, 60, dtype=FP8), out_scale=torch.empty(2, 1))
+        absorb_v_ref(
+            *(o, _i32(1, 1), w_uv),
+            out_q=torch.empty(2, 60, dtype=FP8),
+            out_scale=torch.empty(2, 1),
+        )
 
 
 # Decode
@@ -332,10 +349,11 @@ def test_decode_of_a_chunk_is_decode_of_its_tokens() -> None:
     torch.testing.assert_close(got.double(), chunk.naive(), rtol=0, atol=5e-6)
 
 
+@pytest.mark.parametrize("cut", [32, LONG_CUT])
 @pytest.mark.parametrize("dtype", [F32, BF16])
-def test_merge_adds_only_used_splits(dtype: torch.dtype) -> None:
+def test_merge_adds_only_used_splits(dtype: torch.dtype, cut: int) -> None:
     torch.manual_seed(0)
-    length, cut, heads, dc = _i32(0, 5, 32, 33, 64, 100), 32, 5, 24
+    length, heads, dc = _i32(0, 1, cut, cut + 1, 2 * cut, 3 * cut + 4), 5, 24
     part_o = torch.randn(6, 4, heads, dc).to(dtype)
     part_lse = torch.randn(6, 4, heads) * 20
     for t, used in enumerate([0, 0, 0, 2, 2, 4]):  # a single split writes no part
@@ -410,7 +428,7 @@ def _launch_deepseek(launch: Any, tokens: int = 64, heads: int = 128) -> None:
         part_lse=_meta(tokens, 4, heads, dtype=F32),
     )
     absorb_v(
-        *(launch, _meta(tokens, heads, 512), _meta(heads, 128, 512)),
+        *(launch, _meta(tokens, heads, 512), length, _meta(heads, 128, 512)),
         out_q=_meta(tokens, heads * 128, dtype=FP8),
         out_scale=_meta(tokens, heads, dtype=F32),
     )

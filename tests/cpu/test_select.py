@@ -29,6 +29,7 @@ from graphs.choices import ChosenOps, KernelChoices, Pick, SiteChoice, site_of, 
 from graphs.devices import bind_views
 from graphs.ops import Ops
 from graphs.select import REFERENCE_TOKENS, check_pins, choose_site, confirm, fits_workspace
+from graphs.step_config import StepConfig, default_cut
 from graphs.timing import Timing
 from graphs.tuning_inputs import expert_lists, on_meta, with_tokens
 from graphs.weights import add_part_views
@@ -284,8 +285,8 @@ def test_a_name_is_a_plan_whether_listed_or_not() -> None:
     [
         ("cutlass", "expected words such as block_n=128, got 'cutlass'"),
         ("block_n=128", "expected all of block_n, per_sm, prefetch, splits, unroll"),
-        ("block_n=100 splits=1", "expected block_n 32 (fp32 weights), 64 or 128"),
-        ("block_n=128 splits=0", "64 or 128 and at least one split"),
+        ("block_n=100 splits=1", "expected block_n 32 (fp32 weights), 64, 128 or 256"),
+        ("block_n=128 splits=0", "FP8 weights) and at least one split"),
         ("block_n=128 splits=1 stages=9", "got 'stages=9'"),
     ],
 )
@@ -521,12 +522,36 @@ def test_attention_in_words() -> None:
             AttentionCut.parse(bad)
 
 
+def test_the_default_cut_fills_the_chip_once() -> None:
+    by_rows = {rows: default_cut(rows, 4096) for rows in (1, 4, 8, 16, 17, 32, 33, 64, 128, 256)}
+    assert by_rows == {
+        **{1: 256, 4: 256, 8: 256, 16: 512},
+        **{17: 1024, 32: 1024, 33: 2048, 64: 2048, 128: 2048, 256: 2048},
+    }
+    for rows in (8, 16, 32, 64):  # two SMs a split, of 132
+        assert rows * -(-2000 // by_rows[rows]) * 2 == 128
+
+
+@pytest.mark.parametrize("page_size", [16, 64, 512, 4096])
+@pytest.mark.parametrize("max_rows", [1, 3, 32, 300])
+def test_the_default_cut_limits_the_splits(max_rows: int, page_size: int) -> None:
+    for max_seq_len in (1, 64, 4096, 32768, 131072, 163840):
+        cut = default_cut(max_rows, max_seq_len, page_size)
+        step = StepConfig(max_rows, max_seq_len, 2, page_size, cut)  # it refuses what does not fit
+        assert step.splits <= (32 if max_rows == 1 else 16)
+        assert cut % 64 == 0
+    assert default_cut(1, 131072) == 4096
+
+
 @pytest.mark.parametrize("max_seq_len", [64, 2000, 4096, 32768, 163840])
 def test_points_and_cuts_fit_the_length(max_seq_len: int) -> None:
     cuts = cuts_for(max_seq_len, 64)
     assert cuts
     assert all(-(-max_seq_len // cut) <= 64 for cut in cuts)
-    assert all(1 <= context < max_seq_len for _, context in points_for(max_seq_len))
+    for max_rows in (1, 2, 8, 48, 256):
+        points = points_for(max_rows, max_seq_len)
+        assert all(1 <= context < max_seq_len and rows <= max_rows for rows, context in points)
+        assert max(rows for rows, _ in points) == min(64, max_rows)
 
 
 def test_an_example_lies_in_pages_of_its_own() -> None:

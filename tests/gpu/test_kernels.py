@@ -215,9 +215,12 @@ def norm_of_experts(seed: int, tokens: int) -> Arguments:
 
 
 def absorb_v(seed: int, tokens: int) -> Arguments:
-    o_latent = randn(seed, tokens, HEADS, LATENT)
+    o_latent, kv_len = randn(seed, tokens, HEADS, LATENT), ids(seed, 500, tokens) + 1
+    kv_len[PADDED : PADDED + 1] = 0
+    o_latent[kv_len == 0] = float("nan")
     w_uv = randn(3, HEADS, VALUE, LATENT, std=LATENT**-0.5)
-    return {"o_latent": o_latent, "w_uv": w_uv, "out": zeros(tokens, HEADS * VALUE)}
+    out = zeros(tokens, HEADS * VALUE)
+    return {"o_latent": o_latent, "kv_len": kv_len, "w_uv": w_uv, "out": out}
 
 
 def decode(seed: int, tokens: int) -> Arguments:

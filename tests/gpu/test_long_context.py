@@ -71,7 +71,7 @@ def long(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         store=str(tmp_path_factory.mktemp("long")),
     ) as runtime:
         assert runtime.config.attention == attention
-        assert runtime.config.cut == default_cut(LONGEST)
+        assert runtime.config.cut == default_cut(8, LONGEST)
         yield runtime
 
 

@@ -1,0 +1,111 @@
+"""Device functions of the experts' products: whose pairs a program takes, and how it gathers and
+stores their rows.
+
+Invariant: nothing here orders an addition along K or along the hidden width by the number of pairs.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def expert_of(offsets, slot, E: tl.constexpr, E_POW2: tl.constexpr, COMPACT: tl.constexpr):
+    """Expert of a grid slot, and the bounds of its pairs; first == end leaves nothing to do."""
+    if COMPACT:
+        # The grid is as high as experts can be busy: slot j takes the j-th expert that has pairs.
+        ids = tl.arange(0, E_POW2)
+        begins = tl.load(offsets + ids, mask=ids < E, other=0)
+        ends = tl.load(offsets + ids + 1, mask=ids < E, other=0)
+        busy = (ends > begins).to(tl.int32)
+        mine = (tl.cumsum(busy, 0) == slot + 1) & (busy == 1)
+        expert = tl.sum(tl.where(mine, ids, 0), 0)
+        first = tl.sum(tl.where(mine, begins, 0), 0)
+        end = tl.sum(tl.where(mine, ends, 0), 0)
+    else:
+        expert = slot
+        first = tl.load(offsets + slot)
+        end = tl.load(offsets + slot + 1)
+    return expert, first, end
+
+
+@triton.jit
+def _chunks(offsets, ids, E: tl.constexpr, BLOCK_P: tl.constexpr):
+    """How many tiles of BLOCK_P the pairs of each expert fill."""
+    begins = tl.load(offsets + ids, mask=ids < E, other=0)
+    ends = tl.load(offsets + ids + 1, mask=ids < E, other=0)
+    return (ends - begins + BLOCK_P - 1) // BLOCK_P
+
+
+@triton.jit
+def num_chunks(offsets, E: tl.constexpr, E_POW2: tl.constexpr, BLOCK_P: tl.constexpr):
+    """How many tiles of BLOCK_P the pairs of all experts fill."""
+    return tl.sum(_chunks(offsets, tl.arange(0, E_POW2), E, BLOCK_P), 0)
+
+
+@triton.jit
+def chunk_at(offsets, slot, E: tl.constexpr, E_POW2: tl.constexpr, BLOCK_P: tl.constexpr):
+    """Expert and pairs [first, end) of a chunk, counted from the first expert on."""
+    ids = tl.arange(0, E_POW2)
+    chunks = _chunks(offsets, ids, E, BLOCK_P)
+    before = tl.cumsum(chunks, 0) - chunks
+    mine = (before <= slot) & (slot < before + chunks)
+    # One reduction for both: E_POW2 is a power of two.
+    found = tl.sum(tl.where(mine, (slot - before) * E_POW2 + ids, 0), 0)
+    expert = found % E_POW2
+    first = tl.load(offsets + expert) + found // E_POW2 * BLOCK_P
+    end = tl.minimum(first + BLOCK_P, tl.load(offsets + expert + 1))
+    return expert, first, end
+
+
+@triton.jit
+def gather_rows(
+    x,  # [rows, K], pitch X_PITCH
+    rows,  # i64 [BLOCK_P]
+    live,  # bool [BLOCK_P]
+    k,
+    K: tl.constexpr,
+    X_PITCH: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    EVEN_K: tl.constexpr,
+):
+    """The [BLOCK_P, BLOCK_K] tile of scattered rows at column k, zero outside."""
+    c = k + tl.arange(0, BLOCK_K)
+    inside = live[:, None]
+    if not EVEN_K:
+        inside = inside & (c < K)[None, :]
+    return tl.load(x + rows[:, None] * X_PITCH + c[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def store_pairs(out, acc, pair, live, n, N: tl.constexpr):
+    """Write acc [BLOCK_N, BLOCK_P] to out[pair, n], the part inside the matrix."""
+    at = out + pair.to(tl.int64)[:, None] * N + n[None, :]
+    tl.store(at, tl.trans(acc).to(out.dtype.element_ty), mask=live[:, None] & (n < N)[None, :])
+
+
+@triton.jit
+def store_hidden(
+    out,  # act or e4m3 [P, INTER]
+    out_scale,  # f32 [P, INTER/128]
+    gate,  # f32 [BLOCK_N, BLOCK_P]
+    up,  # as gate
+    pair,  # i32 [BLOCK_P]
+    live,  # bool [BLOCK_P]
+    n_tile,
+    INTER: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    FP8: tl.constexpr,
+    EVEN_N: tl.constexpr,
+):
+    """SwiGLU and (FP8) the quantisation of one group of each pair's hidden activation."""
+    n = n_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    h = gate / (1.0 + tl.exp(-gate)) * up
+    if FP8:
+        if not EVEN_N:
+            h = tl.where((n < INTER)[:, None], h, 0.0)
+        scale = tl.div_rn(tl.maximum(tl.max(tl.abs(h), 0), 1e-4), 448.0)
+        h = h / scale[None, :]
+        tl.store(out_scale + pair * ((INTER + 127) // 128) + n_tile, scale, mask=live)
+    store_pairs(out, h, pair, live, n, INTER)
