@@ -30,6 +30,7 @@ from kernels.triton import (
     settle,
 )
 from kernels.triton.launch import Launcher
+from kernels.triton.tiles import sum_parts
 from tests.row_state import Device, random_steps
 
 DEVICE = "cuda"
@@ -538,6 +539,56 @@ def test_a_tokens_bits_do_not_depend_on_how_many_there_are(name: str, launcher: 
         some = whole | {k: whole[k][:tokens].contiguous() for k in by_token}
         got = run(case, launcher, copied(case, some))["out"].cpu()
         assert torch.equal(bits(got), bits(want[:tokens].clone())), f"{tokens} tokens"
+
+
+GROUPED_PLANS = [
+    grouped.GroupedPlan(per_sm=1, prefetch=2),
+    grouped.GroupedPlan(per_sm=1, walk=1),
+    grouped.GroupedPlan(per_sm=2, prefetch=1, walk=1),
+]
+
+
+@pytest.mark.parametrize("tokens", TOKENS)
+@pytest.mark.parametrize("plan", GROUPED_PLANS, ids=str)
+@pytest.mark.parametrize("name", [n for n in CASES if n.startswith("grouped")])
+def test_a_plan_of_the_experts_products_changes_no_bit(
+    name: str, plan: grouped.GroupedPlan, tokens: int, launcher: Launcher
+) -> None:
+    case = CASES[name]
+    arguments = case.make(0, tokens)
+    want = run(case, launcher, copied(case, arguments))
+    got = run(case, launcher, copied(case, arguments) | {"plan": plan})
+    for output in case.outputs:
+        assert torch.equal(bits(got[output]), bits(want[output])), output
+
+
+O_PROJECTION = (HIDDEN, HEADS * VALUE)
+LINEAR_PLANS = [
+    linear.LinearPlan(64, 4, unroll=2),
+    linear.LinearPlan(256, 4, per_sm=1),
+    linear.LinearPlan(128, 4, per_sm=1, programs=132),
+    linear.LinearPlan(64, 4, programs=264),
+]
+
+
+@pytest.mark.parametrize("plan", LINEAR_PLANS, ids=str)
+def test_a_plan_gives_every_token_its_bits(plan: linear.LinearPlan, launcher: Launcher) -> None:
+    whole = fp8_linear(*O_PROJECTION)(0, 130)
+    wanted = torch.empty(130, HIDDEN, dtype=BF16)
+    linear.linear_fp8_ref(whole["xq"], whole["xs"], whole["w"], whole["ws"], out=wanted)
+    seen = []
+    for tokens in (130, 1, 2, 15, 17, 33, 64, 65, 129):
+        some = {"xq": whole["xq"][:tokens], "xs": whole["xs"][:tokens].contiguous()}
+        parts = torch.full((plan.splits, tokens, HIDDEN), float("nan"))
+        some |= {"w": whole["w"], "ws": whole["ws"], "out": parts}
+        case = Case(linear.linear_fp8, linear.linear_fp8_ref, lambda *_: {}, {"out": 0})
+        seen.append(run(case, launcher, some | {"plan": plan})["out"].cpu())
+        assert torch.equal(bits(seen[-1]), bits(seen[0][:, :tokens])), f"{tokens} tokens"
+    assert_close("out", sum_parts(seen[0], BF16), wanted, 2**-7)
+    if not plan.programs:
+        same = linear.LinearPlan(128, plan.splits)
+        other = run(case, launcher, some | {"plan": same, "out": torch.zeros_like(parts)})
+        assert torch.equal(bits(other["out"]), bits(seen[-1]))
 
 
 # ------------------------------------------------------------------ the row state
