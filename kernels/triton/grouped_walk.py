@@ -94,9 +94,9 @@ def gate_up_walk_kernel(
         else:
             gate = tl.dot(gt, xt, gate, input_precision="ieee")
             up = tl.dot(ut, xt, up, input_precision="ieee")
+        if turn == tl.maximum(turns - STAGES, 0):
+            release_dependents(PDL)  # all that is left to load has been asked for
         if kb == blocks - 1:
-            if turn == turns - 1:
-                release_dependents(PDL)
             at = first + tl.arange(0, BLOCK_P)
             listed = tl.load(pairs + at, mask=at < end, other=0)
             store_hidden(
@@ -171,9 +171,9 @@ def down_walk_kernel(
             acc += tl.dot(wt, ht) * scale[None, :]
         else:
             acc = tl.dot(wt, ht, acc, input_precision="ieee")
+        if turn == tl.maximum(turns - STAGES, 0):
+            release_dependents(PDL)  # all that is left to load has been asked for
         if kb == blocks - 1:
-            if turn == turns - 1:
-                release_dependents(PDL)
             at = first + tl.arange(0, BLOCK_P)
             listed = tl.load(pairs + at, mask=at < end, other=0)
             n = n_tile * BLOCK_N + tl.arange(0, BLOCK_N)

@@ -79,9 +79,9 @@ def linear_fp8_runs_kernel(
         wt = load_tile(w, n0, k, N, K, W_PITCH, BLOCK_N, 128, W_TMA, EVEN_N, EVEN_K)
         xt = load_tile(x, t0, k, num_tokens, K, X_PITCH, BLOCK_T, 128, X_TMA, False, EVEN_K)
         acc += tl.dot(wt, tl.trans(xt)) * scale[None, :]
+        if unit == tl.maximum(end - STAGES, begin):
+            release_dependents(PDL)  # all that is left to load has been asked for
         if kb == blocks - 1 or unit == end - 1:
-            if unit == end - 1:
-                release_dependents(PDL)
             n = n0 + tl.arange(0, BLOCK_N)
             part = program - _holder(unit - kb, units, PROGRAMS)
             size = tl.cast(num_tokens, tl.int64) * N
