@@ -175,7 +175,8 @@ def _grouped_plans(call: Call) -> list[GroupedPlan]:
         *(replace(default, per_sm=per_sm) for per_sm in (1, 2, 3)),
         replace(default, block_n=64),
         *(replace(default, prefetch=blocks) for blocks in (0, 1, 2)),
-        *(replace(default, walk=walk, per_sm=per_sm) for walk in (0, 1) for per_sm in (1, 2, 3)),
+        *(replace(default, walk=1, per_sm=per_sm) for per_sm in (1, 2, 3)),
+        *(replace(default, walk=walk, pairs=16) for walk in (0, 1)),
     ]
     return [p for p in dict.fromkeys(plans) if _fits(p, call)]
 

@@ -61,18 +61,23 @@ class GroupedPlan:
         per_sm: programs that are to share an SM; decides how deep each is pipelined.
         prefetch: blocks of K whose weights are asked for before the inputs are there: 0, 1, 2 or 4.
         walk: 1: as many programs as the chip holds walk from tile to tile; 0: one for each tile.
+        pairs: the most of a tile: 16, 32 or 64. An expert with more has several, and its weights
+            are read again, from L2 where that happens at the same time.
     """
 
     block_n: int = BLOCK_N
     per_sm: int = 2
     prefetch: int = 0
     walk: int = 0
+    pairs: int = PAIR_BLOCKS[-1]
 
     def __post_init__(self) -> None:
         if self.block_n not in (64, 128) or self.per_sm not in BUDGET_BYTES:
             raise ValueError(f"expected block_n 64 or 128 and 1 to 3 programs, got {self}")
         if self.prefetch not in (0, 1, 2, 4) or self.walk not in (0, 1):
             raise ValueError(f"expected prefetch 0, 1, 2 or 4 and walk 0 or 1, got {self}")
+        if self.pairs not in PAIR_BLOCKS:
+            raise ValueError(f"expected tiles of at most 16, 32 or 64 pairs, got {self}")
 
 
 GATE_UP_PLAN = GroupedPlan()
@@ -481,8 +486,7 @@ class _Tiles:
         bulk = isinstance(source, TensorMap)
         highest = next((h for h in PAIR_BLOCKS if h >= most), PAIR_BLOCKS[-1]) if bulk else 16
         per_sm = plan.per_sm if fp8 else 2
-        if plan.walk:
-            highest = min(highest, WALK_PAIRS)
+        highest = min(highest, plan.pairs, WALK_PAIRS if plan.walk else plan.pairs)
         if fp8 and halves == 2 and highest > 32:
             per_sm = 1  # two tall fp32 accumulators and a partial product take all registers
         budget = BUDGET_BYTES[per_sm]

@@ -33,6 +33,7 @@ from tests.cpu.test_kernels_linear import (
 LAUNCH = JitLauncher()
 NARROW = JitLauncher(num_sms=1)  # so that programs that walk have several tiles each
 GRID, WALK = GroupedPlan(), GroupedPlan(walk=1)
+LOW, LOW_WALK = GroupedPlan(pairs=16), GroupedPlan(walk=1, pairs=16)
 I32 = torch.int32
 pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")
 # Pairs of each expert: none, one, and one less and one more than every tile height.
@@ -200,7 +201,7 @@ def test_a_pairs_bits_do_not_depend_on_its_company(dtype: torch.dtype) -> None:
     xs = torch.rand(1, 3)
     seen = []
     cases = ((1, 1), (17, 20), (33, 40), (70, 80))
-    for (count, tokens), plan in product(cases, (GRID, WALK)):
+    for (count, tokens), plan in product(cases, (GRID, WALK, LOW, LOW_WALK)):
         r = Routing((count,), top_k=1, tokens=tokens)
         mine = int(r.listed[count - 1])
         x = exact_in_tiles(tokens, hidden, seed=count)

@@ -545,6 +545,8 @@ GROUPED_PLANS = [
     grouped.GroupedPlan(per_sm=1, prefetch=2),
     grouped.GroupedPlan(per_sm=1, walk=1),
     grouped.GroupedPlan(per_sm=2, prefetch=1, walk=1),
+    grouped.GroupedPlan(pairs=16),
+    grouped.GroupedPlan(walk=1, pairs=16),
 ]
 
 
