@@ -47,7 +47,6 @@ from kernels.triton.tiles import (
 
 BLOCK_N = 128  # weight rows of a tile; one quantisation group of the experts' hidden activation
 PAIR_BLOCKS = (16, 32, 64)  # pairs of a tile; an expert's own count chooses, on the device
-WALK_PAIRS = 32  # of the tallest tile of programs that walk: an expert with more is several items
 FP8_MAX = 448.0
 FP8_MIN_AMAX = 1e-4
 
@@ -486,7 +485,7 @@ class _Tiles:
         bulk = isinstance(source, TensorMap)
         highest = next((h for h in PAIR_BLOCKS if h >= most), PAIR_BLOCKS[-1]) if bulk else 16
         per_sm = plan.per_sm if fp8 else 2
-        highest = min(highest, plan.pairs, WALK_PAIRS if plan.walk else plan.pairs)
+        highest = min(highest, plan.pairs)
         if fp8 and halves == 2 and highest > 32:
             per_sm = 1  # two tall fp32 accumulators and a partial product take all registers
         budget = BUDGET_BYTES[per_sm]
