@@ -122,6 +122,8 @@ def profile(runtime: Runtime, args: argparse.Namespace) -> tuple[Row, list[Place
         "kernels_chosen": engine.choices.digest,
         "step_us": times.span_us,
         "host_us": times.host_us,
+        "python_us": times.python_us,
+        "graph_launch_us": times.graph_launch_us,
         "idle_us": times.idle_us,
         "floor_us": times.floor_us,
         "parts": by_part(steps, parts, layout.part_bytes, bench.bandwidth),

@@ -2,7 +2,7 @@
 
 The engine here does nothing: a launch publishes its step at once. What remains is `Runtime.launch`
 and `Runtime.collect`, over rows that all decode. Needs no GPU. On one, add what launching a graph
-takes (`runtime.replay_bench` shows both together as "host us").
+takes (`runtime.replay_bench` shows both, "python us" and "launch us").
 """
 
 from __future__ import annotations
@@ -92,6 +92,8 @@ class HostTime:
 
     Attributes:
         crossing_us: launch and collect of a step in which a row begins a page.
+        changed_us: launch and collect of a step after a row has changed hands: every entry is
+            looked up.
         functions: (function, calls a step, us a step in itself), the dearest first, under a
             profiler, which makes each call dearer than it is.
     """
@@ -101,6 +103,7 @@ class HostTime:
     collect_us: float
     p99_us: float
     crossing_us: float
+    changed_us: float
     functions: list[tuple[str, float, float]]
 
     @property
@@ -118,7 +121,8 @@ def measure(rows: int, steps: int) -> HostTime:
         collect_us=float(np.median(collect)),
         p99_us=float(np.percentile(both, 99)),
         crossing_us=float(np.median(both[crossing])) if crossing.any() else float(np.median(both)),
-        functions=_profiled(rows, steps),
+        changed_us=float(np.median(sum(_timed(rows, steps, changing=True)[:2]))),
+        functions=profiled(rows, steps, most=12),
     )
 
 
@@ -135,12 +139,19 @@ def _runtime(rows: int, steps: int) -> Runtime:
     return runtime
 
 
-def _timed(rows: int, steps: int) -> tuple[Any, Any, Any]:
+def _timed(rows: int, steps: int, *, changing: bool = False) -> tuple[Any, Any, Any]:
+    """Microseconds of each launch and collect, and in which steps a row begins a page.
+
+    Args:
+        changing: every step as after a row has changed hands.
+    """
     runtime = _runtime(rows, steps)
     clock = time.perf_counter_ns
     times = np.zeros((2, steps))
     crossing = np.zeros(steps, bool)
     for i in range(steps):
+        if changing:
+            runtime._scheduler.past.end()
         begin = clock()
         runtime.launch()
         middle = clock()
@@ -152,7 +163,8 @@ def _timed(rows: int, steps: int) -> tuple[Any, Any, Any]:
     return times[0] / 1e3, times[1] / 1e3, crossing
 
 
-def _profiled(rows: int, steps: int) -> list[tuple[str, float, float]]:
+def profiled(rows: int, steps: int, most: int | None) -> list[tuple[str, float, float]]:
+    """The `most` dearest functions, as in `HostTime.functions`; None: all of them."""
     runtime = _runtime(rows, steps)
     profile = cProfile.Profile()
     profile.enable()
@@ -165,7 +177,7 @@ def _profiled(rows: int, steps: int) -> list[tuple[str, float, float]]:
         (f"{Path(file).stem}.{name}" if line else name, calls / steps, own * 1e6 / steps)
         for (file, line, name), (calls, _, own, _, _) in stats.items()
     ]
-    return sorted(found, key=lambda f: -f[2])[:12]
+    return sorted(found, key=lambda f: -f[2])[:most]
 
 
 def parser() -> argparse.ArgumentParser:
@@ -202,7 +214,8 @@ def _show(times: HostTime) -> None:
     console.print(
         f"{times.rows} rows: launch {times.launch_us:.1f} + collect {times.collect_us:.1f} = "
         f"{times.step_us:.1f} us a step, p99 {times.p99_us:.1f}, mark {MARK_US:.0f}; "
-        f"{times.crossing_us:.1f} where a page begins"
+        f"{times.crossing_us:.1f} where a page begins, {times.changed_us:.1f} where a row has "
+        "changed hands"
     )
     table = Table()
     for column in ("function", "calls a step", "us a step, profiled"):

@@ -70,13 +70,14 @@ def contenders(call: Call, ops: Ops, model: ModelConfig, wanted: list[str]) -> l
     """Everyone for this call, our default first."""
     if ops.launch is None:
         return [Contender("oracle", OURS, partial(_ours, ops, ONLY), ONLY.bits)]
-    found = [
-        Contender(c.name, OURS, partial(_ours, ops, c), c.bits)
-        for c in candidates(call)
-        if c.other is None
-    ]
     if call.op == "mla_decode":
-        found += _attention(call, ops, model, wanted)
+        found = list(_attention(call, ops, model, wanted))
+    else:
+        found = [
+            Contender(c.name, OURS, partial(_ours, ops, c), c.bits)
+            for c in candidates(call)
+            if c.other is None
+        ]
     present = [name for name in wanted if name not in missing(wanted)]
     for library, op, bind, note in OTHER_KERNELS:
         if library in present and op == call.op:
@@ -96,17 +97,17 @@ def _ours(ops: Ops, candidate: Candidate, call: Call) -> Run:
 
 
 def _attention(call: Call, ops: Ops, model: ModelConfig, wanted: list[str]) -> Iterator[Contender]:
-    """Each backend at each cut; every cut has bits of its own."""
+    """Each backend at each cut, the call's own first; every cut has bits of its own."""
     longest = call.args[2].shape[1] * call["page_size"]
+    cuts = dict.fromkeys((call["cut"], *cuts_for(longest, call["page_size"])))
     usable = "flashinfer" in wanted and FlashinferMla.available(model)[0]
     for backend in ("triton", *(("flashinfer",) if usable else ())):
-        for cut in cuts_for(longest, call["page_size"]):
+        for cut in cuts:
             choice = AttentionCut(backend, cut)
-            if (backend, cut) != ("triton", call["cut"]):
-                library = OURS if backend == "triton" else "flashinfer"
-                bind = partial(_bind_attention, ops, model, choice)
-                note = "without its plan, made once a step" if backend == "flashinfer" else ""
-                yield Contender(str(choice), library, bind, str(choice), note)
+            library = OURS if backend == "triton" else "flashinfer"
+            bind = partial(_bind_attention, ops, model, choice)
+            note = "without its plan, made once a step" if backend == "flashinfer" else ""
+            yield Contender(str(choice), library, bind, str(choice), note)
 
 
 def _bind_attention(ops: Ops, model: ModelConfig, choice: AttentionCut, call: Call) -> Run:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from graphs.calls import Call
+from kernels.triton.routing import align_ref
 from kernels.triton.tiles import dequantize_rows, sum_parts
 
 # They change the state of rows and host words: the proof of a capture checks these.
@@ -18,7 +19,10 @@ ROTATED_BYTES = 1 << 20  # smaller weights may well lie in L2
 TOLERANCE = {"float8": 3e-2, "bfloat16": 6e-3, "float16": 2e-3, "float32": 2e-3}
 INPUT_RESULTS: dict[str, tuple[int | str, ...]] = {"add_rmsnorm": (0,)}
 SAMPLED = ("out_token", "out_logprob")  # of the buffers that `sample` takes all together
-NAMED_RESULTS = {"advance": ("kv_slot", "kv_len"), "align": ("offsets",)}
+NAMED_RESULTS = {
+    "advance": ("kv_slot", "kv_len"),
+    "align": ("offsets",),
+}
 
 
 @dataclass(frozen=True)
@@ -61,14 +65,26 @@ def results(call: Call) -> list[Result]:
         if value is not None:
             quantised = tensor.dtype == torch.float8_e4m3fn
             found.append(Result("out_q" if quantised else str(key), value))
+    if call.op == "route" and call.kwargs.get("offsets") is not None:
+        found.append(Result("lists", _lists_agree(call)))
     return _live(call, found)
+
+
+def _lists_agree(call: Call) -> torch.Tensor:
+    """int32 [2]: whether the lists are those of the ids that were chosen; the count left behind."""
+    ids, offsets, pairs = (call.kwargs[n].cpu() for n in ("out_ids", "offsets", "pairs"))
+    want_offsets, want_pairs = offsets.clone(), pairs.clone()
+    align_ref(ids, expert_start=0, offsets=want_offsets, pairs=want_pairs)
+    live = int(want_offsets[-1])
+    same = torch.equal(offsets, want_offsets) and torch.equal(pairs[:live], want_pairs[:live])
+    return torch.tensor([same, int(call.kwargs["arrivals"])], dtype=torch.int32)
 
 
 def _value(call: Call, name: str, tensor: torch.Tensor) -> torch.Tensor | None:
     """A copy of one result, None for what is an input or scratch."""
     if tensor.dtype == torch.float8_e4m3fn and name in ("out", "out_q"):
         return dequantize_rows(tensor, call.kwargs["out_scale"])
-    if name == "out" and call.op in ("linear", "linear_fp8") and tensor.ndim == 3:
+    if name == "out" and call.op in ("linear", "linear_fp8", "router") and tensor.ndim == 3:
         return sum_parts(tensor, torch.float32)  # K splits, in the reader's order
     if name.startswith("out") and name != "out_scale":
         return tensor.clone()
@@ -150,11 +166,26 @@ def rotated(
     return [call, *(call.replaced(dict(c)) for c in copied)]
 
 
+# Arguments with a line for each token, of operations that treat every token alone; of a result
+# in parts, [S, T, N], tokens are the second dimension.
+BY_TOKEN: dict[str, tuple[int, ...]] = {
+    "linear": (0,),
+    "linear_fp8": (0, 1),
+    "router": (0,),
+    "latent_query": (0, 1, 5, 6),
+    "absorb_v": (0, 1, 2, 3),
+}
+
+
 def prefix(call: Call, tokens: int) -> Call | None:
     """The call for its first tokens only, where that has a meaning; None where it has not."""
-    if call.op not in ("linear", "linear_fp8"):
+    places = BY_TOKEN.get(call.op)
+    if places is None:
         return None
-    shared = {"linear": (0,), "linear_fp8": (0, 1)}[call.op]
-    new: dict[int | str, torch.Tensor] = {i: call.args[i][:tokens] for i in shared}
-    new["out"] = torch.empty_like(call.kwargs["out"][..., :tokens, :])
+    new: dict[int | str, torch.Tensor] = {i: call.args[i][:tokens] for i in places}
+    parts = call.op in ("linear", "linear_fp8", "router") and call.kwargs["out"].ndim == 3
+    for name in ("out", "out_q", "out_scale"):
+        whole = call.kwargs.get(name)
+        if whole is not None:
+            new[name] = torch.empty_like(whole[:, :tokens] if parts else whole[:tokens])
     return call.replaced(dict(new))

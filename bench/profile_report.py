@@ -12,6 +12,7 @@ from rich.table import Table
 
 from bench.profile_kernels import Row, layer_kind
 from bench.profile_map import Placed
+from runtime.replay_bench import MARKS
 
 NAME = "decode_profile"
 MAX_BARS = 16
@@ -35,8 +36,9 @@ def show(report: Mapping[str, Any], console: Console) -> None:
     if not report["times_mean_something"]:
         return
     console.print(
-        f"host       {report['host_us']:.1f} us of Python a step (mark 30), device idle "
-        f"{report['idle_us']:.1f} us between two steps when run ahead (mark 3)"
+        f"host       {report['python_us']:.1f} us of Python a step (mark {MARKS['python_us']:.0f}) "
+        f"and {report['graph_launch_us']:.1f} us of CUDA's graph launch; device idle "
+        f"{report['idle_us']:.1f} us between two steps when run ahead (mark {MARKS['idle_us']:.0f})"
     )
 
 

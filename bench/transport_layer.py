@@ -85,7 +85,9 @@ class TimedLayer:
             "bytes": wire_bytes(config, own.ids),
         }
         self._graphs: dict[str, tuple[TimedGraph, int]] = {}
-        for part, calls in self.layer.parts().items():
+        # A graph knows addresses only: what its calls read must live as long as it is replayed.
+        self._parts = self.layer.parts()
+        for part, calls in self._parts.items():
             calls.run()
             subject.finish()
             # A pool each: what a library's call leaves for its next one lies in its own graph.

@@ -14,9 +14,10 @@ Ranks meet in front of every call, and the meetings are taken off (`bench.transp
 Modes take turns, a round of replays each; told is the median over a rank's replays, of that the
 mean and the highest of all ranks, and the range from the lowest p10 to the highest p90.
 
-A library that hangs takes the device's context with it. So `deepep-normal` comes by itself, after
-the others; every mode is told as soon as it is done (with --json: on stderr); and where the context
-is lost, what was measured before is told and the command ends with 1.
+A library that hangs takes the device's context with it. So our own modes are measured at all sizes
+before one is made ready, and again beside it; `deepep-normal` comes by itself, after the others.
+Each mode and size is told as soon as it is measured (with --json: on stderr; with --lines: in a
+file as well); where the context is lost, that is told and the command ends with 1.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 
@@ -40,7 +41,7 @@ from barriers.deepep import DeepEpMissing
 from barriers.errors import RanksMissing
 from barriers.group import RankGroup
 from barriers.rdep import RdepTuning
-from barriers.transport import TransportConfig
+from barriers.transport import DEEPEP, TransportConfig
 from bench.routing import KINDS
 from bench.transport_cases import make_gains, make_tokens
 from bench.transport_layer import Layer, Plan, TimedLayer
@@ -163,6 +164,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--back-to-back", action="store_true", help="ranks do not meet in front of every call")
     add("--deadline-ms", type=int, default=3000, help="of each wait of rdep and of each meeting")
     add("--link-gbps", type=float, default=LINK_GBPS, help="one way; for the floor")
+    add("--lines", type=Path, help="file that gets a JSON line a mode and size, once measured")
     add("--json", action="store_true", help="print one JSON object as the last line")
     return parser
 
@@ -222,38 +224,43 @@ class Bench:
         self.lost = False
         self.failed: dict[str, dict[str, Any]] = {}  # verdicts on modes that are out
         self.subjects: dict[str, Subject] = {}
-        # By mode: what each rank found, rank by rank.
-        self.found: dict[str, list[dict[str, Any]]] = {}
+        # By mode and rows: what each rank found, rank by rank.
+        self.found: dict[str, dict[int, list[dict[str, Any]]]] = {}
+        self._swept: list[list[list[float]]] = []  # by rank
         self._kept: list[ExitStack] = []  # never closed, for there is no context to do it in
 
     def run(self, names: Sequence[str], rows: list[int]) -> dict[str, Any]:
         """What all ranks found, by mode. A failure is a result, not an end."""
         results: dict[str, Any] = {}
-        for stage in ([n for n in names if n not in LAST], [n for n in names if n in LAST]):
+        ours = [n for n in names if n not in DEEPEP]
+        beside = [n for n in names if n in DEEPEP and n not in LAST]
+        for parts in ([ours, beside], [[n for n in names if n in LAST]]):
             if not self.lost:
-                self._run_stage(stage, rows)
-            for name in stage:
-                results[name] = self._verdict(name, len(rows))
+                self._run_stage(parts, rows)
+            for name in (n for part in parts for n in part):
+                results[name] = self._verdict(name, rows)
                 if self.group.rank == 0:
-                    print_mode(name, results[name], sys.stderr if self.args.json else sys.stdout)
+                    print_mode(name, {**results[name], "cases": ()}, self._told_to)
         if not self.lost:
             self.aligner.close()
         return results
 
-    def _run_stage(self, names: Sequence[str], rows: list[int]) -> None:
-        """Fill `found`."""
+    @property
+    def _told_to(self) -> TextIO:
+        return sys.stderr if self.args.json else sys.stdout
+
+    def _run_stage(self, parts: Sequence[Sequence[str]], rows: list[int]) -> None:
+        """Fill `found`: each part beside those before it."""
         held = ExitStack()
         try:
-            for name in names:
-                self._set_up(name, held)
-            for name in self.subjects:
-                self.found[name] = [{"cases": []} for _ in range(self.group.world)]
-            for count in rows:
-                for name, cases in self._measure(count).items():
-                    for part, case in zip(self.found[name], cases, strict=True):
-                        part["cases"].append(case)
+            for part in parts:
+                for name in part:
+                    self._set_up(name, held)
+                if any(name in self.subjects for name in part):
+                    for count in rows:
+                        self._measure(count)
             if self.args.sweep and "rdep" in self.subjects:
-                self._add_sweep(rows, self.found["rdep"])
+                self._add_sweep(rows)
         except ContextLost:
             self.lost = True
             self._kept.append(held)
@@ -261,19 +268,37 @@ class Bench:
         self.subjects.clear()
         held.close()
 
-    def _verdict(self, name: str, sizes: int) -> dict[str, Any]:
+    def _merged(self, name: str, rows: Sequence[int]) -> dict[str, Any]:
+        """One mode's numbers of all ranks at the sizes that were measured."""
+        sizes = [found for count, found in self.found.get(name, {}).items() if count in rows]
+        if not sizes:
+            return {"ok": False}
+        ranks: list[dict[str, Any]] = [{"cases": list(same)} for same in zip(*sizes, strict=True)]
+        if name == "rdep" and self._swept:
+            for part, theirs in zip(ranks, self._swept, strict=True):
+                part["sweep"] = theirs
+        return merge(ranks, link_gbps=self.args.link_gbps, sweep=SWEEP)
+
+    def _verdict(self, name: str, rows: Sequence[int]) -> dict[str, Any]:
         """One mode's numbers, as far as they go, and what went wrong."""
-        found = self.found.get(name, [{"cases": []}])
-        told: dict[str, Any] = {"ok": False}
-        if found[0]["cases"]:
-            told = merge(found, link_gbps=self.args.link_gbps, sweep=SWEEP)
+        told = self._merged(name, rows)
         if name in self.failed:
             return told | self.failed[name]
-        if len(found[0]["cases"]) < sizes:
+        if set(rows) - self.found.get(name, {}).keys():
             culprit = list(self.failed)[-1]
             error = f"{culprit} ended the device's context before; give --mode without it"
             return told | {"ok": False, "error": error}
         return told
+
+    def _tell(self, name: str, count: int) -> None:
+        """One mode at one size, at once: whatever comes next may end this process."""
+        if self.group.rank:
+            return
+        merged = self._merged(name, [count])
+        print_mode(name, merged, self._told_to)
+        if self.args.lines is not None:
+            with self.args.lines.open("a") as file:
+                file.write(json.dumps({"mode": name, **merged["cases"][0]}) + "\n")
 
     def _set_up(self, name: str, opened: ExitStack) -> None:
         def make() -> None:
@@ -320,7 +345,7 @@ class Bench:
             error = f"{type(e).__name__}: {str(e)[:400]}"
         return {f"rank {r}": text for r, text in enumerate(self._gather(what, error)) if text}
 
-    def _measure(self, count: int) -> dict[str, list[dict[str, Any]]]:
+    def _measure(self, count: int) -> None:
         """Every rank's numbers for `count` rows on every rank, by mode."""
         graphs = ExitStack()
         try:
@@ -328,8 +353,11 @@ class Bench:
         except ContextLost:
             self._kept.append(graphs)  # closing a graph would fail, too
             raise
+        for name in self.subjects:
+            parts = self._gather(f"{name}: {count}", cases[name])
+            self.found.setdefault(name, {})[count] = parts
+            self._tell(name, count)
         graphs.close()
-        return {name: self._gather(f"{name}: {count}", cases[name]) for name in self.subjects}
 
     def _cases(self, count: int, graphs: ExitStack) -> dict[str, dict[str, Any]]:
         """This rank's numbers, by mode; `graphs` closes what was captured for them."""
@@ -365,11 +393,10 @@ class Bench:
     def _gather(self, what: str, value: Any) -> list[Any]:
         return [part.value for part in self.group.allgather(what, value, timeout_s=_MEET_S)]
 
-    def _add_sweep(self, rows: list[int], found: list[dict[str, Any]]) -> None:
+    def _add_sweep(self, rows: list[int]) -> None:
         lines: list[list[float]] = []
         if self._try("rdep", "sweep", lambda: lines.extend(self._sweep(rows))):
-            for part, theirs in zip(found, self._gather("sweep", lines), strict=True):
-                part["sweep"] = theirs
+            self._swept = self._gather("sweep", lines)
 
     def _sweep(self, rows: list[int]) -> list[list[float]]:
         """`both` of each tuning in `SWEEP` for each number of rows."""

@@ -111,8 +111,9 @@ def make_subject(
 def low_latency_calls(
     transport: DeepEpLowLatency, tokens: Tokens, y: torch.Tensor
 ) -> dict[str, Calls]:
-    """The pair alone. Runs of one kind of call leave flags behind that the other kind would clear:
-    on GPUs they ended in a hang or an illegal access after some replays."""
+    """The pair alone: upstream's two buffers alternate with every call, and in pairs each kind of
+    call is followed by the one that clears what it left. The tensors made here must live as long as
+    a graph with these calls does."""
     config, upstream = transport.config, transport.upstream
     topk, out = tokens.ids.long(), torch.empty_like(tokens.x)
     per_expert = y.view(config.local_experts, -1, config.hidden)

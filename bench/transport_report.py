@@ -46,7 +46,9 @@ def merge(
             case["net_us"] = _beyond(same, "sum")
         if "dispatch_us" in case and "combine_us" not in case:
             case["combine_us"] = _beyond(same, "dispatch") | {"derived": True}
-        case["gb_per_s"] = round((sent + got) / case["both_us"]["max"] / 1e3, 1)
+        # Next to nothing may be left when the meetings are taken off: then there is no speed.
+        took = case["both_us"]["max"]
+        case["gb_per_s"] = round((sent + got) / took / 1e3, 1) if took > 0 else 0.0
         case["ok"] = case["rel_error"] < MAX_ERROR and case["repeats"]
         cases.append(case)
     merged: dict[str, Any] = {"ok": all(c["ok"] for c in cases), "cases": cases}

@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from threading import get_ident
 from typing import Any
 
@@ -49,6 +52,23 @@ class GraphExec:
         if status:
             check((cuda().CUresult(status),), "launching a graph")
 
+    @contextmanager
+    def timed(self) -> Iterator[list[int]]:
+        """Within it every launch appends the ns that the driver's call took to what is yielded."""
+        plain, taken, clock = self._call, list[int](), time.perf_counter_ns
+
+        def call(graph: ctypes.c_void_p, stream: ctypes.c_void_p) -> int:
+            began = clock()
+            status: int = plain(graph, stream)
+            taken.append(clock() - began)
+            return status
+
+        self._call = call
+        try:
+            yield taken
+        finally:
+            self._call = plain
+
     def close(self) -> None:
         """Destroy the exec; no launch of it may be running. Idempotent."""
         if self.handle:
@@ -60,7 +80,8 @@ class GraphExec:
 def _graph_launch() -> Any:
     cuda()  # the driver is loaded; this finds the same library
     # PyDLL keeps the interpreter's lock: the call takes microseconds, and taking the lock back from
-    # another thread of a busy server could take milliseconds.
+    # another thread of a busy server could take milliseconds. Against a library that does nothing a
+    # call takes 0.12 us; cuda-python's own, its arguments ready too, 0.16 us.
     function = ctypes.PyDLL("libcuda.so.1").cuGraphLaunch
     function.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
     function.restype = ctypes.c_int

@@ -24,6 +24,8 @@ from graphs.weights import ITEM_BYTES, shared_joins, stored_table, weight_table
 from kernels.triton.draw_pipeline import row_tensors, scratch_tensors
 from kernels.triton.linear import linear_plan, linear_workspace_elems
 from kernels.triton.mla_query import fuses_query
+from kernels.triton.router import router_parts
+from kernels.triton.routing import list_width
 from kernels.triton.sample import num_chunks
 from kernels.triton.state import (
     INT_PARAMS,
@@ -134,6 +136,7 @@ def _rows(cfg: ModelConfig, step: StepConfig) -> Iterator[Entry]:
     yield Entry("rows", "begin_ns", (1,), "int64")
     yield Entry("rows", "fault", (1,), "int32")
     yield Entry("rows", "poison", (1,), "int32")
+    yield Entry("rows", "arrivals", (1,), "int32")
     yield Entry("rows", "stamps", (STAMPS,), "int64")
 
 
@@ -246,11 +249,15 @@ def _mlp_scratch(
     sizes = transport_config(cfg, step, capacity)
     pairs = math.prod(received_shape(step.transport, sizes, tokens))
     joins, top_k = shared_joins(cfg, step.transport), choices(cfg, step)
-    yield entry("router_logits", (tokens, cfg.num_experts), "float32")
+    parts = router_parts(cfg.num_experts, cfg.hidden_size)
+    yield entry("router_logits", (parts, tokens, cfg.num_experts), "float32")
     yield entry("topk_ids", (tokens, top_k), "int32")
     yield entry("topk_weights", (tokens, top_k), "float32")
     yield entry("offsets", (cfg.num_experts // step.ep_size + joins + 1,), "int32")
+    yield entry("ready", (cfg.num_experts // step.ep_size + joins,), "int32")
     yield entry("pairs", (pairs,), "int32")
+    if step.transport == "local":
+        yield entry("slots", (tokens, list_width(cfg.num_experts + joins)), "int8")
     yield from activation("expert_h", pairs, cfg.moe_intermediate_size, plain=False)
     yield entry("expert_y", (pairs, cfg.hidden_size), cfg.act_dtype)
     if cfg.num_shared_experts and not joins:
@@ -272,7 +279,9 @@ def _workspace_elems(
     """fp32 words that the widest split product needs, of those with `only` in their names."""
     elems = [0]
     for name, spec in weight_table(cfg, ep_size=step.ep_size).items():
-        if only in name and len(spec.shape) == 2 and not name.endswith("_scale"):
+        # The router leaves its parts to the choice of experts.
+        plain = not name.endswith(("_scale", ".router"))
+        if only in name and len(spec.shape) == 2 and plain:
             count = rows if name in ("head", "embed") else tokens
             n, k = spec.shape
             elems.append(linear_workspace_elems(count, n, k, elem_bytes=spec.nbytes // (n * k)))

@@ -17,12 +17,17 @@ from graphs.calls import Call, Hook
 from graphs.ops import Ops
 from kernels.triton.grouped import DOWN_PLAN, GATE_UP_PLAN, GroupedPlan
 from kernels.triton.linear import PAIRED_N, LinearPlan, linear_plan
+from kernels.triton.mla_absorb import ABSORB_PLAN, AbsorbPlan
+from kernels.triton.mla_query import QUERY_PLAN, QueryPlan
+from kernels.triton.router import RouterPlan, router_plan
 from kernels.triton.tiles import FP8_GROUP
 
-Plan = LinearPlan | GroupedPlan
-PLANS: dict[str, type[Plan]] = {
+Plan = LinearPlan | GroupedPlan | RouterPlan | QueryPlan | AbsorbPlan
+# Of these a capture chooses by measurement; of other operations with plans it takes the default.
+PLANS: dict[str, type[LinearPlan] | type[GroupedPlan] | type[RouterPlan]] = {
     "linear": LinearPlan,
     "linear_fp8": LinearPlan,
+    "router": RouterPlan,
     "grouped_gate_up": GroupedPlan,
     "grouped_down": GroupedPlan,
 }
@@ -30,6 +35,35 @@ TORCH_MM = "torch.mm"
 # Programs that a product is cut into by tiles of 64 rows and splits, of at least four blocks of K:
 # one, one and a third, and two for each SM of a Hopper chip, whatever the chip is.
 PROGRAMS = (132, 176, 264)
+# Experts whose programs of `grouped_down`, two an SM, are on a Hopper chip at once: 264 of 56 each.
+FIRST_EXPERTS = 5
+
+OTHER_PLANS: dict[str, tuple[Plan, ...]] = {
+    "latent_query": tuple(
+        dict.fromkeys(
+            (
+                QUERY_PLAN,
+                *(QueryPlan(held=0, prefetch=p) for p in (0, 4)),
+                QueryPlan(held=0, ask=1, prefetch=4),
+                *(QueryPlan(held=h, ask=a, prefetch=4) for h in (128, 256) for a in (0, 1)),
+                *(QueryPlan(held=512, prefetch=p) for p in (0, 2, 4, 8)),
+                *(QueryPlan(held=512, prefetch=4, stages=s) for s in (3, 4, 5)),
+            )
+        )
+    ),
+    "absorb_v": tuple(
+        dict.fromkeys(
+            (
+                ABSORB_PLAN,
+                *(AbsorbPlan(0, ask, 32, 8) for ask in (0, 1)),
+                *(AbsorbPlan(held, 1, merge, 8) for held in (128, 256) for merge in (16, 32)),
+                AbsorbPlan(256, 0, 16, 8),
+                *(AbsorbPlan(512, 0, merge, 8) for merge in (8, 16)),
+                AbsorbPlan(256, 1, 16, 16),
+            )
+        )
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -52,8 +86,13 @@ class Candidate:
 
     @classmethod
     def of(cls, plan: Plan) -> Candidate:
-        """Our kernel with a plan; what does not show in the plan's order changes no bit."""
-        bits = plan.order if isinstance(plan, LinearPlan) else "one order"
+        """Our kernel with a plan; of its fields only the cut along K changes bits, and of the
+        router's tiles the height, for it decides the tensor cores' instruction."""
+        bits = "one order"
+        if isinstance(plan, LinearPlan):
+            bits = plan.order
+        elif isinstance(plan, RouterPlan):
+            bits = f"block_k={plan.block_k} {'low' if plan.block_n < 64 else 'tall'} tiles"
         return cls(plan_name(plan), bits, plan=plan)
 
     def run(self, ops: Ops, call: Call) -> None:
@@ -74,9 +113,12 @@ def candidates(call: Call) -> list[Candidate]:
     """Every candidate for a call, the launcher's own choice first."""
     if call.op in ("linear", "linear_fp8"):
         return [*(Candidate.of(p) for p in _linear_plans(call)), *_libraries(call)]
+    if call.op == "router":
+        return [Candidate.of(p) for p in _router_plans(call)]
     if call.op in PLANS:
         return [Candidate.of(p) for p in _grouped_plans(call)]
-    return [ONLY]
+    others = OTHER_PLANS.get(call.op)
+    return [ONLY] if others is None else [Candidate.of(p) for p in others]
 
 
 def named(call: Call, name: str) -> Candidate:
@@ -168,6 +210,14 @@ def _narrow_plans(default: LinearPlan, call: Call, n: int, k: int) -> list[Linea
     return plans
 
 
+def _router_plans(call: Call) -> list[RouterPlan]:
+    """The layout of the step has settled the number of parts, and with it the cut along K."""
+    default = router_plan(*call.args[1].shape)
+    plans = [default, replace(default, warps=8)]
+    plans += [replace(default, block_n=block_n) for block_n in (16, 32, 64)]
+    return list(dict.fromkeys(plans))
+
+
 def _grouped_plans(call: Call) -> list[GroupedPlan]:
     default = GATE_UP_PLAN if call.op == "grouped_gate_up" else DOWN_PLAN
     plans = [
@@ -175,8 +225,8 @@ def _grouped_plans(call: Call) -> list[GroupedPlan]:
         *(replace(default, per_sm=per_sm) for per_sm in (1, 2, 3)),
         replace(default, block_n=64),
         *(replace(default, prefetch=blocks) for blocks in (0, 1, 2)),
-        *(replace(default, walk=1, per_sm=per_sm) for per_sm in (1, 2, 3)),
-        *(replace(default, walk=walk, pairs=16) for walk in (0, 1)),
+        replace(default, pairs=16),
+        *(replace(default, chain=FIRST_EXPERTS, prefetch=blocks) for blocks in (0, 1)),
     ]
     return [p for p in dict.fromkeys(plans) if _fits(p, call)]
 

@@ -22,7 +22,7 @@ SCHEMA = 1
 
 def site_of(call: Call) -> str:
     """The operation, shape and format that a choice is made for."""
-    w = call.args[1 if call.op == "linear" else 2]
+    w = call.args[1 if call.op in ("linear", "router") else 2]
     shape = "x".join(str(extent) for extent in w.shape)
     return f"{call.op} {shape} {str(w.dtype).removeprefix('torch.')}"
 

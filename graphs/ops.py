@@ -21,6 +21,7 @@ from kernels.triton import (
     mla_prep,
     mla_query,
     norm,
+    router,
     routing,
     settle,
 )
@@ -55,6 +56,7 @@ class Ops:
         self.absorb_q = bind(mla_absorb.absorb_q, mla_absorb.absorb_q_ref)
         self.absorb_v = bind(mla_absorb.absorb_v, mla_absorb.absorb_v_ref)
         self.mla_decode = bind(mla_decode.mla_decode, mla_decode.mla_decode_ref)
+        self.router = bind(router.router, router.router_ref)
         self.route = bind(routing.route, routing.route_ref)
         self.align = bind(routing.align, routing.align_ref)
         self.combine = bind(routing.combine, routing.combine_ref)

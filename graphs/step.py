@@ -21,6 +21,7 @@ from graphs.model_config import ModelConfig
 from graphs.ops import Ops
 from graphs.step_config import StepConfig
 from graphs.weights import shared_joins
+from kernels.triton.routing import lists_fit
 from kernels.triton.rows import RowState
 
 Buffers = Mapping[str, torch.Tensor]
@@ -28,6 +29,7 @@ Stamp = Callable[[str], None]
 
 
 LAYER_PARTS = ("attention", "mlp")
+LISTS = ("offsets", "pairs", "slots", "arrivals", "ready")  # of the pairs of each expert
 
 
 def _no_stamp(_: str) -> None:
@@ -244,12 +246,14 @@ class DecodeStep:
         self._query(b, name, q_norm)
         self.attention.run(b, b[f"kv.{layer}"])
         o = Activation.of(b, "o")
-        if o.plain is None:
-            self.ops.absorb_v(b["o_latent"], w[name + "w_uv"], **o.quantised_only)
-        else:
-            self.ops.absorb_v(b["o_latent"], w[name + "w_uv"], out=o.plain)
-            if o.q is not None:
-                self.ops.quantize(o.plain, out_q=o.q, out_scale=o.scale)
+        self.ops.absorb_v(
+            *(b[n] for n in ("o_latent", "kv_len", "part_o", "part_lse")),
+            w[name + "w_uv"],
+            cut=self.config.cut,
+            **(o.quantised_only if o.plain is None else {"out": o.plain}),
+        )
+        if o.plain is not None and o.q is not None:
+            self.ops.quantize(o.plain, out_q=o.q, out_scale=o.scale)
         self._linear(b, name + "o", o, b["o_out"])
 
     def _query(self, b: Buffers, name: str, q_norm: Activation) -> None:
@@ -325,9 +329,7 @@ class DecodeStep:
         """What goes to the experts; to which of them, is in `topk_ids` and `topk_weights`."""
         cfg, w = self.cfg, self.weights
         x = self._norm(b, name + "mlp_norm", Delta(b["o_out"]), plain=True)
-        self.ops.linear(
-            x.plain, w[name + "router"], out=b["router_logits"], workspace=b["workspace"]
-        )
+        self.ops.router(x.plain, w[name + "router"], out=b["router_logits"])
         self.ops.route(
             b["router_logits"],
             w.get(name + "router_bias"),
@@ -340,8 +342,14 @@ class DecodeStep:
             shared_id=cfg.num_experts if self.shared_joins else None,
             out_ids=b["topk_ids"],
             out_weights=b["topk_weights"],
+            **({n: b[n] for n in LISTS} if self._lists_early(b) else {}),
         )
         return x
+
+    def _lists_early(self, b: Buffers) -> bool:
+        """Whether the choice of experts lists their pairs, too: no token comes or goes between."""
+        local = self.config.transport == "local"
+        return local and lists_fit(b["topk_ids"].shape[0], b["offsets"].shape[0] - 1)
 
     def _shared(self, b: Buffers, name: str, x: Activation, *, ops: Ops, workspace: str) -> None:
         name += "shared_"
@@ -364,7 +372,9 @@ class DecodeStep:
         """This rank's experts over the received rows; `expert_y` gets a line per (row, choice)."""
         w, h = self.weights, Activation.of(b, "expert_h")
         name += "all_" if self.shared_joins else "experts_"
-        self.ops.align(received.ids, expert_start=0, offsets=b["offsets"], pairs=b["pairs"])
+        if not self._lists_early(b):
+            lists = {name: b[name] for name in ("offsets", "pairs", "ready")}
+            self.ops.align(received.ids, expert_start=0, **lists)
         hidden = h.plain if h.q is None else h.q
         self.ops.grouped_gate_up(
             received.x,
@@ -376,6 +386,7 @@ class DecodeStep:
             top_k=received.ids.shape[1],
             out=hidden,
             out_scale=h.scale,
+            ready=b["ready"],
         )
         self.ops.grouped_down(
             hidden,
@@ -386,6 +397,7 @@ class DecodeStep:
             b["pairs"],
             top_k=received.ids.shape[1],
             out=b["expert_y"],
+            ready=b["ready"],
         )
 
     def _sample(self, b: Buffers) -> None:

@@ -35,6 +35,8 @@ def with_tokens(
     """
     new: Changes = {0: _like_rows(call.args[0], count, device)}
     new["out"] = _like_rows(call.kwargs["out"], count, device)
+    if call.op == "router":
+        return new
     if call.op in ("linear", "linear_fp8"):
         if call.op == "linear_fp8":
             new[1] = _ones_like_rows(call.args[1], count, device)
@@ -48,6 +50,9 @@ def with_tokens(
         new[1] = _ones_like_rows(call.args[1], count, device)
     if call.kwargs.get("out_scale") is not None:
         new["out_scale"] = _ones_like_rows(call.kwargs["out_scale"], pairs, device)
+    if call.kwargs.get("ready") is not None:
+        # Whoever waits for it finds it long counted; what is counted besides does no harm.
+        new["ready"] = torch.full((experts,), 1 << 20, dtype=torch.int32, device=device)
     offsets, listed = expert_lists(pairs, pairs // world, experts, top_k, shared_joins)
     new[4], new[5] = offsets.to(device), listed.to(device)
     return new
@@ -80,7 +85,7 @@ def rotated(calls: Sequence[Call], new: Changes, cache_bytes: int) -> list[Call]
     total = 0
     for call in calls[:MAX_ROTATED]:
         found.append(call.replaced(dict(new)))
-        total += call.args[1 if call.op == "linear" else 2].nbytes
+        total += call.args[1 if call.op in ("linear", "router") else 2].nbytes
         if total > 4 * cache_bytes:
             break
     return found

@@ -1,6 +1,7 @@
 """The choice of decode attention, measured before there is an arena, whose layout follows from it.
 
-Kept in the store by model and length of rows, so that another ladder cannot come to other bits.
+Kept in the store by model, number and length of rows, so that another ladder cannot come to other
+bits.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ class AttentionTuner:
             return known
         found = self._found()
         digest = self._digest(found)
-        points = points_for(self._step.max_seq_len)
+        points = points_for(self._step.max_rows, self._step.max_seq_len)
         self._compile(points)
         choice, times = choose_attention(found, points, self._measure)
         record = {"choice": str(choice), "points": [list(p) for p in points], "us": times}
@@ -86,6 +87,7 @@ class AttentionTuner:
     def _digest(self, found: Sequence[AttentionCut]) -> str:
         facts = here(on_device=True, ordinal=self._options.local_rank) | {
             "model": self._model.digest(),
+            "max rows": self._step.max_rows,
             "max seq len": self._step.max_seq_len,
             "page size": self._step.page_size,
             "pdl": self._step.pdl,

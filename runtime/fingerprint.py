@@ -43,7 +43,7 @@ FIELDS: Mapping[str, str] = MappingProxyType(
         "model config": "every size and formula of the step, layers and overrides included",
         "seed": "a preset's weights, which the golden step was taken with",
         "ep size": "experts a rank holds, and the peers its barriers wait for",
-        "rows": "row state and ring are laid out for so many",
+        "rows": "row state and ring are laid out for so many; attention's cut follows from it",
         "max seq len": "page tables, the rope table and attention's cut follow from it",
         "page size": "attention and the page tables are compiled for it",
         "num pages": "the KV section's size; auto takes what the rows can use or memory allows",

@@ -7,6 +7,7 @@ shows.
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -18,6 +19,8 @@ from kernels.triton.state import ADMIT_LIFE_MS, ADMIT_ROW, PROMPT_ENTRY, RING_FI
 
 Int32 = NDArray[np.int32]
 Float32 = NDArray[np.float32]
+
+RING_HEAD = struct.Struct("=iiqq")  # entries, fault, begin ns, end ns
 
 
 @dataclass(frozen=True)
@@ -114,34 +117,88 @@ class Mailbox:
         box[0] = np.int64(step).astype(np.int32)  # last: a slot with an old number is ignored
 
 
-@dataclass(slots=True)  # not frozen: one is made each step, and freezing doubles what that takes
 class RingEntry:
     """One finished step as the device published it (copies).
 
+    Args:
+        fields: int32 [RING_FIELDS, n], the arrays of the slot.
+        plain: whether every entry is a new token, of a row that goes on and asked for nothing more.
+        top: int32 [n, 2, MAX_TOP], valid up to the counts; [n, 2, 0] if nobody asked.
+
     Attributes:
-        rows, tokens, reasons, positions: int32 [n]; `PROMPT_ENTRY` is the reason of a scored
-            prompt token.
-        logprobs: float32 [n].
-        top_counts: int32 [n], alternatives of each entry.
-        top_ids, top_logprobs: int32, float32 [n, MAX_TOP], valid up to the count; [n, 0] if
-            nobody asked.
-        logit_lines: int32 [n], 0 or 1 + the entry's line of `logits`.
         logits: float32 [lines, vocab].
     """
 
-    rows: Int32
-    tokens: Int32
-    logprobs: Float32
-    reasons: Int32
-    positions: Int32
-    top_counts: Int32
-    top_ids: Int32
-    top_logprobs: Float32
-    logit_lines: Int32
-    logits: Float32
-    fault: int
-    begin_ns: int
-    end_ns: int
+    # What most steps are not asked for is worked out when it is: one of these is made each step.
+    __slots__ = ("_fields", "_top", "begin_ns", "end_ns", "fault", "is_plain", "logits")
+
+    def __init__(
+        self,
+        fields: Int32,
+        plain: bool,
+        fault: int,
+        begin_ns: int,
+        end_ns: int,
+        top: Int32,
+        logits: Float32,
+    ) -> None:
+        self._fields, self.is_plain, self.fault = fields, plain, fault
+        self.begin_ns, self.end_ns = begin_ns, end_ns
+        self._top, self.logits = top, logits
+
+    @property
+    def rows(self) -> Int32:
+        """int32 [n]."""
+        rows: Int32 = self._fields[0]
+        return rows
+
+    @property
+    def tokens(self) -> Int32:
+        """int32 [n]."""
+        tokens: Int32 = self._fields[1]
+        return tokens
+
+    @property
+    def logprobs(self) -> Float32:
+        """float32 [n]."""
+        logprobs: Float32 = self._fields[2].view(np.float32)
+        return logprobs
+
+    @property
+    def reasons(self) -> Int32:
+        """int32 [n]; `PROMPT_ENTRY` is the reason of a scored prompt token."""
+        reasons: Int32 = self._fields[3]
+        return reasons
+
+    @property
+    def positions(self) -> Int32:
+        """int32 [n], of the token in its sequence."""
+        positions: Int32 = self._fields[4]
+        return positions
+
+    @property
+    def top_counts(self) -> Int32:
+        """int32 [n], alternatives of each entry."""
+        counts: Int32 = self._fields[5] & 255
+        return counts
+
+    @property
+    def logit_lines(self) -> Int32:
+        """int32 [n], 0 or 1 + the entry's line of `logits`."""
+        lines: Int32 = self._fields[5] >> 8
+        return lines
+
+    @property
+    def top_ids(self) -> Int32:
+        """int32 [n, MAX_TOP], valid up to the count; [n, 0] if nobody asked."""
+        top_ids: Int32 = self._top[:, 0]
+        return top_ids
+
+    @property
+    def top_logprobs(self) -> Float32:
+        """float32, shaped as `top_ids`."""
+        top_logprobs: Float32 = self._top[:, 1].view(np.float32)
+        return top_logprobs
 
     @property
     def is_prompt(self) -> NDArray[np.bool_]:
@@ -150,14 +207,14 @@ class RingEntry:
         return is_prompt
 
     @property
-    def answers_nobody(self) -> bool:
+    def asks_nothing(self) -> bool:
         """Whether there are only new tokens, and nobody asked for more than their log-prob."""
-        return self.top_counts is self.logit_lines and not self.num_prompt
+        return self.is_plain or not (np.count_nonzero(self._fields[5]) or self.num_prompt)
 
     @property
     def num_prompt(self) -> int:
         """How many of those there are."""
-        return int(np.count_nonzero(self.is_prompt)) if np.count_nonzero(self.reasons) else 0
+        return 0 if self.is_plain else int(np.count_nonzero(self.is_prompt))
 
 
 class Ring:
@@ -181,16 +238,23 @@ class Ring:
         logits: Float32,
     ) -> None:
         self._top, self._logits = top, logits
+        self._no_logits = logits[0, :0]
         self.slots = len(steps)
-        # Views are made once: a step reads the header, the times and one block, a call each.
-        self._heads = [slot[:2] for slot in words]
-        self._times = [slot[2:6].view(np.int64) for slot in words]
+        # Views are made once, and again when the number of entries changes: making one takes as
+        # long as copying what it shows. A memoryview's element is a plain int: a third of the time
+        # of a numpy scalar in a poll.
+        self._heads = [slot.data for slot in words]
         self._bodies = [
             slot[header : header + RING_FIELDS * max_rows].reshape(RING_FIELDS, max_rows)
             for slot in words
         ]
-        # A memoryview's element is a plain int: a third of the time of a numpy scalar in a poll.
+        self._cut(max_rows)
         self._steps = steps.data
+
+    def _cut(self, n: int) -> None:
+        self._n, self._zeros = n, bytes(4 * n)
+        self._used = [body[:, :n] for body in self._bodies]
+        self._no_top = self._top[0, :n, :, :0]
 
     def ready(self, step: int) -> bool:
         """Whether `step` has been published; the device stores its number last."""
@@ -198,30 +262,18 @@ class Ring:
 
     def read(self, step: int) -> RingEntry:
         slot = step % self.slots
-        n, fault = self._heads[slot].tolist()
-        begin_ns, end_ns = self._times[slot].tolist()
-        rows, tokens, bits, reasons, positions, answers = self._bodies[slot][:, :n].copy()
+        n, fault, begin_ns, end_ns = RING_HEAD.unpack_from(self._heads[slot])
+        if n != self._n:
+            self._cut(n)
+        fields = self._used[slot].copy()
+        zeros = self._zeros
+        if fields[5].tobytes() == zeros:
+            plain = fields[3].tobytes() == zeros
+            top, logits = self._no_top, self._no_logits
+            return RingEntry(fields, plain, fault, begin_ns, end_ns, top, logits)
         # Copied only if somebody asked, so that a plain step costs the same for any number of rows.
-        if np.count_nonzero(answers):
-            counts, lines = answers & 255, answers >> 8
-            width = self._top.shape[-1] if counts.any() else 0
-            top = self._top[slot, :n, :, :width].copy()
-            logits = self._logits[step % 2, : int(lines.max(initial=0))].copy()
-        else:
-            counts = lines = answers  # all 0; the same array says that nobody asked
-            top, logits = self._top[0, :n, :, :0], self._logits[0, :0]
-        return RingEntry(
-            rows=rows,
-            tokens=tokens,
-            logprobs=bits.view(np.float32),
-            reasons=reasons,
-            positions=positions,
-            top_counts=counts,
-            top_ids=top[:, 0],
-            top_logprobs=top[:, 1].view(np.float32),
-            logit_lines=lines,
-            logits=logits,
-            fault=fault,
-            begin_ns=begin_ns,
-            end_ns=end_ns,
-        )
+        answers = fields[5]
+        width = self._top.shape[-1] if (answers & 255).any() else 0
+        top = self._top[slot, :n, :, :width].copy()
+        logits = self._logits[step % 2, : int(answers.max()) >> 8].copy()
+        return RingEntry(fields, False, fault, begin_ns, end_ns, top, logits)

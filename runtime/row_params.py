@@ -186,27 +186,47 @@ def as_token_mask(words: object, vocab: int) -> Int32:
 
 
 REASONS = np.array(FINISH_REASONS)
+TEXT, BOOL = REASONS.dtype, np.dtype(bool)
+
+
+def plain_output(step: int, entry: RingEntry, requests: NDArray[np.int64]) -> StepOutput:
+    """`step_output` where `entry.is_plain` and every entry is of a request that is still here.
+
+    Args:
+        requests: int64 [entries], of each entry; becomes the output's.
+    """
+    n = len(requests)
+    return StepOutput(
+        step,
+        entry.rows,
+        requests,
+        entry.tokens,
+        entry.logprobs,
+        np.zeros(n, BOOL),
+        np.zeros(n, TEXT),
+    )
 
 
 def step_output(
-    step: int, entry: RingEntry, ours: NDArray[np.bool_], ids: NDArray[np.int64]
+    step: int, entry: RingEntry, ours: NDArray[np.bool_], requests: NDArray[np.int64]
 ) -> StepOutput:
     """What the user sees of a step.
 
     Args:
         ours: bool [entries], False for entries whose request is gone.
-        ids: int64 [max_rows], the request of each row.
+        requests: int64 [entries], whose each is; -1 where that is gone. May become the output's.
     """
-    if entry.answers_nobody and np.count_nonzero(ours) == len(ours):
-        plain = not np.count_nonzero(entry.reasons)
+    if entry.asks_nothing and np.count_nonzero(ours) == len(ours):
+        if entry.is_plain:
+            return plain_output(step, entry, requests)
         return StepOutput(
             step=step,
             rows=entry.rows,
-            requests=ids[entry.rows],
+            requests=requests,
             tokens=entry.tokens,
             logprobs=entry.logprobs,
             finished=entry.reasons != 0,
-            finish_reasons=np.zeros(len(ours), REASONS.dtype) if plain else REASONS[entry.reasons],
+            finish_reasons=REASONS[entry.reasons],
         )
     scored = entry.is_prompt
     new = ours & ~scored
@@ -221,7 +241,7 @@ def step_output(
     if which.any():
         prompt = PromptLogprobs(
             entry.rows[which],
-            ids[entry.rows[which]],
+            requests[which],
             entry.positions[which],
             entry.tokens[which],
             entry.logprobs[which],
@@ -230,7 +250,7 @@ def step_output(
     return StepOutput(
         step=step,
         rows=rows,
-        requests=ids[rows],
+        requests=requests[new],
         tokens=entry.tokens[new],
         logprobs=entry.logprobs[new],
         finished=reasons != 0,

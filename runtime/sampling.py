@@ -265,7 +265,7 @@ class PromptLogprobs:
     top: TopLogprobs | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)  # not frozen: one is made each step, and freezing triples what that takes
 class StepOutput:
     """What one step produced: parallel arrays, one entry per new token.
 

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from runtime.history import History
 from runtime.mailbox import Chunk
 from runtime.pages import OutOfPages, OutOfRows, PagePool
 from runtime.prefix_cache import PrefixCache
@@ -109,7 +110,7 @@ class Scheduler:
         since: int64 [max_rows], the step that admitted the row's request; `NEVER` before that.
         ids: int64 [max_rows], id of the row's request.
         seeds: int64 [max_rows], seed of the last request that was given the row.
-        history: int32 [max_rows, max_seq_len], its tokens, prompt first; `have`: how many.
+        past: its tokens; `history`: the same as int32 [max_rows, max_seq_len].
         scored_to: int32 [max_rows], last position of its prompt whose log-prob has been returned.
     """
 
@@ -137,9 +138,9 @@ class Scheduler:
         self.since = np.full(max_rows, NEVER, np.int64)
         self.ids = np.full(max_rows, -1, np.int64)
         self.seeds = np.zeros(max_rows, np.int64)
-        self.have = np.zeros(max_rows, np.int64)
         self.scored_to = np.zeros(max_rows, np.int32)
-        self.history = np.zeros((max_rows, max_seq_len), np.int32)
+        self.past = History(max_rows, max_seq_len)
+        self.history = self.past.tokens
         self.free_rows = list(range(max_rows - 1, -1, -1))
         self.cancels: list[int] = []
         self._lazy = config.reservation == "lazy"
@@ -248,6 +249,7 @@ class Scheduler:
             self._name(request, int(self.have[row]) - 1)  # the last token's KV is not computed
         self.rows[row], request.row = None, -1
         self.since[row], self.ids[row] = NEVER, -1
+        self.past.end()
         self.pages.release(row)
         self.free_rows.append(row)
         self._may_admit = True
@@ -274,13 +276,12 @@ class Scheduler:
         request.phase, request.done, request.sent = WAITING, 0, 0
         request.matched = request.named = 0
         self.since[row] = NEVER
+        self.past.end()
 
-    def deliver(self, rows: NDArray[np.int32], tokens: NDArray[np.int32]) -> None:
-        """Rows have been given a token each."""
-        at = self.have[rows]
-        self.history[rows, at] = tokens
-        self.have[rows] = at + 1
-        self.counters.tokens_decoded += len(rows)
+    @property
+    def have(self) -> NDArray[np.int64]:
+        """int64 [max_rows], tokens that each row has in `history`."""
+        return self.past.have
 
     # ------------------------------------------------------------------ the prefix cache
 

@@ -10,6 +10,12 @@ so all earlier kernels are complete, too, and a dependent may be let go as early
 Kernels that are launched in the ordinary way (other libraries', the transports') wait for the
 completion of what comes before them, and what comes after them waits for theirs.
 
+The one exception: the first programs of `grouped_down` wait for counters of `grouped_gate_up`, the
+kernel right before, that say that their own input is whole. It lets them start only after it has
+waited for its own inputs, `await_inputs_first`: so the counters' reset, and whatever came before,
+are complete by then; its programs have all begun, so those that are waited for will end; and
+`grouped_down` is complete only when every one of them has counted.
+
 The mode is a constexpr of every kernel: OFF also serves the interpreter and chips before sm_90.
 """
 
@@ -60,6 +66,26 @@ def await_inputs_streaming(PDL: tl.constexpr):
 
 
 @triton.jit
+def await_inputs_first(PDL: tl.constexpr, EAGER: tl.constexpr):
+    """As `await_inputs_streaming`, for kernels whose dependents may look at their counters.
+
+    No dependent starts before the inputs are complete; `EAGER` lets them start then in mode LATE,
+    too.
+    """
+    if PDL != 0:
+        gdc_wait()
+    if PDL != 0 and (EAGER or PDL == _EARLY):
+        gdc_launch_dependents()
+
+
+@triton.jit
+def release_first(PDL: tl.constexpr):
+    """What `await_inputs_streaming` does before it waits, for programs that wait otherwise."""
+    if PDL == _EARLY:
+        gdc_launch_dependents()
+
+
+@triton.jit
 def release_dependents(PDL: tl.constexpr):
     """Let the next kernel start, if `await_inputs_streaming` did not; nothing is left to load."""
     if PDL == _LATE:
@@ -103,3 +129,18 @@ def _ask(at, num_bytes):
         is_pure=False,
         pack=1,
     )
+
+
+@triton.jit
+def hold(x, PDL: tl.constexpr):
+    """`x` of 16-bit elements, as it was loaded, from here on.
+
+    Put behind `await_inputs`, it keeps what was loaded before it in registers, on its way, until
+    here: Triton otherwise moves a matrix operand into shared memory where it is loaded, and waits
+    for it there.
+    """
+    if PDL != 0:
+        x = tl.inline_asm_elementwise(
+            "mov.b32 $0, $1;", "=r,r", [x], dtype=x.dtype, is_pure=False, pack=2
+        )
+    return x

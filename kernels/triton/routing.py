@@ -13,13 +13,18 @@ import triton.language as tl
 
 from kernels.triton.launch import Launcher
 from kernels.triton.overlap import await_inputs, overlap
-from kernels.triton.tiles import sigmoid_rows
+from kernels.triton.tiles import num_parts, sigmoid_rows, sum_parts
 
 ALIGN_BLOCK = 2048
+LIST_ELEMS = 8192  # tokens times experts that one program lists the pairs of
+PART_ELEMS = 16384  # of the router's parts that a program of eight warps has in flight
+FULL_SPAN = 128  # experts that a warp takes side by side: four a lane, 16 bytes
 COMBINE_BLOCK = 512  # 4 elements a thread: the rows of all K choices are in flight at once
 EPSILON = 1e-20  # keeps the normalising sum away from zero
 
 _LOWEST = tl.constexpr(-(2**63))
+_LOWEST32 = tl.constexpr(-(2**31))
+_FULL_SPAN = tl.constexpr(FULL_SPAN)
 _EPSILON = tl.constexpr(EPSILON)
 
 
@@ -30,11 +35,16 @@ def _flip(bits):
 
 
 @triton.jit
-def _sort_key(value, index, N: tl.constexpr):
-    """int64 keys, all different: by fp32 value, then lower index first; NaN on top, as in topk."""
+def _order(value):
+    """int32 of the same order as fp32 values; NaN on top, as in topk."""
     # The sign of a NaN differs between machines, so its bits cannot be used.
-    order = tl.where(value == value, _flip(value.to(tl.int32, bitcast=True)), 0x7FFFFFFF)
-    return (order.to(tl.int64) << 32) | (N - 1 - index).to(tl.int64)
+    return tl.where(value == value, _flip(value.to(tl.int32, bitcast=True)), 0x7FFFFFFF)
+
+
+@triton.jit
+def _sort_key(value, index, N: tl.constexpr):
+    """int64 keys, all different: by fp32 value, then lower index first."""
+    return (_order(value).to(tl.int64) << 32) | (N - 1 - index).to(tl.int64)
 
 
 @triton.jit
@@ -63,13 +73,112 @@ def _keep_groups(
 
 
 @triton.jit
+def _sum_logits(
+    at,  # fp32 pointers [H, L] into the first part
+    real,  # bool [H, L]
+    part_stride,
+    PARTS: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """fp32 [H, L]: the sum of all parts, in an order that the shapes alone set.
+
+    All parts of a chunk are in flight at once: one after the other they would take a latency each.
+    They lie across the warps, so every warp ends up with all the sums.
+    """
+    total = tl.zeros(at.shape, tl.float32)
+    for first in tl.static_range(0, PARTS, CHUNK):
+        part = first + tl.arange(0, CHUNK)[:, None, None]
+        inside = (part < PARTS) & real[None, :, :]
+        value = tl.load(at[None, :, :] + part * part_stride, mask=inside, other=0.0)
+        total += tl.sum(value, axis=0)
+    return total
+
+
+@triton.jit
+def _spread(
+    src,  # fp32 [E]
+    index,  # int32 [H, L]
+    real,  # bool [H, L]
+    COPIES: tl.constexpr,
+):
+    """fp32 [H, L]: src[index], zero where it is not real, for every warp as in `_sum_logits`.
+
+    A plain load would be dealt out among the warps, and all that depends on it, too.
+    """
+    first = tl.arange(0, COPIES)[:, None, None] == 0
+    return tl.sum(tl.load(src + index[None, :, :], mask=first & real[None, :, :], other=0.0), 0)
+
+
+@triton.jit
+def _best_of_few(choice, expert, real, open, E: tl.constexpr, K: tl.constexpr, K2: tl.constexpr):
+    """(int32 [K2] ids by descending choice, int32 [H, L] which of them an expert is, or -1)."""
+    key = tl.where(real & open, _sort_key(choice, expert, E), _LOWEST)
+    k = tl.arange(0, K2)
+    ids = tl.zeros([K2], tl.int32)
+    slot = tl.full(choice.shape, -1, tl.int32)
+    for i in tl.static_range(K):
+        best = tl.max(tl.max(key, axis=0), axis=0)
+        slot = tl.where(key == best, i, slot)
+        key = tl.where(key == best, _LOWEST, key)
+        ids = tl.where(k == i, (E - 1 - (best & 0xFFFFFFFF)).to(tl.int32), ids)
+    return ids, slot
+
+
+@triton.jit
+def _best_of_many(choice, expert, real, open, E: tl.constexpr, K: tl.constexpr, K2: tl.constexpr):
+    """As `_best_of_few`, for experts across all lanes: a warp reduces int32 in one instruction."""
+    order = tl.where(real & open, _order(choice), _LOWEST32)
+    k = tl.arange(0, K2)
+    ids = tl.zeros([K2], tl.int32)
+    slot = tl.full(choice.shape, -1, tl.int32)
+    for i in tl.static_range(K):
+        best = tl.max(tl.max(order, axis=0), axis=0)
+        index = tl.min(tl.min(tl.where(order == best, expert, E), axis=0), axis=0)
+        slot = tl.where(expert == index, i, slot)
+        order = tl.where(expert == index, _LOWEST32, order)
+        ids = tl.where(k == i, index, ids)
+    return ids, slot
+
+
+@triton.jit
+def _list_pairs(
+    slots,  # int8 [T, E2]: which of a token's choices the expert is; -1 for none
+    offsets,  # int32 [E+1]
+    pairs,  # int32 [T * COLS]
+    num_tokens,
+    E: tl.constexpr,
+    E2: tl.constexpr,
+    T2: tl.constexpr,
+    COLS: tl.constexpr,
+):
+    """As `_align`, by one program: every (token, expert) at once, and its place is a sum."""
+    t = tl.arange(0, T2)[:, None]
+    e = tl.arange(0, E2)
+    slot = tl.load(slots + t * E2 + e[None, :], mask=t < num_tokens, other=-1).to(tl.int32)
+    found = (slot >= 0) & (e < E)[None, :]  # past E nobody writes
+    rank = tl.cumsum(found.to(tl.int32), axis=0)
+    count = tl.sum(found.to(tl.int32), axis=0)
+    end = tl.cumsum(count, axis=0)
+    tl.store(offsets + e, end - count, mask=e < E)
+    tl.store(offsets + E, tl.sum(count, axis=0))
+    at = (end - count)[None, :] + rank - 1
+    tl.store(pairs + at, t * COLS + slot, mask=found)
+
+
+@triton.jit
 def _route(
-    logits,  # fp32 [T, E], row pitch logits_pitch
+    logits,  # fp32 [PARTS, T, E], pitches part_stride and logits_pitch
     bias,  # fp32 [E], or unused
     tok_row,  # int32 [T]
     out_ids,  # int32 [T, COLS]
     out_weights,  # fp32 [T, COLS]
+    offsets,  # int32 [LISTED+1], or unused
+    pairs,  # int32 [T * COLS], or unused
+    slots,  # int8 [T, LISTED2], or unused
+    arrivals,  # int32 [1], zero before and after, or unused
+    ready,  # int32 [LISTED], or unused
     logits_pitch,
+    part_stride,
     scaling,
     E: tl.constexpr,
     GROUPS: tl.constexpr,
@@ -83,39 +192,69 @@ def _route(
     SHARED_ID: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     NORMALIZE: tl.constexpr,
+    PARTS: tl.constexpr,
+    CHUNK: tl.constexpr,  # parts that are loaded at once
+    SPAN: tl.constexpr,  # experts that lie across the lanes of a warp
+    LISTED: tl.constexpr,  # experts whose pairs are listed as well; 0 for none
+    LISTED2: tl.constexpr,
+    T2: tl.constexpr,
+    RESETS: tl.constexpr,
     PDL: tl.constexpr,
 ):
+    # [E2 / SPAN, SPAN], row-major the same as [G2, S2].
+    place = tl.arange(0, G2 * S2 // SPAN)[:, None] * SPAN + tl.arange(0, SPAN)[None, :]
+    expert = place
+    real = place < E
+    if S2 != SIZE:
+        expert = place // S2 * SIZE + place % S2
+        real = (place // S2 < GROUPS) & (place % S2 < SIZE)
+    if HAS_BIAS:  # no step writes it
+        if SPAN < _FULL_SPAN:
+            shift = tl.load(bias + expert, mask=real, other=0.0)
+        else:
+            shift = _spread(bias, expert, real, CHUNK)
     await_inputs(PDL)
     t = tl.program_id(0).to(tl.int64)
-    k = tl.arange(0, K2)
-    ids_at = out_ids + t * COLS + k
-    weights_at = out_weights + t * COLS + k
-    if tl.load(tok_row + t) < 0:
-        tl.store(ids_at, tl.full([K2], -1, tl.int32), mask=k < COLS)
-        tl.store(weights_at, tl.zeros([K2], tl.float32), mask=k < COLS)
-        return
-    g = tl.arange(0, G2)[:, None]
-    s = tl.arange(0, S2)[None, :]
-    expert = g * SIZE + s
-    real = (g < GROUPS) & (s < SIZE)
-    choice = tl.sigmoid(tl.load(logits + t * logits_pitch + expert, mask=real, other=0.0))
+    live = tl.load(tok_row + t) >= 0
+    score = tl.sigmoid(
+        _sum_logits(logits + t * logits_pitch + expert, real, part_stride, PARTS, CHUNK)
+    )
+    choice = score
     if HAS_BIAS:
-        choice += tl.load(bias + expert, mask=real, other=0.0)
-    key = tl.where(real, _sort_key(choice, expert, E), _LOWEST)
+        choice += shift
+    open = real
     if TOPK_GROUPS < GROUPS:
-        kept = _keep_groups(key, GROUPS, SIZE, G2, TOPK_GROUPS)
-        key = tl.where(kept[:, None], key, _LOWEST)
-    ids = tl.zeros([K2], tl.int32)
-    for i in tl.static_range(K):
-        best = tl.max(tl.max(key, axis=1), axis=0)
-        key = tl.where(key == best, _LOWEST, key)
-        ids = tl.where(k == i, (E - 1 - (best & 0xFFFFFFFF)).to(tl.int32), ids)
-    # The scores without bias: K values from L1 cost less than a reduction for each.
-    weight = tl.sigmoid(tl.load(logits + t * logits_pitch + ids, mask=k < K, other=0.0))
+        key = tl.reshape(tl.where(real, _sort_key(choice, expert, E), _LOWEST), [G2, S2])
+        kept = tl.broadcast_to(_keep_groups(key, GROUPS, SIZE, G2, TOPK_GROUPS)[:, None], [G2, S2])
+        open = tl.reshape(kept, [G2 * S2 // SPAN, SPAN])
+    if SPAN < _FULL_SPAN:
+        ids, slot = _best_of_few(choice, expert, real, open, E, K, K2)
+    else:
+        ids, slot = _best_of_many(choice, expert, real, open, E, K, K2)
+    k = tl.arange(0, K2)
+    # The scores without bias.
+    weight = tl.gather(tl.reshape(score, [G2 * S2]), ids // SIZE * S2 + ids % SIZE, 0)
     if NORMALIZE:
         weight = tl.div_rn(weight, tl.sum(tl.where(k < K, weight, 0.0), axis=0) + _EPSILON)
-    tl.store(ids_at, tl.where(k < K, ids, SHARED_ID), mask=k < COLS)
-    tl.store(weights_at, tl.where(k < K, weight * scaling, 1.0), mask=k < COLS)
+    ids = tl.where(live, tl.where(k < K, ids, SHARED_ID), -1)
+    weight = tl.where(live, tl.where(k < K, weight * scaling, 1.0), 0.0)
+    tl.store(out_ids + t * COLS + k, ids, mask=k < COLS)
+    tl.store(out_weights + t * COLS + k, weight, mask=k < COLS)
+    if LISTED > 0:
+        slot = tl.where(live, slot, -1)
+        tl.store(slots + t * LISTED2 + expert, slot.to(tl.int8), mask=real)
+        if LISTED > E:
+            tl.store(slots + t * LISTED2 + E, tl.where(live, K, -1).to(tl.int8))
+        # The last program to arrive has all slots before it: its add acquires what the others' adds
+        # released, each for all threads of its program. Whoever that is, the lists are the same.
+        tl.debug_barrier()
+        num_tokens = tl.num_programs(0)
+        if tl.atomic_add(arrivals, 1, sem="acq_rel", scope="gpu") == num_tokens - 1:
+            tl.store(arrivals, 0)
+            _list_pairs(slots, offsets, pairs, num_tokens, LISTED, LISTED2, T2, COLS)
+            if RESETS:
+                e = tl.arange(0, LISTED2)
+                tl.store(ready + e, tl.zeros([LISTED2], tl.int32), mask=e < LISTED)
 
 
 @triton.jit
@@ -123,15 +262,19 @@ def _align(
     ids,  # int32 [N]
     offsets,  # int32 [E+1]
     pairs,  # int32 [N]
+    ready,  # int32 [E], or unused
     N,
     expert_start,
     BLOCK: tl.constexpr,
     NUM_BLOCKS: tl.constexpr,
+    RESETS: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """CTA e reads all ids twice, so that it needs nothing from its neighbours."""
     await_inputs(PDL)
     e = tl.program_id(0)
+    if RESETS:
+        tl.store(ready + e, 0)
     lane = tl.arange(0, BLOCK)
     lower = tl.zeros([BLOCK], tl.int32)
     equal = tl.zeros([BLOCK], tl.int32)
@@ -200,6 +343,11 @@ def route(
     shared_id: int | None = None,
     out_ids: torch.Tensor,
     out_weights: torch.Tensor,
+    offsets: torch.Tensor | None = None,
+    pairs: torch.Tensor | None = None,
+    slots: torch.Tensor | None = None,
+    arrivals: torch.Tensor | None = None,
+    ready: torch.Tensor | None = None,
 ) -> None:
     """Choose top_k experts a token by sigmoid score plus bias, among the best groups of experts.
 
@@ -207,7 +355,7 @@ def route(
     the largest value, so it is chosen and its weight is NaN (with `normalize`, the whole row's).
 
     Args:
-        logits: fp32 [T, E]; the row pitch may exceed E.
+        logits: fp32 [T, E], the row pitch may exceed E; or [S, T, E], parts that are added up here.
         bias: fp32 [E], only for the choice, or None.
         tok_row: int32 [T]; -1 is padding and gets ids -1, weights 0.
         num_groups, topk_groups: E is cut into num_groups equal groups; topk_groups of them compete.
@@ -217,6 +365,11 @@ def route(
         shared_id: of an expert that every real token goes to as well, with weight 1 and last.
         out_ids: int32 [T, top_k], by descending choice; with shared_id [T, top_k + 1].
         out_weights: fp32, as out_ids.
+        offsets, pairs: given, the pairs of each expert are listed as by `align` from expert 0 on;
+            for sizes that `lists_fit` accepts.
+        slots: int8 [T, list_width(experts)], given with them; its contents are lost.
+        arrivals: int32 [1], given with them: zero before and after.
+        ready: int32 [experts], may be given with them: is set to zero, for the experts' products.
     Raises:
         ValueError: counts that do not divide or do not suffice, or shapes that do not fit.
     Capture-safe.
@@ -224,21 +377,35 @@ def route(
     """
     columns = top_k + (shared_id is not None)
     size = _check_route(logits, bias, num_groups, topk_groups, top_k, columns, out_ids, out_weights)
+    listed = _check_lists(logits, shared_id, out_ids, offsets, pairs, slots, arrivals, ready)
+    num_tokens, experts = logits.shape[-2:]
+    parts, groups2, size2 = (
+        max(1, num_parts(logits)),
+        *map(triton.next_power_of_2, (num_groups, size)),
+    )
+    tile = groups2 * size2
+    chunk = min(triton.next_power_of_2(parts), max(1, PART_ELEMS // tile))
     launch(
         _route,
-        (logits.shape[0],),
+        (num_tokens,),
         logits,
         logits if bias is None else bias,
         tok_row,
         out_ids,
         out_weights,
-        logits.stride(0),
+        out_ids if offsets is None else offsets,
+        out_ids if pairs is None else pairs,
+        out_ids if slots is None else slots,
+        out_ids if arrivals is None else arrivals,
+        out_ids if ready is None else ready,
+        logits.stride(-2),
+        logits.stride(0) if parts > 1 else 0,
         float(scaling),
-        E=logits.shape[1],
+        E=experts,
         GROUPS=num_groups,
         SIZE=size,
-        G2=triton.next_power_of_2(num_groups),
-        S2=triton.next_power_of_2(size),
+        G2=groups2,
+        S2=size2,
         TOPK_GROUPS=topk_groups,
         K=top_k,
         K2=triton.next_power_of_2(columns),
@@ -246,7 +413,15 @@ def route(
         SHARED_ID=-1 if shared_id is None else shared_id,
         HAS_BIAS=bias is not None,
         NORMALIZE=normalize,
-        num_warps=1,  # every reduction stays inside the warp
+        PARTS=parts,
+        CHUNK=chunk,
+        SPAN=min(tile, FULL_SPAN),
+        LISTED=listed,
+        LISTED2=list_width(listed),
+        T2=triton.next_power_of_2(num_tokens) if listed else 1,
+        RESETS=ready is not None,
+        # The order in which parts are added goes by the warps: they must not go by the tokens.
+        num_warps=max(1, min(8, chunk * tile // 256)),
         **overlap(launch),
     )
 
@@ -264,11 +439,17 @@ def route_ref(
     shared_id: int | None = None,
     out_ids: torch.Tensor,
     out_weights: torch.Tensor,
+    offsets: torch.Tensor | None = None,
+    pairs: torch.Tensor | None = None,
+    slots: torch.Tensor | None = None,
+    arrivals: torch.Tensor | None = None,
+    ready: torch.Tensor | None = None,
 ) -> None:
     """`route` in plain torch."""
     columns = top_k + (shared_id is not None)
     size = _check_route(logits, bias, num_groups, topk_groups, top_k, columns, out_ids, out_weights)
-    scores = sigmoid_rows(logits)
+    _check_lists(logits, shared_id, out_ids, offsets, pairs, slots, arrivals, ready)
+    scores = sigmoid_rows(sum_parts(logits, torch.float32))
     choice = scores if bias is None else scores + bias
     grouped = choice.view(-1, num_groups, size)
     group_score = grouped.topk(min(2, size), dim=-1)[0].sum(-1)
@@ -287,6 +468,19 @@ def route_ref(
     padded = (tok_row < 0)[:, None]
     out_ids.copy_(ids.masked_fill(padded, -1))
     out_weights.copy_(weights.masked_fill(padded, 0.0))
+    if offsets is not None and pairs is not None:
+        align_ref(out_ids, expert_start=0, offsets=offsets, pairs=pairs, ready=ready)
+
+
+def lists_fit(num_tokens: int, num_experts: int) -> bool:
+    """Whether `route` lists so many pairs faster than a kernel of its own (`align`) does."""
+    tile = triton.next_power_of_2(num_tokens) * list_width(num_experts)
+    return bool(tile <= LIST_ELEMS)
+
+
+def list_width(num_experts: int) -> int:
+    """Slots of a token, one for each expert, in whole 16 bytes."""
+    return max(16, int(triton.next_power_of_2(num_experts)))
 
 
 def align(
@@ -296,6 +490,7 @@ def align(
     expert_start: int,
     offsets: torch.Tensor,
     pairs: torch.Tensor,
+    ready: torch.Tensor | None = None,
 ) -> None:
     """List the pairs of each local expert: pairs[offsets[e]:offsets[e+1]], ascending.
 
@@ -304,11 +499,13 @@ def align(
         expert_start: id of local expert 0.
         offsets: int32 [E_local+1].
         pairs: int32 [T*K]; pair ids t*K + k. Entries from offsets[E_local] on are not written.
+        ready: int32 [E_local], is set to zero, for the experts' products; may be left out.
     Raises:
         ValueError: ids strided, or pairs too short.
     Capture-safe.
     """
     _check_align(ids, pairs)
+    _check_ready(ready, offsets.shape[0] - 1)
     num_pairs = ids.numel()
     block = min(ALIGN_BLOCK, max(128, triton.next_power_of_2(num_pairs)))
     launch(
@@ -317,20 +514,29 @@ def align(
         ids,
         offsets,
         pairs,
+        ids if ready is None else ready,
         num_pairs,
         expert_start,
         BLOCK=block,
         NUM_BLOCKS=triton.cdiv(num_pairs, block),
+        RESETS=ready is not None,
         num_warps=max(1, min(8, block // 256)),
         **overlap(launch),
     )
 
 
 def align_ref(
-    ids: torch.Tensor, *, expert_start: int, offsets: torch.Tensor, pairs: torch.Tensor
+    ids: torch.Tensor,
+    *,
+    expert_start: int,
+    offsets: torch.Tensor,
+    pairs: torch.Tensor,
+    ready: torch.Tensor | None = None,
 ) -> None:
     """`align` in plain torch."""
     _check_align(ids, pairs)
+    if ready is not None:
+        ready.zero_()
     num_local = offsets.shape[0] - 1
     local = ids.flatten().long() - expert_start
     local = torch.where((local < 0) | (local >= num_local), num_local, local)
@@ -412,7 +618,7 @@ def _check_route(
     out_ids: torch.Tensor,
     out_weights: torch.Tensor,
 ) -> int:
-    rows, experts = logits.shape
+    rows, experts = logits.shape[-2:]
     size = experts // num_groups
     if size * num_groups != experts or not 1 <= topk_groups <= num_groups:
         raise ValueError(
@@ -436,6 +642,53 @@ def _check_route(
                 f"got {list(t.shape)}, strides {t.stride()}"
             )
     return int(size)
+
+
+def _check_lists(
+    logits: torch.Tensor,
+    shared_id: int | None,
+    ids: torch.Tensor,
+    offsets: torch.Tensor | None,
+    pairs: torch.Tensor | None,
+    slots: torch.Tensor | None,
+    arrivals: torch.Tensor | None,
+    ready: torch.Tensor | None,
+) -> int:
+    """Experts whose pairs are to be listed; 0 for no lists."""
+    given = (offsets, pairs, slots, arrivals)
+    if offsets is None or pairs is None or slots is None or arrivals is None:
+        if any(tensor is not None for tensor in (*given, ready)):
+            raise ValueError("expected offsets, pairs, slots and arrivals together, or none")
+        return 0
+    _check_align(ids, pairs)
+    routed, rows = logits.shape[-1], ids.shape[0]
+    experts = routed + (shared_id is not None)
+    if offsets.shape[0] != experts + 1 or shared_id not in (None, routed):
+        raise ValueError(
+            f"lists are of all {routed} experts and a shared one behind them, got {offsets.shape} "
+            f"offsets and shared_id {shared_id}; use align for other lists"
+        )
+    if not lists_fit(rows, experts):
+        raise ValueError(
+            f"expected at most {LIST_ELEMS} tokens times experts, each rounded up to a power of "
+            f"two, got {rows} and {experts}; use align for more"
+        )
+    if (
+        tuple(slots.shape) != (rows, list_width(experts))
+        or not slots.is_contiguous()
+        or (slots.dtype, arrivals.dtype) != (torch.int8, torch.int32)
+    ):
+        raise ValueError(
+            f"expected slots int8 {(rows, list_width(experts))} and arrivals int32, "
+            f"got {slots.dtype} {tuple(slots.shape)} and {arrivals.dtype}"
+        )
+    _check_ready(ready, experts)
+    return int(experts)
+
+
+def _check_ready(ready: torch.Tensor | None, experts: int) -> None:
+    if ready is not None and (tuple(ready.shape), ready.dtype) != ((experts,), torch.int32):
+        raise ValueError(f"ready must be int32 [{experts}], got {ready.dtype} {list(ready.shape)}")
 
 
 def _check_align(ids: torch.Tensor, pairs: torch.Tensor) -> None:

@@ -324,8 +324,12 @@ def test_replay_bench_times_every_key_and_writes_its_files(
     for key in report["keys"]:
         assert 0 < key["p50_us"] <= key["p99_us"]
         assert key["host_us"] > 0
+        assert 0 < key["graph_launch_us"] < key["host_us"]
+        assert 0 < key["python_us"] < key["host_us"]
         assert key["floor"]["total"] > 0
         assert key["new_tokens_per_s"] > 0
+    assert report["marks"] == {"python_us": 30.0, "idle_us": 3.0}
+    assert "mark 30; launch us" in " ".join(terminal.out.split())
     assert report["parts_key"] == "2"
     assert list(report["parts_us"]) == [
         *("embed", "layer 0 attention", "layer 0 mlp", "layer 1 attention", "layer 1 mlp"),

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -485,18 +486,30 @@ def test_a_second_runtime_has_a_process_group_of_its_own() -> None:
 # -- as it is timed -------------------------------------------------------------------------------
 
 
+def _nothing() -> None:
+    """What the meetings alone enclose."""
+
+
 class CountedGraph:
-    """A chain of calls that takes as many microseconds a call as upstream has been called."""
+    """A chain of calls that takes as many microseconds a call as upstream has been called.
+
+    As a device's graph it keeps nothing alive: whoever captured it has to keep its tensors.
+    """
 
     def __init__(self, call: Callable[[], object], inner: int, upstream: FakeBuffer) -> None:
-        self._call, self._inner, self._upstream = call, inner, upstream
+        bound = hasattr(call, "__self__")
+        self._call: Callable[[], Callable[[], object] | None]
+        self._call = weakref.WeakMethod(call) if bound else weakref.ref(call)  # type: ignore[arg-type]
+        self._inner, self._upstream = inner, upstream
         self.times: list[float] = []
 
     def replay(self, count: int, finish: Callable[[], None]) -> None:
         for _ in range(count):
             before = len(self._upstream.calls)
             for _ in range(self._inner):
-                self._call()
+                call = self._call()
+                assert call is not None, "a graph is replayed whose tensors are freed"
+                call()
             self.times.append((len(self._upstream.calls) - before) / self._inner)
         finish()
 
@@ -543,7 +556,7 @@ class CpuAligner:
         return CountedGraph(call, inner, self.upstream)
 
     def capture_nothing(self, inner: int) -> CountedGraph:
-        return CountedGraph(lambda: None, inner, self.upstream)
+        return CountedGraph(_nothing, inner, self.upstream)
 
 
 @pytest.mark.parametrize(
@@ -577,9 +590,10 @@ def test_a_timed_layer_is_right_and_even(
 
 
 class Bench:
-    """A benchmark of one rank, `rdep` and `deepep-normal` both played by the model of upstream.
+    """A benchmark of one rank, `rdep` and a library both played by the model of upstream.
 
     Attributes:
+        library: the mode that may fail.
         made: names of the modes that were made ready, in order.
         closed: names of those that gave everything back.
     """
@@ -587,8 +601,9 @@ class Bench:
     def __init__(self, name: str) -> None:
         self.made: list[str] = []
         self.closed: list[str] = []
-        self.dispatches = 0  # of deepep-normal, since it was made
-        self.fails_at = 0  # which dispatch of deepep-normal fails, counted from its making
+        self.library = "deepep-normal"
+        self.dispatches = 0  # of the library, since it was made
+        self.fails_at = 0  # which dispatch of the library fails, counted from its making
         self.loses_context = False
         self.aligner = CpuAligner(fake(make(SMALL, DeepEpNormal)))
         args = transport_microbench._parser().parse_args(["--json"])
@@ -612,7 +627,7 @@ class Bench:
         self.aligner.upstream, calls = upstream, len(upstream.calls)
 
         def finish() -> None:
-            if name != "deepep-normal":
+            if name != self.library:
                 return
             self.dispatches = upstream.calls[calls:].count("dispatch")
             if self.fails_at and self.dispatches >= self.fails_at:
@@ -625,7 +640,7 @@ class Bench:
         return Subject(transport, finish, close, upstream=partial(normal_calls, transport))
 
     def run(self, rows: list[int]) -> dict[str, Any]:
-        return self.bench.run(["rdep", "deepep-normal"], rows)
+        return self.bench.run(["rdep", self.library], rows)
 
 
 def test_a_mode_that_ends_the_context_leaves_the_others_numbers(
@@ -661,6 +676,33 @@ def test_sizes_measured_before_a_failure_are_told() -> None:
     assert [c["rows"] for c in failed["cases"]] == [2]
     assert failed["doing"] == "4 rows"
     assert bench.aligner.closed
+
+
+def test_our_modes_are_measured_at_all_sizes_before_a_library_can_end_it(tmp_path: Path) -> None:
+    bench = Bench("test-first")
+    bench.library, bench.fails_at, bench.loses_context = "deepep", 1, True
+    bench.bench.args.lines = tmp_path / "lines"
+    modes = bench.run([2, 4])
+    assert bench.bench.lost
+    assert modes["rdep"]["ok"]
+    assert [c["rows"] for c in modes["rdep"]["cases"]] == [2, 4]
+    assert not modes["deepep"]["ok"]
+    lines = [json.loads(line) for line in (tmp_path / "lines").read_text().splitlines()]
+    assert [(line["mode"], line["rows"]) for line in lines] == [("rdep", 2), ("rdep", 4)]
+    assert lines == [{"mode": "rdep"} | case for case in modes["rdep"]["cases"]]
+
+
+def test_our_modes_are_measured_again_beside_a_library(tmp_path: Path) -> None:
+    bench = Bench("test-beside")
+    bench.library = "deepep"
+    bench.bench.args.lines = tmp_path / "lines"
+    modes = bench.run([2, 4])
+    assert modes["rdep"]["ok"]
+    assert modes["deepep"]["ok"]
+    lines = [json.loads(line) for line in (tmp_path / "lines").read_text().splitlines()]
+    seen = [(line["mode"], line["rows"]) for line in lines]
+    both = [("rdep", 2), ("deepep", 2), ("rdep", 4), ("deepep", 4)]
+    assert seen == [("rdep", 2), ("rdep", 4), *both]
 
 
 def test_combine_of_a_library_that_cannot_repeat_it_is_derived() -> None:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 
 from bench import host_time
 from kernels.triton.state import HEADER, MAX_TOP, RING_FIELDS, RING_SLOTS, RingLayout
+from runtime import Runtime, SamplingParams, StepOutput
 from runtime.cli import run
+from runtime.history import History
 from runtime.mailbox import Ring
+from tests.fake_device import FakeConfig, FakeDevice
 
 ROWS = 5
 
@@ -56,6 +60,168 @@ def test_an_entry_is_what_was_written_and_stays_so_when_its_slot_is_reused() -> 
     assert entry.positions.tolist() == [40, 41, 42]
 
 
+def test_the_number_of_entries_may_change_from_step_to_step() -> None:
+    words, _, ring = _ring()
+    for step, n in enumerate((2, 5, 0, 3)):
+        body = words[step][HEADER : HEADER + RING_FIELDS * ROWS].reshape(RING_FIELDS, ROWS)
+        words[step][0], body[1] = n, np.arange(ROWS) + 10 * step
+        body[3, n:] = 2  # of an earlier step
+        entry = ring.read(step)
+        assert entry.tokens.tolist() == [10 * step + i for i in range(n)]
+        assert entry.is_plain
+        assert entry.top_ids.shape == (n, 0)
+
+
+@pytest.mark.parametrize("field", [3, 5])  # somebody ended; somebody asked for something
+def test_a_step_is_plain_only_if_every_entry_is(field: int) -> None:
+    words, _, ring = _ring()
+    words[0][0] = ROWS
+    assert ring.read(0).is_plain
+    words[0][HEADER + field * ROWS + ROWS - 1] = 1
+    assert not ring.read(0).is_plain
+
+
+# ------------------------------------------------------------------ steps of the same rows
+
+
+def _steady_history() -> tuple[History, bytes, np.ndarray]:
+    """Rows 3 and 1 have had two tokens, after none and four."""
+    past, rows = History(4, 16), np.array([3, 1])
+    past.have[1] = 4
+    key = rows.astype(np.int32).tobytes()
+    for step in range(2):
+        assert past.steady_rows is None
+        past.append(rows, np.array([30 + step, 10 + step], np.int32))
+        past.watch(key, rows, np.array([7, 8]))
+    assert past.steady_rows == key
+    return past, key, rows
+
+
+def test_tokens_of_steady_rows_follow_those_before() -> None:
+    past, _, rows = _steady_history()
+    assert past.steady_requests.tolist() == [7, 8]
+    past.append_again(np.array([32, 12], np.int32))
+    past.append_again(np.array([33, 13], np.int32))
+    assert past.have.tolist() == [0, 8, 0, 4]
+    past.append(rows, np.array([34, 14], np.int32))
+    assert past.have.tolist() == [0, 9, 0, 5]
+    assert past.tokens[3, :5].tolist() == [30, 31, 32, 33, 34]
+    assert past.tokens[1, 4:9].tolist() == [10, 11, 12, 13, 14]
+    assert np.count_nonzero(past.tokens) == 10
+
+
+def test_rows_that_change_hands_are_looked_up_until_two_steps_agree_again() -> None:
+    past, key, rows = _steady_history()
+    past.append_again(np.array([32, 12], np.int32))
+    past.end()
+    assert past.steady_rows is None
+    past.have[3] = 0  # given to somebody else
+    for step in range(2):
+        past.append(rows, np.array([40 + step, 13 + step], np.int32))
+        past.watch(key, rows, np.array([9, 8]))
+    past.append_again(np.array([42, 15], np.int32))
+    assert past.steady_requests.tolist() == [9, 8]
+    assert past.tokens[3, :3].tolist() == [40, 41, 42]
+    assert past.tokens[1, 4:10].tolist() == [10, 11, 12, 13, 14, 15]
+    assert past.have.tolist() == [0, 10, 0, 3]
+
+
+def _decoding(rows: int) -> Runtime:
+    """Rows that have decoded for a while, two steps in flight."""
+    device = FakeDevice(FakeConfig(max_rows=rows), f"1,2,{rows},{rows}+16")
+    runtime = Runtime(device)  # type: ignore[arg-type]
+    for row in range(rows):
+        runtime.add([row + 1], SamplingParams(max_tokens=60, ignore_eos=True))
+    for _ in range(5):
+        runtime.step()
+    runtime.launch()
+    runtime.launch()
+    return runtime
+
+
+def _others_after(change: Callable[[Runtime], object]) -> list[StepOutput]:
+    runtime = _decoding(4)
+    assert runtime._scheduler.past.steady_rows is not None, "nothing is tested"
+    change(runtime)
+    return [runtime.collect(), runtime.collect(), runtime.step(), runtime.step(), runtime.step()]
+
+
+def test_a_row_that_changes_hands_among_steady_ones_gives_nobodys_token_away() -> None:
+    def change(runtime: Runtime) -> None:
+        runtime.cancel(2)
+        assert runtime.add([50], SamplingParams(max_tokens=60, ignore_eos=True)) == 2
+
+    kept = _others_after(lambda _: None)
+    outs = _others_after(change)
+    for old, out in zip(kept, outs, strict=True):
+        others = out.requests < 4
+        assert out.requests[others].tolist() == [0, 1, 3]
+        assert out.tokens[others].tolist() == old.tokens[[0, 1, 3]].tolist()
+        assert set(out.requests.tolist()) <= {0, 1, 3, 4}
+    assert [4 in out.requests for out in outs] == [False, False, True, True, True]
+
+
+def test_a_row_that_starts_again_among_steady_ones_gives_its_tokens_once() -> None:
+    def change(runtime: Runtime) -> None:
+        scheduler = runtime._scheduler
+        scheduler.reserve_restart()
+        request = scheduler.rows[2]
+        assert request is not None
+        scheduler.restart(request)
+
+    kept = _others_after(lambda _: None)
+    outs = _others_after(change)
+    assert [out.requests.tolist() for out in outs[:3]] == [[0, 1, 3], [0, 1, 3], [0, 1, 3, 2]]
+    # Its tokens in flight were dropped, so it is two behind from then on.
+    assert outs[2].tokens[3] == kept[0].tokens[2]
+    assert [out.tokens[out.requests == 2].item() for out in outs[3:]] == [
+        out.tokens[2] for out in kept[1:3]
+    ]
+
+
+def test_other_rows_in_between_end_steadiness() -> None:
+    past, key, rows = _steady_history()
+    past.append(rows[:1], np.array([32], np.int32))
+    assert past.steady_rows is None
+    for step in range(2):
+        past.append(rows, np.array([33 + step, 12 + step], np.int32))
+        past.watch(key, rows, np.array([7, 8]))
+    past.append_again(np.array([35, 14], np.int32))
+    assert past.tokens[3, :6].tolist() == list(range(30, 36))
+    assert past.tokens[1, 4:9].tolist() == list(range(10, 15))
+
+
+def test_outputs_of_steady_steps_are_the_users_to_keep_and_to_change() -> None:
+    runtime = _decoding(4)
+    first = runtime.collect()
+    kept = [getattr(first, name).copy() for name in ("rows", "requests", "tokens", "logprobs")]
+    second = runtime.collect()
+    for name in ("rows", "requests", "tokens", "logprobs"):
+        getattr(second, name)[:] = 77
+    second.finished[:], second.finish_reasons[:] = True, "stop"
+    third = runtime.step()
+    for name, old in zip(("rows", "requests", "tokens", "logprobs"), kept, strict=True):
+        assert getattr(first, name).tolist() == old.tolist()
+    assert third.rows.tolist() == third.requests.tolist() == [0, 1, 2, 3]
+    assert not third.finished.any()
+    assert set(third.finish_reasons.tolist()) == {""}
+    # What the user did is not what the rows were given.
+    have = runtime._scheduler.have
+    given = runtime._scheduler.history[0, have[0] - 3 : have[0]]
+    assert (given[0], given[2]) == (first.tokens[0], third.tokens[0])
+    assert given[1] != 77
+
+
+# ------------------------------------------------------------------ what a step takes
+
+
+def test_a_step_takes_as_few_calls_for_many_decoding_rows_as_for_few() -> None:
+    """Counted, of Python and of numpy, for times differ from machine to machine."""
+    calls = [sum(n for _, n, _ in host_time.profiled(rows, 64, most=None)) for rows in (2, 32, 256)]
+    assert calls[0] == calls[1] == calls[2], f"{calls} calls a step at 2, 32 and 256 rows"
+    assert calls[0] < 52, f"{calls[0]} calls a step"
+
+
 def test_the_benchmark_reports_each_number_of_rows(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
         run(host_time.main, ["--rows", "2,5", "--steps", "80", "--json"])
@@ -64,7 +230,8 @@ def test_the_benchmark_reports_each_number_of_rows(capsys: pytest.CaptureFixture
     assert [r["rows"] for r in report["rows"]] == [2, 5]
     for r in report["rows"]:
         assert 0 < r["launch_us"] < r["step_us"]
-        assert any(name == "driver.launch" and calls == 1 for name, calls, _ in r["functions"])
+        assert r["changed_us"] > 0
+        assert any(name == "stepping.launch" and calls == 1 for name, calls, _ in r["functions"])
 
 
 @pytest.mark.parametrize("bad", [["--rows", "0"], ["--rows", "two"], ["--steps", "3"]])

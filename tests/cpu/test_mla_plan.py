@@ -12,7 +12,7 @@ from graphs.flashinfer_mla import MAX_SMS, FlashinferMla
 from graphs.model_config import ModelConfig
 from graphs.presets import PRESETS
 from kernels.triton.launch import JitLauncher
-from kernels.triton.mla_decode import merge
+from kernels.triton.mla_merge import merge
 from kernels.triton.mla_plan import ITEM_ARRAYS, PlanLayout, mla_plan, mla_plan_ref
 
 LAUNCH = JitLauncher()
@@ -187,13 +187,13 @@ def test_on_meta_tensors_only_our_kernels_are_launched() -> None:
     table, length, part_o = meta(8, 64, dtype=i32), meta(8, dtype=i32), buffers["part_o"]
     mla.plan(Lister(), length, length, page_table=table, ws=buffers["mla_plan"], part_o=part_o)
     mla.run(
-        *(Lister(), meta(8, 128, 576), meta(640, 576), table, length),
+        *(Lister(), meta(8, 128, 576), meta(640, 576), table),
         ws=buffers["mla_plan"],
         part_o=part_o,
         part_lse=buffers["part_lse"],
         out=meta(8, 128, 512),
     )
-    assert launched == ["_mla_plan", "_merge"]
+    assert launched == ["_mla_plan"]
 
 
 def test_more_heads_than_a_query_tile_are_refused() -> None:

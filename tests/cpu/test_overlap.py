@@ -47,7 +47,7 @@ def test_every_kernel_of_a_step_waits_before_it_touches_what_steps_write(
     listed: dict[str, list[dict[str, Any]]], mode: str
 ) -> None:
     names = {k["name"] for k in listed[mode]}
-    assert {"_add_rmsnorm", "_linear_fp8_kernel", "_gate_up_kernel", "_route", "_merge"} <= names
+    assert {"_add_rmsnorm", "_linear_fp8_kernel", "_gate_up_kernel", "_route", "_absorb_v"} <= names
     for kernel in listed[mode]:
         if kernel["name"] in ORDINARY:
             assert not kernel["pdl"], kernel["name"]
@@ -69,13 +69,16 @@ def test_early_lets_dependents_go_and_late_does_so_after_the_stream(
         for kernel in listed[mode]:
             if kernel["name"] in ("_linear_fp8_kernel", "_gate_up_kernel", "_down_kernel"):
                 assert kernel["releases"], kernel["name"]
-                assert kernel["release_first"] is first, (mode, kernel["name"])
+                # Down looks at gate_up's counters: it may not start before their reset is complete.
+                counted = kernel["name"] == "_gate_up_kernel"
+                assert kernel["release_first"] is (first and not counted), (mode, kernel["name"])
 
 
 def test_before_the_wait_only_what_no_step_writes_is_loaded() -> None:
     """By source: the loads above `await_inputs` name weights and nothing else."""
     allowed = {
         "weight",
+        "bias",
         "w_uk",
         "w_rows",
         "w_uv",

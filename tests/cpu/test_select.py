@@ -29,11 +29,13 @@ from graphs.choices import ChosenOps, KernelChoices, Pick, SiteChoice, site_of, 
 from graphs.devices import bind_views
 from graphs.ops import Ops
 from graphs.select import REFERENCE_TOKENS, check_pins, choose_site, confirm, fits_workspace
+from graphs.step_config import StepConfig, default_cut
 from graphs.timing import Timing
 from graphs.tuning_inputs import expert_lists, on_meta, with_tokens
 from graphs.weights import add_part_views
 from kernels.triton.grouped import GATE_UP_PLAN
 from kernels.triton.linear import LinearPlan
+from kernels.triton.router import RouterPlan
 from runtime.config import RuntimeConfig
 from runtime.selection import choose
 from runtime.tuning import Tuner, pinned, record_calls, share
@@ -200,7 +202,7 @@ def test_every_product_of_a_step_is_a_site(recorded: dict[tuple[str, int], list[
     fp8 = "float8_e4m3fn"
     assert counts[f"linear_fp8 2112x7168 {fp8}"] == {1, 8, 32, 72}
     assert counts["linear 129280x7168 bfloat16"] == {1, 8, 32}  # the head: sampling rows
-    assert counts["linear 32x7168 float32"] == {1, 8, 32, 72}
+    assert counts["router 32x7168 float32"] == {1, 8, 32, 72}
     assert counts[f"grouped_gate_up 33x4096x7168 {fp8}"] == {1, 8, 32, 72}
     assert counts[f"grouped_down 33x7168x2048 {fp8}"] == {9, 72, 288, 648}
     layers = recorded[f"linear_fp8 7168x16384 {fp8}", 8]
@@ -245,6 +247,9 @@ def test_only_the_number_of_splits_changes_bits(
         for candidate in candidates(calls[0]):
             if isinstance(candidate.plan, LinearPlan):
                 assert candidate.bits == f"splits={candidate.plan.splits}"
+            elif isinstance(candidate.plan, RouterPlan):
+                tiles = "low" if candidate.plan.block_n < 64 else "tall"
+                assert candidate.bits == f"block_k={candidate.plan.block_k} {tiles} tiles"
             else:
                 assert candidate.bits == ("one order" if candidate.exact else "")
 
@@ -515,12 +520,36 @@ def test_attention_in_words() -> None:
             AttentionCut.parse(bad)
 
 
+def test_the_default_cut_fills_the_chip_once() -> None:
+    by_rows = {rows: default_cut(rows, 4096) for rows in (1, 4, 8, 16, 17, 32, 33, 64, 128, 256)}
+    assert by_rows == {
+        **{1: 256, 4: 256, 8: 256, 16: 512},
+        **{17: 1024, 32: 1024, 33: 2048, 64: 2048, 128: 2048, 256: 2048},
+    }
+    for rows in (8, 16, 32, 64):  # two SMs a split, of 132
+        assert rows * -(-2000 // by_rows[rows]) * 2 == 128
+
+
+@pytest.mark.parametrize("page_size", [16, 64, 512, 4096])
+@pytest.mark.parametrize("max_rows", [1, 3, 32, 300])
+def test_the_default_cut_limits_the_splits(max_rows: int, page_size: int) -> None:
+    for max_seq_len in (1, 64, 4096, 32768, 131072, 163840):
+        cut = default_cut(max_rows, max_seq_len, page_size)
+        step = StepConfig(max_rows, max_seq_len, 2, page_size, cut)  # it refuses what does not fit
+        assert step.splits <= (64 if max_rows == 1 else 16 if max_rows > 3 else 21)
+        assert cut % 64 == 0
+    assert default_cut(1, 131072) == 2048
+
+
 @pytest.mark.parametrize("max_seq_len", [64, 2000, 4096, 32768, 163840])
 def test_points_and_cuts_fit_the_length(max_seq_len: int) -> None:
     cuts = cuts_for(max_seq_len, 64)
     assert cuts
     assert all(-(-max_seq_len // cut) <= 64 for cut in cuts)
-    assert all(1 <= context < max_seq_len for _, context in points_for(max_seq_len))
+    for max_rows in (1, 2, 8, 48, 256):
+        points = points_for(max_rows, max_seq_len)
+        assert all(1 <= context < max_seq_len and rows <= max_rows for rows, context in points)
+        assert max(rows for rows, _ in points) == min(64, max_rows)
 
 
 def test_an_example_lies_in_pages_of_its_own() -> None:

@@ -14,6 +14,7 @@ from capture_cache.errors import CaptureError
 from graphs.capture import CudaBackend, StaleGraph
 from graphs.keys import GraphKey
 from runtime import Runtime, SamplingParams
+from runtime.replay_bench import MARKS, ReplayBench
 from tests.gpu.conftest import Load
 from tests.gpu.models import options_of
 from tests.serving import Answer, Request, make_requests, serve
@@ -70,6 +71,20 @@ def test_a_moved_buffer_is_refused(load: Load) -> None:
         with pytest.raises(StaleGraph, match=f"'kv.0' lay at {old.data_ptr():#x}"):
             runtime.step()
         assert runtime.num_in_flight == 0
+
+
+def test_a_steps_python_is_within_its_mark_and_cudas_launch_is_timed_apart(load: Load) -> None:
+    with load("bf16") as runtime:
+        bench = ReplayBench(runtime, 100, 300, None)
+        times = bench.time_key(KEY)
+        print(f"python {times.python_us:.1f} us, graph launch {times.graph_launch_us:.1f} us")
+        assert 0 < times.graph_launch_us < times.host_us
+        assert times.python_us < MARKS["python_us"]
+        with runtime.engine.graphs.timed(KEY) as taken:
+            runtime.occupy(8, 100, 10)
+            runtime.step()
+        runtime.step()
+        assert len(taken) == 1
 
 
 def test_a_step_without_rows_costs_nothing_but_a_replay(load: Load) -> None:

@@ -1,0 +1,265 @@
+"""Stepping: pick a graph, launch it, read the ring; nothing else per step.
+
+Who runs when is `runtime.scheduler`'s to say. Invariants: the host decides only what it must (which
+rows join, whose prompt is fed, which pages); the device decides which rows live.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from runtime.mailbox import Int32, Mailbox, Ring, RingEntry
+from runtime.requests import DECODING, ENDING, PREFILLING, Request
+from runtime.row_params import plain_output, step_output
+from runtime.sampling import StepOutput
+from runtime.scheduler import Scheduler, SchedulerConfig
+
+if TYPE_CHECKING:
+    from graphs.keys import GraphKey
+    from runtime.replayer import Replayer
+
+MAX_IN_FLIGHT = 2  # the mailbox has two slots
+FAULTS = {
+    1: "more rows or prompt tokens were asked for than the graph holds",
+    2: "a live token had no KV page",
+}
+
+
+class StepFailed(RuntimeError):
+    """The device could not do a step as asked; the runtime must be closed."""
+
+
+class Stepping:
+    """The part of `runtime.driver.Runtime` that steps, and that knows whether it still may.
+
+    Args:
+        engine: captured graphs with their mailbox, ring and ladder.
+        scheduling: how requests share rows, pages and steps.
+    """
+
+    def __init__(self, engine: Replayer, scheduling: SchedulerConfig | None = None) -> None:
+        self.engine: Any = engine  # benchmarks and tests know which kind they gave
+        self.config = engine.config
+        self.model_config = engine.model_config
+        rows = self.config.max_rows
+        self._scheduler = Scheduler(
+            scheduling or SchedulerConfig(),
+            engine.ladder,
+            max_rows=rows,
+            max_seq_len=self.config.max_seq_len,
+            num_pages=self.config.num_pages,
+            page_size=self.config.page_size,
+            max_words=engine.mailbox_layout.max_tokens,
+            logits_rows=self.config.logits_rows,
+        )
+        self.pages = self._scheduler.pages
+        self._counters = self._scheduler.counters
+        self._mailbox = Mailbox(
+            engine.mailbox, engine.mailbox_layout, engine.forced_tokens, engine.masks
+        )
+        self._ring = Ring(
+            engine.ring,
+            engine.ring_step,
+            header=engine.ring_header,
+            max_rows=rows,
+            top=engine.ring_top,
+            logits=engine.ring_logits,
+        )
+        self._new_masks: set[Request] = set()  # whose token mask the device has not got
+        self._next_id = 0
+        self._in_flight: deque[int] = deque()
+        self._next_step = 0
+        self._paused = False
+        self._closed = False
+        self._failure = ""
+        self.last_entry: RingEntry | None = None
+        self.last_key: GraphKey | None = None
+
+    @property
+    def num_in_flight(self) -> int:
+        """Steps launched and not yet collected."""
+        return len(self._in_flight)
+
+    def step(self) -> StepOutput:
+        """Launch one step and wait for it.
+
+        Raises:
+            OutOfPages: only with lazy reservation and requests of `add`; nothing was launched.
+            NotCaptured: no graph covers the step; nothing was launched.
+            StepFailed: the device reported a fault or went silent.
+        """
+        self.launch()
+        return self.collect()
+
+    def launch(self) -> int:
+        """Launch the next step without waiting; up to two may be in flight.
+
+        Returns:
+            The step's number.
+        """
+        began = time.perf_counter_ns()
+        self._check_launch()
+        if len(self._in_flight) >= MAX_IN_FLIGHT:
+            raise RuntimeError(
+                f"{MAX_IN_FLIGHT} steps are in flight already; call collect() before launch()"
+            )
+        step, scheduler = self._next_step, self._scheduler
+        plan = scheduler.plan(step)
+        key = scheduler.ladder.select(plan.tokens, plan.samples)
+        masks = self._masks(plan.admits) if plan.admits or self._new_masks else None
+        if plan.changes or masks:
+            self._mailbox.write(
+                step,
+                cancels=plan.cancels,
+                admits=[(q.row, q.admission) for q in plan.admits],
+                pages=plan.pages,
+                chunks=plan.chunks,
+                masks=masks,
+            )
+        try:
+            self.engine.replay(key)  # the twin meets other ranks in here
+        except Exception as error:
+            self._end_with(error)
+            raise
+        self.last_key = key
+        scheduler.commit(plan, step)
+        self._new_masks.clear()  # requests that wait for a row bring theirs with them
+        self._in_flight.append(step)
+        self._next_step = step + 1
+        self._counters.steps_by_key[key] += 1
+        self._counters.host_ns += time.perf_counter_ns() - began
+        return step
+
+    def _masks(self, admits: Sequence[Request]) -> dict[int, Int32 | None]:
+        """Token masks that the device has to hear of: of rows on it, and of those that join."""
+        on_device = (PREFILLING, DECODING, ENDING)
+        masks = {q.row: q.mask for q in self._new_masks if q.phase in on_device}
+        return masks | {q.row: q.mask for q in admits if q.mask is not None}
+
+    def collect(self) -> StepOutput:
+        """Wait for the oldest step in flight and return its tokens.
+
+        Raises:
+            RuntimeError: nothing is in flight.
+            StepFailed: the device reported a fault, or nothing within the deadline.
+        """
+        self.wait()
+        began = time.perf_counter_ns()
+        scheduler = self._scheduler
+        step = self._in_flight[0]
+        entry = self.last_entry = self._ring.read(step)
+        self._in_flight.popleft()
+        if entry.fault:
+            named = FAULTS.get(entry.fault, f"unknown fault {entry.fault}")
+            raise self._fail(f"step {step}: {named}; close this runtime and report it")
+        past = scheduler.past
+        if entry.is_plain and past.steady_rows == entry.rows.tobytes():
+            out = plain_output(step, entry, past.steady_requests.copy())
+            past.append_again(out.tokens)
+            scheduler.counters.tokens_decoded += len(out)
+        else:
+            out = self._sort(step, entry)
+        self._counters.host_ns += time.perf_counter_ns() - began
+        return out
+
+    def _sort(self, step: int, entry: RingEntry) -> StepOutput:
+        """Find out whose each entry is, record it, and end whoever has ended."""
+        scheduler, past = self._scheduler, self._scheduler.past
+        rows = entry.rows.astype(np.intp)
+        # A cancelled row may have been in flight, and may have a new owner already.
+        ours = scheduler.since[rows] <= step
+        if entry.num_prompt:  # a preempted row is scored again, and tells nothing twice
+            ours &= ~entry.is_prompt | (entry.positions > scheduler.scored_to[rows])
+        out = step_output(step, entry, ours, scheduler.ids[rows])
+        whole = len(out) == len(rows)
+        past.append(rows if whole else out.rows.astype(np.intp), out.tokens)
+        scheduler.counters.tokens_decoded += len(out)
+        if entry.is_plain and whole:
+            past.watch(entry.rows.tobytes(), rows, out.requests)
+        else:
+            past.end()
+        if out.prompt is not None:
+            np.maximum.at(scheduler.scored_to, out.prompt.rows, out.prompt.positions)
+        if not entry.is_plain and np.count_nonzero(out.finished):
+            self._retire(out)
+        return out
+
+    def _retire(self, out: StepOutput) -> None:
+        ended = out.finished
+        for row, reason in zip(
+            out.rows[ended].tolist(), out.finish_reasons[ended].tolist(), strict=True
+        ):
+            request = self._scheduler.rows[row]
+            assert request is not None
+            self._scheduler.retire(request, reason)
+
+    def wait(self) -> None:
+        """Wait until `collect` would return at once.
+
+        Raises:
+            RuntimeError: nothing is in flight.
+            StepFailed: nothing within the deadline.
+            BarrierTimeout, StepMismatch: other ranks did not come to the step; names them.
+        """
+        self._check_open()
+        if not self._in_flight:
+            raise RuntimeError("no step is in flight; call launch() first")
+        if not self._ring.ready(self._in_flight[0]):
+            self._poll(self._in_flight[0])
+        # A device that gave up waiting for a peer finishes the step with whatever is there.
+        try:
+            self.engine.check_ranks()
+        except Exception as error:
+            self._end_with(error)
+            raise
+
+    def _poll(self, step: int) -> None:
+        ready = self._ring.ready
+        deadline = time.monotonic() + self.engine.deadline_s
+        spins = 0
+        while not ready(step):
+            spins += 1
+            if spins % 4096 == 0:
+                try:
+                    self.engine.check_alive()
+                except Exception as error:
+                    self._end_with(error)
+                    raise
+                if time.monotonic() > deadline:
+                    raise self._fail(
+                        f"step {step} did not finish within {self.engine.deadline_s} s; "
+                        "close this runtime"
+                    )
+
+    # ------------------------------------------------------------------ end
+
+    def _end_with(self, error: Exception) -> None:
+        """An exception of the engine's is the end of this runtime."""
+        self._failure = f"{type(error).__name__}: {error}"
+
+    def _fail(self, message: str) -> StepFailed:
+        """Remember the failure: from now on nothing but `close` is possible."""
+        self._failure = message
+        return StepFailed(message)
+
+    def _check_launch(self) -> None:
+        self._check_open()
+        if self._paused:
+            raise RuntimeError("this runtime is paused; call resume() before stepping")
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise RuntimeError("this runtime is closed; make a new one with Runtime.load")
+        if self._failure:
+            raise StepFailed(f"this runtime has failed, close it; the failure was: {self._failure}")
+
+    def close(self) -> None:
+        """Release graphs and memory. Idempotent."""
+        if not self._closed:
+            self._closed = True
+            self.engine.close()
