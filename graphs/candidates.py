@@ -16,7 +16,7 @@ import torch
 from graphs.calls import Call, Hook
 from graphs.ops import Ops
 from kernels.triton.grouped import DOWN_PLAN, GATE_UP_PLAN, GroupedPlan
-from kernels.triton.linear import PAIRED_N, LinearPlan, linear_plan
+from kernels.triton.linear import LinearPlan, linear_plan
 from kernels.triton.mla_absorb import ABSORB_PLAN, AbsorbPlan
 from kernels.triton.mla_query import QUERY_PLAN, QueryPlan
 from kernels.triton.router import RouterPlan, router_plan
@@ -90,7 +90,7 @@ class Candidate:
         router's tiles the height, for it decides the tensor cores' instruction."""
         bits = "one order"
         if isinstance(plan, LinearPlan):
-            bits = plan.order
+            bits = f"splits={plan.splits}"
         elif isinstance(plan, RouterPlan):
             bits = f"block_k={plan.block_k} {'low' if plan.block_n < 64 else 'tall'} tiles"
         return cls(plan_name(plan), bits, plan=plan)
@@ -178,7 +178,7 @@ def _linear_plans(call: Call) -> list[LinearPlan]:
     the step has settled how many."""
     w, out = call.args[1 if call.op == "linear" else 2], call.kwargs.get("out")
     n, k = w.shape
-    default = linear_plan(n, k, elem_bytes=w.element_size())
+    default = linear_plan(n, k, elem_bytes=w.element_size(), tokens=call.args[0].shape[0])
     plans = _fp32_plans(default, k) if w.element_size() == 4 else _narrow_plans(default, call, n, k)
     if out is not None and out.ndim == 3:
         plans = [p for p in plans if p.splits == out.shape[0]]
@@ -201,12 +201,6 @@ def _narrow_plans(default: LinearPlan, call: Call, n: int, k: int) -> list[Linea
     plans = [default, replace(default, per_sm=1)]
     for splits in (default.splits, *(s for s in counts if s == 1 or blocks // s >= 4)):
         plans += [LinearPlan(64, splits, unroll=unroll) for unroll in unrolls]
-    if call.op == "linear_fp8":
-        # Two tiles at once: a turn of the loop has four times the bytes of a tile of 64 rows.
-        fills = max(1, round(PROGRAMS[0] / -(-n // PAIRED_N)))
-        for splits in dict.fromkeys((default.splits, fills)):
-            if splits == 1 or blocks // splits >= 4:
-                plans += [LinearPlan(PAIRED_N, splits, per_sm=per_sm) for per_sm in (1, 2)]
     return plans
 
 
