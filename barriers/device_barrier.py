@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 
+import numpy as np
+
 from barriers.device_code import (
     BARRIER_PARAMS,
     STATE_AT,
@@ -13,7 +15,6 @@ from barriers.device_code import (
 )
 from barriers.symmetric_device import DeviceMemory
 from barriers.watch import DEFAULT_DEADLINE_MS, NO_LAYER, OPERATIONS, Record, Watch
-from capture_cache.driver import check, cuda
 from capture_cache.nvrtc import CudaModule
 from capture_cache.store import Store
 
@@ -75,11 +76,10 @@ class DeviceWatch(Watch):
     def _write_state(self) -> None:
         assert self._pinned is not None
         state = State(step=self.step_address, record=self._pinned, deadline_ns=self._deadline_ns)
-        cu, at = cuda(), self._memory.base + STATE_AT
-        result = cu.cuMemcpyHtoD(cu.CUdeviceptr(at), bytes(state), ctypes.sizeof(state))
-        check(result, "writing what barriers go by")
+        device = self._memory.device
+        device.upload(self._memory.base + STATE_AT, np.frombuffer(bytes(state), np.uint8))
         # The copy may still be on its way, and the streams that launch barriers do not wait for it.
-        check(cu.cuCtxSynchronize(), "writing what barriers go by")
+        device.synchronize("writing what barriers go by")
 
 
 class DeviceBarrier:

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from importlib import resources
 
 from barriers.watch import Record
-from capture_cache.driver import Device
 from capture_cache.kernel import CompiledKernel, param_bytes
 from capture_cache.launch import LoadedKernel
 from capture_cache.nvrtc import CudaModule, compile_cuda
+from capture_cache.restore_driver import Driver
 from capture_cache.store import Store
 
 STATE_AT = 3328  # of `State` in the control block
@@ -57,7 +57,7 @@ def compile_barriers(
 
 
 def load_kernels(
-    device: Device,
+    device: Driver,
     module: CudaModule,
     kinds: Mapping[str, tuple[str, ...]],
     *,

@@ -11,14 +11,13 @@ import contextlib
 import os
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
 
 from barriers.errors import RankError, RankMismatch
 from barriers.group import Part, RankGroup
 from barriers.symmetric import CONTROL_BYTES, check_sizes, close_parts
 from barriers.watch import slot_of_rank
-from capture_cache.driver import Device, check, cuda
 from capture_cache.errors import CudaError
+from capture_cache.restore_driver import Driver
 
 PEERS_BASE = 0x680000000000  # above the arena, below what the C library hands out
 
@@ -46,7 +45,7 @@ class DeviceMemory:
     def __init__(
         self,
         group: RankGroup,
-        device: Device,
+        device: Driver,
         payload_bytes: int,
         *,
         base: int = PEERS_BASE,
@@ -85,9 +84,7 @@ class DeviceMemory:
 
     def clear_control(self) -> None:
         """Zero this rank's control block. No rank may signal meanwhile: meet before and after."""
-        cu = cuda()
-        check(cu.cuMemsetD8(cu.CUdeviceptr(self.base), 0, CONTROL_BYTES), "zeroing the signals")
-        check(cu.cuCtxSynchronize(), "zeroing the signals")
+        self.device.fill_now(self.base, 0, CONTROL_BYTES, "zeroing the signals")
 
     def close(self) -> None:
         """Unmap; idempotent, waits for nobody. Graphs and kernels that use it must be done."""
@@ -125,42 +122,30 @@ class DeviceMemory:
             )
         return address
 
-    def _create(self) -> Any:
+    def _create(self) -> int:
         """This rank's memory: exportable, mapped in slot 0, zeroed."""
-        cu = cuda()
-        placement = cu.CUmemAllocationProp()
-        placement.type = cu.CUmemAllocationType.CU_MEM_ALLOCATION_TYPE_PINNED
-        placement.location.type = cu.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE
-        placement.location.id = self.device.ordinal
-        placement.requestedHandleTypes = _file_handle()
-        doing = f"allocating {self.stride} bytes that other ranks can map"
-        own = check(cu.cuMemCreate(self.stride, placement, 0), doing)
+        own = self.device.create(self.stride, shareable=True)
         self._undo.append(partial(self.device.release, own))
         self._map(self.base, own)
-        check(cu.cuMemsetD8(cu.CUdeviceptr(self.base), 0, self.stride), "zeroing peer memory")
-        check(cu.cuCtxSynchronize(), "zeroing peer memory")
+        self.device.fill_now(self.base, 0, self.stride, "zeroing peer memory")
         return own
 
-    def _exchange(self, own: Any) -> list[Part]:
+    def _exchange(self, own: int) -> list[Part]:
         """Give every rank this rank's memory as a file; by then each rank has zeroed its own."""
-        cu = cuda()
-        result = cu.cuMemExportToShareableHandle(own, _file_handle(), 0)
-        fd = int(check(result, "exporting peer memory as a file"))
+        fd = self.device.export(own)
         try:
-            device = check(cu.cuDeviceGet(self.device.ordinal), "opening the device")
-            bus = check(cu.cuDeviceGetPCIBusId(32, device), "asking for the PCI bus")
-            value = {"bytes": self.stride, "gpu": bus.split(b"\0")[0].decode()}
+            value = {"bytes": self.stride, "gpu": self.device.pci_bus()}
             return self.group.allgather("peer memory", value, [fd])
         finally:
             os.close(fd)
 
     def _map_peers(self, parts: list[Part]) -> None:
-        cu, group = cuda(), self.group
+        group = self.group
         for slot in range(1, group.world):
             peer = (group.rank + slot) % group.world
-            result = cu.cuMemImportFromShareableHandle(parts[peer].fds[0], _file_handle())
+            doing = f"importing the memory of rank {peer}"
             try:
-                handle = check(result, f"importing the memory of rank {peer}")
+                handle = self.device.import_file(parts[peer].fds[0], doing)
                 self._undo.append(partial(self.device.release, handle))
                 self._map(self.base + slot * self.stride, handle)
             except CudaError as e:
@@ -170,13 +155,9 @@ class DeviceMemory:
                     (peer,),
                 ) from e
 
-    def _map(self, address: int, handle: Any) -> None:
+    def _map(self, address: int, handle: int) -> None:
         self.device.map(address, self.stride, handle)
         self._undo.append(partial(self.device.unmap, address, self.stride))
-
-
-def _file_handle() -> Any:
-    return cuda().CUmemAllocationHandleType.CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR
 
 
 def _check_gpus(parts: list[Part]) -> None:

@@ -2,10 +2,10 @@
 
 A step over one dense and one expert layer is taken apart. Each kernel that can do an operation is
 checked first: against the oracle, for bits that do not change when it runs again, and for bits that
-do not change with the number of tokens. Then it is timed in a CUDA graph, over weights or KV that
-are rotated past L2. The floor is what must be read from HBM at the speed of a plain read; what
-works in L2 alone has none. On the CPU the oracles themselves are checked, against each operation's
-definition in float64, and nothing is timed.
+depend on neither a token's index and neighbours nor (products) on how many there are. Then it is
+timed in a CUDA graph, over weights or KV that are rotated past L2. The floor is what must be read
+from HBM at the speed of a plain read; what works in L2 alone has none. On the CPU the oracles
+themselves are checked, against each operation's definition in float64, and nothing is timed.
 
 Exit code: 0; 1 if a kernel of ours is wrong; 2 for bad arguments.
 """
@@ -35,6 +35,7 @@ from bench.ops_specs import (
     results,
     rotated,
     scratch,
+    turned,
 )
 from capture_cache.errors import CaptureError
 from graphs.calls import Call, op_names
@@ -51,9 +52,13 @@ from runtime.report import provenance
 BY_ROUTING = ("align", "grouped_gate_up", "grouped_down", "combine")
 # Between them they take every branch of the step.
 CPU_OVERRIDES = ((), ("quantization=fp8", "qk_nope_head_dim=64", "qk_rope_head_dim=64"))
+DEPENDS = "a token's bits depend on its index, its neighbours or how many there are"
 TABLE_WIDTH = 140
-# What other libraries raise for shapes that they do not take.
-REFUSALS = (ValueError, RuntimeError, TypeError, AttributeError, NotImplementedError)
+# What other libraries raise for shapes that they do not take, or where they are half installed.
+REFUSALS = (
+    *(ValueError, RuntimeError, TypeError, AttributeError, NotImplementedError),
+    *(AssertionError, ImportError),
+)
 TWIN_NOTE = "CPU twin: the oracles were checked against float64; nothing was timed"
 
 
@@ -64,7 +69,7 @@ class Measured:
     Attributes:
         error: relative, against the oracle; None where there is nothing to compare with.
         verdict: "ok", "unchecked", "refused" or what is wrong.
-        exact: bits are those of a run with fewer tokens; None where that was not tried.
+        exact: a token's bits are those that it gets elsewhere; None where that was not tried.
         time: None if it was not timed.
         floor_bytes: that any kernel must read.
         why: of a verdict that is not ok, or what the time leaves out.
@@ -385,19 +390,24 @@ class OpsBench:
             checked["why"] = f"refuses one token: {_first_line(error)}"
         if who.bits is not None:
             if checked["exact"] is False:
-                why = "bits depend on the number of tokens"
-                return checked | {"verdict": "inexact", "why": why}
+                return checked | {"verdict": "inexact", "why": DEPENDS}
             if not _same(got, all_bits.setdefault(who.bits, got)):
                 why = f"bits are not those of the others named {who.bits!r}"
                 return checked | {"verdict": "inexact", "why": why}
         return checked | {"verdict": "ok"}
 
     def _exact(self, call: Call, who: Contender, got: list[Result]) -> bool | None:
-        """Whether the first token alone gets the bits that it gets in company."""
-        alone = prefix(call, 1)
-        if alone is None or call.args[0].shape[0] == 1:
+        """Whether each token gets its bits at another index beside other neighbours, and the first
+        one also alone; None where neither has a meaning."""
+        other = turned(call)
+        if other is None:
             return None
-        return torch.equal(_outcome(alone, who)[0].value, got[0].value[:1])
+        again, lines = other
+        moved = [Result(r.name, r.value[lines]) for r in got]
+        if not _same(_outcome(again, who), moved):
+            return False
+        alone = prefix(call, 1)
+        return alone is None or torch.equal(_outcome(alone, who)[0].value, got[0].value[:1])
 
     def _time(
         self,

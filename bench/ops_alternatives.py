@@ -6,7 +6,6 @@ for small shapes on a CPU.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import torch
@@ -193,14 +192,8 @@ def _latent_query(call: Call) -> list[Result]:
 
 
 def _absorb_v(call: Call) -> list[Result]:
-    o_latent, kv_len, part_o, part_lse, w_uv = call.args
+    o_latent, kv_len, w_uv = call.args
     o = o_latent.double()
-    for t, length in enumerate(kv_len.tolist()):
-        used = -(-length // call["cut"])
-        if used > 1:
-            share = torch.softmax(part_lse[t, :used].double() * math.log(2), 0)
-            o[t] = (part_o[t, :used].double() * share[..., None]).sum(0)
-            o[t] = o[t].to(o_latent.dtype).double()  # as if it had been stored
     o[kv_len == 0] = 0.0
     heads = [o[:, h] @ w_uv[h].double().T for h in range(w_uv.shape[0])]
     return _outputs(call, torch.cat(heads, 1), o_latent.dtype)
@@ -243,10 +236,7 @@ def _route(call: Call) -> list[Result]:
         weights[t, :top_k] = wide / total * call["scaling"]
         if call.kwargs.get("shared_id") is not None:
             ids[t, top_k], weights[t, top_k] = call["shared_id"], 1.0
-    found = [Result("out_ids", ids), Result("out_weights", weights)]
-    if call.kwargs.get("offsets") is not None:
-        found.append(Result("lists", torch.tensor([1, 0], dtype=torch.int32)))
-    return found
+    return [Result("out_ids", ids), Result("out_weights", weights)]
 
 
 def _align(call: Call) -> list[Result]:

@@ -70,14 +70,13 @@ def contenders(call: Call, ops: Ops, model: ModelConfig, wanted: list[str]) -> l
     """Everyone for this call, our default first."""
     if ops.launch is None:
         return [Contender("oracle", OURS, partial(_ours, ops, ONLY), ONLY.bits)]
+    found = [
+        Contender(c.name, OURS, partial(_ours, ops, c), c.bits)
+        for c in candidates(call)
+        if c.other is None
+    ]
     if call.op == "mla_decode":
-        found = list(_attention(call, ops, model, wanted))
-    else:
-        found = [
-            Contender(c.name, OURS, partial(_ours, ops, c), c.bits)
-            for c in candidates(call)
-            if c.other is None
-        ]
+        found += _attention(call, ops, model, wanted)
     present = [name for name in wanted if name not in missing(wanted)]
     for library, op, bind, note in OTHER_KERNELS:
         if library in present and op == call.op:
@@ -97,17 +96,17 @@ def _ours(ops: Ops, candidate: Candidate, call: Call) -> Run:
 
 
 def _attention(call: Call, ops: Ops, model: ModelConfig, wanted: list[str]) -> Iterator[Contender]:
-    """Each backend at each cut, the call's own first; every cut has bits of its own."""
+    """Each backend at each cut; every cut has bits of its own."""
     longest = call.args[2].shape[1] * call["page_size"]
-    cuts = dict.fromkeys((call["cut"], *cuts_for(longest, call["page_size"])))
     usable = "flashinfer" in wanted and FlashinferMla.available(model)[0]
     for backend in ("triton", *(("flashinfer",) if usable else ())):
-        for cut in cuts:
+        for cut in cuts_for(longest, call["page_size"]):
             choice = AttentionCut(backend, cut)
-            library = OURS if backend == "triton" else "flashinfer"
-            bind = partial(_bind_attention, ops, model, choice)
-            note = "without its plan, made once a step" if backend == "flashinfer" else ""
-            yield Contender(str(choice), library, bind, str(choice), note)
+            if (backend, cut) != ("triton", call["cut"]):
+                library = OURS if backend == "triton" else "flashinfer"
+                bind = partial(_bind_attention, ops, model, choice)
+                note = "without its plan, made once a step" if backend == "flashinfer" else ""
+                yield Contender(str(choice), library, bind, str(choice), note)
 
 
 def _bind_attention(ops: Ops, model: ModelConfig, choice: AttentionCut, call: Call) -> Run:
@@ -138,7 +137,7 @@ def _scaled_mm(call: Call) -> Run:
 def _fp8_gemm_nt(call: Call) -> Run:
     deep_gemm = importlib.import_module("deep_gemm")
     xq, xs, w, ws = call.args
-    columns = xs.T.contiguous().T
+    columns = _tma_columns(xs)
     out = torch.empty((xq.shape[0], w.shape[0]), dtype=torch.bfloat16, device=xq.device)
 
     def launch() -> torch.Tensor:
@@ -148,13 +147,23 @@ def _fp8_gemm_nt(call: Call) -> Run:
     return launch
 
 
+def _tma_columns(scale: torch.Tensor) -> torch.Tensor:
+    """The same [T, G] with its tokens side by side, 16 bytes at least from one group to the next:
+    what DeepGEMM reads as it is. Anything else it would lay out anew in every call."""
+    tokens, groups = scale.shape
+    pitch = -(-tokens // 4) * 4
+    room = scale.new_zeros((groups, pitch))
+    room[:, :tokens] = scale.T
+    return room.T[:tokens]
+
+
 def _m_grouped_fp8_gemm_nt_masked(call: Call) -> Run:
     deep_gemm = importlib.import_module("deep_gemm")
     x, xs, w, ws, offsets, pairs = call.args[:6]
     if xs is None:
         raise Unable("it takes FP8 operands")
     counts = (offsets[1:] - offsets[:-1]).to(torch.int32)
-    room = -(-max(1, int(counts.max())) // 64) * 64
+    room = -(-max(1, int(counts.max())) // 128) * 128  # whole tiles, of whichever height it takes
     rows = x.new_zeros((w.shape[0], room, x.shape[1]), dtype=torch.uint8)
     scales = xs.new_zeros((w.shape[0], xs.shape[1], room)).mT
     per_token = call["top_k"] if call.op == "grouped_gate_up" else 1
@@ -179,9 +188,11 @@ def _flash_mla_with_kvcache(call: Call) -> Run:
         raise Unable(f"it takes pages of 64 tokens, not {size}")
     table = page_table[tok_row.long()].contiguous()
     pages = cache.view(-1, size, 1, cache.shape[1])
-    meta = flash_mla.get_mla_metadata()[0]
+    # Older releases plan here; later ones ignore what they are given and plan in the first run.
+    meta, splits = flash_mla.get_mla_metadata(kv_len, q.shape[1], 1)
+    scale = call["softmax_scale"]
     return lambda: flash_mla.flash_mla_with_kvcache(
-        q[:, None], pages, table, kv_len, dc, meta, softmax_scale=call["softmax_scale"]
+        q[:, None], pages, table, kv_len, dc, meta, splits, softmax_scale=scale
     )[0][:, 0]
 
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 
 from graphs.calls import Call
-from kernels.triton.routing import align_ref
 from kernels.triton.tiles import dequantize_rows, sum_parts
 
 # They change the state of rows and host words: the proof of a capture checks these.
@@ -19,10 +18,28 @@ ROTATED_BYTES = 1 << 20  # smaller weights may well lie in L2
 TOLERANCE = {"float8": 3e-2, "bfloat16": 6e-3, "float16": 2e-3, "float32": 2e-3}
 INPUT_RESULTS: dict[str, tuple[int | str, ...]] = {"add_rmsnorm": (0,)}
 SAMPLED = ("out_token", "out_logprob")  # of the buffers that `sample` takes all together
-NAMED_RESULTS = {
-    "advance": ("kv_slot", "kv_len"),
-    "align": ("offsets",),
+# Arguments and results that have a line for each token; `PAIRED` have one for each (token, choice).
+BY_TOKEN: dict[str, tuple[int | str, ...]] = {
+    "linear": (0, "out"),
+    "linear_fp8": (0, 1, "out"),
+    "router": (0, "out"),
+    "quantize": (0, "out_q", "out_scale"),
+    "silu_mul": (0, "out", "out_q", "out_scale"),
+    "absorb_q": (0, 2, 3, "out"),
+    "absorb_v": (0, "out", "out_q", "out_scale"),
+    "latent_query": (0, 1, 5, 6, "out"),
+    "mla_decode": (0, 3, 4, "out"),
+    "route": (0, 2, "out_ids", "out_weights"),
+    "combine": (1, 2, 3, "out"),
+    "grouped_gate_up": (0, 1),
+    "grouped_down": (),
 }
+PAIRED: dict[str, tuple[int | str, ...]] = {
+    "combine": (0,),
+    "grouped_gate_up": ("out", "out_scale"),
+    "grouped_down": (0, 1, "out"),
+}
+NAMED_RESULTS = {"advance": ("kv_slot", "kv_len"), "align": ("offsets",)}
 
 
 @dataclass(frozen=True)
@@ -65,19 +82,7 @@ def results(call: Call) -> list[Result]:
         if value is not None:
             quantised = tensor.dtype == torch.float8_e4m3fn
             found.append(Result("out_q" if quantised else str(key), value))
-    if call.op == "route" and call.kwargs.get("offsets") is not None:
-        found.append(Result("lists", _lists_agree(call)))
     return _live(call, found)
-
-
-def _lists_agree(call: Call) -> torch.Tensor:
-    """int32 [2]: whether the lists are those of the ids that were chosen; the count left behind."""
-    ids, offsets, pairs = (call.kwargs[n].cpu() for n in ("out_ids", "offsets", "pairs"))
-    want_offsets, want_pairs = offsets.clone(), pairs.clone()
-    align_ref(ids, expert_start=0, offsets=want_offsets, pairs=want_pairs)
-    live = int(want_offsets[-1])
-    same = torch.equal(offsets, want_offsets) and torch.equal(pairs[:live], want_pairs[:live])
-    return torch.tensor([same, int(call.kwargs["arrivals"])], dtype=torch.int32)
 
 
 def _value(call: Call, name: str, tensor: torch.Tensor) -> torch.Tensor | None:
@@ -168,18 +173,18 @@ def rotated(
 
 # Arguments with a line for each token, of operations that treat every token alone; of a result
 # in parts, [S, T, N], tokens are the second dimension.
-BY_TOKEN: dict[str, tuple[int, ...]] = {
+FIRST_TOKENS: dict[str, tuple[int, ...]] = {
     "linear": (0,),
     "linear_fp8": (0, 1),
     "router": (0,),
     "latent_query": (0, 1, 5, 6),
-    "absorb_v": (0, 1, 2, 3),
+    "absorb_v": (0, 1),
 }
 
 
 def prefix(call: Call, tokens: int) -> Call | None:
     """The call for its first tokens only, where that has a meaning; None where it has not."""
-    places = BY_TOKEN.get(call.op)
+    places = FIRST_TOKENS.get(call.op)
     if places is None:
         return None
     new: dict[int | str, torch.Tensor] = {i: call.args[i][:tokens] for i in places}
@@ -189,3 +194,62 @@ def prefix(call: Call, tokens: int) -> Call | None:
         if whole is not None:
             new[name] = torch.empty_like(whole[:, :tokens] if parts else whole[:tokens])
     return call.replaced(dict(new))
+
+
+def turned(call: Call) -> tuple[Call, torch.Tensor] | None:
+    """The call with its tokens in the opposite order, so that each has another index and other
+    neighbours, and int64 [L]: which line of the call's results each line of the new ones is.
+
+    None where that has no meaning, or there is but one token.
+    """
+    if call.op not in BY_TOKEN or (tokens := _num_tokens(call)) < 2:
+        return None
+    device = call.args[0].device
+    order = torch.arange(tokens - 1, -1, -1, device=device)
+    new = {key: _lines(call, key, order) for key in BY_TOKEN[call.op]}
+    if call.op not in PAIRED:
+        return call.replaced(dict(new)), order
+    top_k = call.args[1].shape[1] if call.op == "combine" else call["top_k"]
+    pairs = (order[:, None] * top_k + torch.arange(top_k, device=device)).flatten()
+    new |= {key: _lines(call, key, pairs) for key in PAIRED[call.op]}
+    if call.op == "combine":
+        return call.replaced(dict(new)), order
+    new[5], index = _turned_pairs(call.args[4], call.args[5], order, top_k)
+    return call.replaced(dict(new)), index
+
+
+def _num_tokens(call: Call) -> int:
+    if call.op == "grouped_down":
+        return int(call.args[0].shape[0]) // int(call["top_k"])
+    return int(call.args[{"combine": 1, "route": 2}.get(call.op, 0)].shape[0])
+
+
+def _lines(call: Call, key: int | str, order: torch.Tensor) -> torch.Tensor | None:
+    """An argument's lines in this order; of a result a place of its own. Pitches stay."""
+    given = call.kwargs.get(key) if isinstance(key, str) else call.args[key]
+    if given is None:
+        return None
+    made = torch.empty_strided(given.shape, given.stride(), dtype=given.dtype, device=given.device)
+    if isinstance(key, int):
+        same = torch.uint8 if given.element_size() == 1 else given.dtype  # e4m3 has no indexing
+        in_parts = call.op == "route" and given.ndim == 3
+        made.view(same).copy_(given.view(same).index_select(int(in_parts), order))
+    return made
+
+
+def _turned_pairs(
+    offsets: torch.Tensor, pairs: torch.Tensor, order: torch.Tensor, top_k: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Each expert's pairs of the tokens in this order, ascending as `align` lists them; and which
+    line of the results, which are in order of pairs, each is."""
+    live = pairs[: int(offsets[-1])].long()
+    counts = (offsets[1:] - offsets[:-1]).long()
+    expert = torch.arange(len(counts), device=live.device).repeat_interleave(counts)
+    place = torch.empty_like(order)
+    place[order] = torch.arange(len(order), device=live.device)
+    moved = place[live // top_k] * top_k + live % top_k
+    listed = pairs.clone()
+    listed[: len(live)] = moved[(expert * len(order) * top_k + moved).argsort()]
+    after = moved.sort().values
+    before = order[after // top_k] * top_k + after % top_k
+    return listed, torch.searchsorted(live.sort().values, before)

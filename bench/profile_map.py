@@ -27,7 +27,7 @@ from runtime.engine import Engine
 
 LOOK_AHEAD = 12  # launches that a profile may lack: those of an attention that is not used
 FOREIGN = ""
-OWN_ATTENTION = ("_mla_decode",)
+OWN_ATTENTION = ("_mla_decode", "_merge")
 
 
 @dataclass(frozen=True)

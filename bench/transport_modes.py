@@ -94,7 +94,7 @@ def make_subject(
     if mode != "nccl":
         load_buffer_class()  # before a process group is made for nothing
     nccl = _nccl(group, device)
-    launch = JitLauncher(device.num_sms)
+    launch = JitLauncher(device.num_sms(device.ordinal))
     if mode == "nccl":
         gathered = AllGather(config, _allocate(AllGather.buffers(config)), nccl, launch)
         return Subject(gathered, _finish, lambda: None, separable=True)

@@ -57,7 +57,7 @@ class Aligner:
     ) -> None:
         self.back_to_back, self._group = back_to_back, group
         self.device = torch.device("cuda", device.ordinal)
-        self._launch = JitLauncher(device.num_sms)
+        self._launch = JitLauncher(device.num_sms(device.ordinal))
         with ExitStack() as opened:
             memory = DeviceMemory(group, device, 0)
             opened.callback(memory.close)

@@ -112,6 +112,11 @@ def run_list(args: argparse.Namespace) -> Outcome:
         _say(args, f"\n{records} measurements of kernels (--kernels tune)")
     if not rows and not packed and not kernels and not records:
         _say(args, "empty: capture with python -m runtime.capture")
+    bare = [r for r in rows if not r["problem"] and not r["graphs"]]
+    for i, row in enumerate(bare):
+        why = row["reason"] or "the manifest does not say why"
+        text = f"{row['fingerprint'][:SHORT]} is the record of a capture, no graphs: {why}"
+        _say(args, "\n" * (i == 0) + text)
     damaged = [r for r in (*rows, *packed) if r["problem"]]
     for row in damaged:
         _say(args, f"damaged: {row['problem']}")
@@ -131,7 +136,7 @@ def _bundle_row(row: dict[str, Any]) -> tuple[object, ...]:
     if row["problem"]:
         return (name, "damaged", "-", "-", "-", "-", "-", size(row["bytes"]), age)
     facts = (_cell(row["model"]), _cell(row["device"]), row["ep size"], row["rows"], row["keys"])
-    return (name, *facts, row["graphs"], size(row["bytes"]), age)
+    return (name, *facts, row["graphs"] or "none", size(row["bytes"]), age)
 
 
 def _weights_row(row: dict[str, Any]) -> tuple[object, ...]:

@@ -8,12 +8,9 @@ be none, since device memory comes back at the same address.
 
 from __future__ import annotations
 
-import bisect
-import ctypes
 import hashlib
 import heapq
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -34,14 +31,15 @@ from capture_cache.bundle import (
     Graph,
     Module,
     Program,
-    Symbol,
     Table,
-    payload_ends,
 )
+from capture_cache.bundle_graph import payload_ends
+from capture_cache.captured_kernel import CapturedKernel, Param, read_params, with_kinds
 from capture_cache.errors import NotRestorable
-from capture_cache.kernel import PARAM_KINDS, CompiledKernel
+from capture_cache.graph_reader import GraphReader
+from capture_cache.kernel import CompiledKernel
+from capture_cache.memory_ranges import Range, Ranges
 from capture_cache.restore import KERNEL_PARAMS
-from capture_cache.restore_driver import Driver
 
 _NODE_TYPES = {0: KERNEL, 1: MEMCPY, 2: MEMSET, 5: EMPTY}  # CUgraphNodeType
 _TYPE_NAMES = {3: "host", 4: "graph", 6: "event wait", 7: "event record", 10: "allocation"}
@@ -49,47 +47,7 @@ _MAX_DYNAMIC_SHARED, _CARVEOUT, _NONPORTABLE_CLUSTER, _STATIC_SHARED = 8, 9, 14,
 _DEFAULT_SHARED_BYTES = 48 << 10  # what a kernel gets without asking
 _RANGE_START = 11  # CU_POINTER_ATTRIBUTE_RANGE_START_ADDR
 _MIN_POINTER, _MAX_POINTER = 1 << 20, 1 << 57
-_EXTRA_BUFFER, _EXTRA_SIZE = 1, 2  # CU_LAUNCH_PARAM_BUFFER_POINTER, …_SIZE
 _WORD = 8
-
-
-@dataclass(frozen=True)
-class Range:
-    """Memory that outlives a process by name."""
-
-    name: str
-    base: int
-    nbytes: int
-    host: bool = False
-
-
-@dataclass(frozen=True)
-class _Param:
-    """One parameter on the device; `kind` is None where nobody says what it is."""
-
-    offset: int
-    nbytes: int
-    kind: str | None
-
-
-@dataclass
-class _Kernel:
-    """A kernel as the driver has it."""
-
-    index: int
-    handle: int
-    name: str
-    params: list[_Param]
-    static_shared: int
-    dynamic_shared: int  # what a launch may ask for
-    module: int
-    known: bool
-    defaults: dict[int, bytes] | None = None
-    wanted_shared: int = 0
-
-    @property
-    def param_bytes(self) -> int:
-        return max((p.offset + p.nbytes for p in self.params), default=0)
 
 
 class Extractor:
@@ -105,15 +63,15 @@ class Extractor:
 
     def __init__(
         self,
-        driver: Driver,
+        driver: GraphReader,
         kernels: Mapping[int, CompiledKernel],
         entries: Sequence[Range],
         wholes: Sequence[Range] = (),
         find_code: Callable[[str], bytes | None] = lambda _: None,
     ) -> None:
         self._driver, self._known, self._find_code = driver, kernels, find_code
-        self._ranges = _Ranges(entries, wholes)
-        self._kernels: dict[int, _Kernel] = {}
+        self._ranges = Ranges(entries, wholes)
+        self._kernels: dict[int, CapturedKernel] = {}
         self._modules: dict[str, bytes] = {}
         self._scratch = driver.new_graph()
 
@@ -227,7 +185,7 @@ class Extractor:
         nodes["function"][index] = kernel.index
         nodes["grid"][index], nodes["block"][index] = params["grid"], params["block"]
         nodes["shared"][index] = params["shared"]
-        data = bytearray(_read_params(kernel, storage, extra))
+        data = bytearray(read_params(kernel, storage, extra))
         pointers = []
         for number, param in enumerate(kernel.params):
             who = f"kernel {kernel.name} (node {index}), parameter {number}"
@@ -236,7 +194,7 @@ class Extractor:
             data[offset : offset + _WORD] = bytes(_WORD)
         return bytes(data), pointers, self._attributes(node, raw, kernel)
 
-    def _kernel(self, function: int, kernel: int, index: int) -> _Kernel:
+    def _kernel(self, function: int, kernel: int, index: int) -> CapturedKernel:
         driver = self._driver
         function = function or driver.function_of(kernel)
         found = self._kernels.get(function)
@@ -251,11 +209,11 @@ class Extractor:
                 f"kernel {name} (node {index}): expected one that we compiled or whose library is "
                 "known, got another; name its library, or capture live"
             )
-        found = _Kernel(
+        found = CapturedKernel(
             index=len(self._kernels),
             handle=function,
             name=name,
-            params=_with_kinds(name, sizes, known),
+            params=with_kinds(name, sizes, known),
             static_shared=driver.function_attribute(function, _STATIC_SHARED),
             dynamic_shared=driver.function_attribute(function, _MAX_DYNAMIC_SHARED),
             module=self._module(code),
@@ -269,10 +227,10 @@ class Extractor:
         self._modules.setdefault(sha, code)
         return list(self._modules).index(sha)
 
-    def _attribute(self, kernel: _Kernel, which: int) -> int:
+    def _attribute(self, kernel: CapturedKernel, which: int) -> int:
         return self._driver.function_attribute(kernel.handle, which)
 
-    def _pointers(self, param: _Param, data: bytes, who: str) -> list[tuple[int, int, int]]:
+    def _pointers(self, param: Param, data: bytes, who: str) -> list[tuple[int, int, int]]:
         """(offset, symbol, addend) of each pointer in one parameter."""
         at, end = param.offset, param.offset + param.nbytes
         if param.kind == "ptr":
@@ -296,7 +254,7 @@ class Extractor:
                 raise _foreign(who, value)
         return found
 
-    def _refuse_hidden(self, param: _Param, data: bytes, who: str) -> None:
+    def _refuse_hidden(self, param: Param, data: bytes, who: str) -> None:
         """A pointer passed as a number would be left as it is."""
         if param.kind not in ("i64", "u64"):
             return
@@ -309,7 +267,7 @@ class Extractor:
     def _is_pointer(self, value: int) -> bool:
         return _MIN_POINTER <= value < _MAX_POINTER and self._driver.is_address(value, _RANGE_START)
 
-    def _attributes(self, node: int, raw: bytes, kernel: _Kernel) -> list[tuple[int, bytes]]:
+    def _attributes(self, node: int, raw: bytes, kernel: CapturedKernel) -> list[tuple[int, bytes]]:
         """Launch attributes that are not what a plain launch of the kernel has."""
         if kernel.defaults is None:
             twin = self._driver.try_kernel_node(self._scratch, raw)
@@ -352,32 +310,6 @@ class Extractor:
         return bytes(changed), found
 
 
-class _Ranges:
-    """Finds the symbol of an address: an entry if it lies in one, else the whole that holds it."""
-
-    def __init__(self, entries: Sequence[Range], wholes: Sequence[Range]) -> None:
-        self._all = [r for r in entries if r.nbytes] + [r for r in wholes if r.nbytes]
-        self.symbols = tuple(Symbol(r.name, r.nbytes, r.host) for r in self._all)
-        apart = sum(1 for r in entries if r.nbytes)
-        self._order = sorted(range(apart), key=lambda i: self._all[i].base)
-        self._starts = [self._all[i].base for i in self._order]
-        self._wholes = list(range(apart, len(self._all)))
-
-    def find(self, address: int) -> tuple[int, int] | None:
-        """(symbol, offset into it) of an address; None if it is not ours."""
-        at = bisect.bisect_right(self._starts, address) - 1
-        candidates = ([self._order[at]] if at >= 0 else []) + self._wholes
-        for i in candidates:
-            r = self._all[i]
-            if r.base <= address < r.base + r.nbytes:
-                return i, address - r.base
-        return None
-
-    def is_host(self, address: int) -> bool:
-        place = self.find(address)
-        return place is not None and self._all[place[0]].host
-
-
 def _forward(count: int, edges: Sequence[tuple[int, int]]) -> list[int]:
     """An order of 0 … count-1 in which every edge goes forward; the given one where it does."""
     after: list[list[int]] = [[] for _ in range(count)]
@@ -396,40 +328,6 @@ def _forward(count: int, edges: Sequence[tuple[int, int]]) -> list[int]:
                 heapq.heappush(ready, j)
     assert len(order) == count, "a captured graph has no cycle"
     return order
-
-
-def _with_kinds(
-    name: str, sizes: Sequence[tuple[int, int]], known: CompiledKernel | None
-) -> list[_Param]:
-    if known is None:
-        return [_Param(offset, nbytes, None) for offset, nbytes in sizes]
-    want = [PARAM_KINDS[kind][1] for kind in known.params]
-    if [nbytes for _, nbytes in sizes] != want:
-        raise NotRestorable(
-            f"kernel {name}: its signature has parameters of {want} bytes, the driver says "
-            f"{[n for _, n in sizes]}; compile it again"
-        )
-    return [_Param(o, n, kind) for (o, n), kind in zip(sizes, known.params, strict=True)]
-
-
-def _read_params(kernel: _Kernel, storage: int, extra: int) -> bytes:
-    """A node's parameters as the device lays them out."""
-    data = bytearray(kernel.param_bytes)
-    if storage:
-        pointers = (ctypes.c_uint64 * len(kernel.params)).from_address(storage)
-        for param, pointer in zip(kernel.params, pointers, strict=True):
-            data[param.offset : param.offset + param.nbytes] = ctypes.string_at(
-                pointer, param.nbytes
-            )
-    elif extra:
-        words = (ctypes.c_uint64 * 5).from_address(extra)
-        given = {words[0]: words[1], words[2]: words[3]}
-        size = ctypes.c_uint64.from_address(given[_EXTRA_SIZE]).value
-        raw = ctypes.string_at(given[_EXTRA_BUFFER], min(size, len(data)))
-        data[: len(raw)] = raw
-    elif kernel.params:
-        raise NotRestorable(f"kernel {kernel.name}: the driver shows no parameters of its node")
-    return bytes(data)
 
 
 def _foreign(who: str, value: int) -> NotRestorable:

@@ -11,9 +11,10 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
-from capture_cache.driver import Device, check, cuda
+from capture_cache.driver import check, cuda
 from capture_cache.errors import CudaError
 from capture_cache.kernel import TENSOR_MAP_BYTES, CompiledKernel, ParamBlock, TensorMapSpec
+from capture_cache.restore_driver import Driver
 
 _DEFAULT_SHARED_BYTES = 48 << 10  # what a kernel gets without asking
 _L2_PROMOTION_128B = 2
@@ -27,7 +28,7 @@ class LoadedKernel:
         CudaError: code for another chip, or more shared memory than the device has.
     """
 
-    def __init__(self, device: Device, kernel: CompiledKernel) -> None:
+    def __init__(self, device: Driver, kernel: CompiledKernel) -> None:
         cu = cuda()
         self.kernel = kernel
         self._block = ParamBlock(kernel.params)
@@ -94,7 +95,7 @@ class LoadedKernel:
         which = getattr(cu.CUfunction_attribute, f"CU_FUNC_ATTRIBUTE_{name}")
         return int(check(cu.cuFuncGetAttribute(which, self._function), f"asking for {name}"))
 
-    def _allow_shared(self, device: Device) -> None:
+    def _allow_shared(self, device: Driver) -> None:
         wanted = self.kernel.shared_bytes
         static = self._attribute("SHARED_SIZE_BYTES")
         if wanted + static <= _DEFAULT_SHARED_BYTES:
@@ -198,7 +199,7 @@ def _encode_tiled() -> Any:
 class Loader:
     """What a launcher needs of one device: kernels loaded, tensor maps encoded."""
 
-    def __init__(self, device: Device) -> None:
+    def __init__(self, device: Driver) -> None:
         self.device = device
 
     def load(self, kernel: CompiledKernel) -> LoadedKernel:

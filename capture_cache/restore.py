@@ -1,35 +1,20 @@
-"""Graphs from a bundle's structs: code loaded once, nodes laid out in one buffer, then added.
+"""Graphs from a bundle's structs: nodes laid out in one buffer, then added.
 
-Everything that can be computed for all nodes at once is: relocated parameters, the arrays of
-pointers to them, the driver's own structs. What is left for each node is one driver call.
+Everything that can be computed for all nodes at once is (`prepare_graph`): relocated parameters,
+the arrays of pointers to them, the driver's own structs. What is left for each node is one driver
+call (`build_graph`). One thread may prepare a graph while another builds the one before.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 
-from capture_cache.bundle import (
-    EMPTY,
-    KERNEL,
-    MEMCPY,
-    MEMSET,
-    PROGRAM_FILE,
-    Function,
-    Golden,
-    Graph,
-    Program,
-    Table,
-    decode_golden,
-    decode_graph,
-    decode_program,
-    golden_file,
-    graph_file,
-)
-from capture_cache.errors import CorruptBundle
-from capture_cache.files import REMEDY
+from capture_cache.bundle import ATTRIBUTE_BYTES, EMPTY, KERNEL, MEMCPY, MEMSET, Graph, Table
+from capture_cache.restore_code import Code
 from capture_cache.restore_driver import Driver
 
 # CUDA_KERNEL_NODE_PARAMS_v2 of cuda.h
@@ -42,135 +27,6 @@ KERNEL_PARAMS = np.dtype(
     }
 )
 EDGE_DATA_BYTES = 8
-_MAX_DYNAMIC_SHARED, _CARVEOUT, _NONPORTABLE_CLUSTER = 8, 9, 14  # CUfunction_attribute
-
-
-class Files:
-    """The files of a bundle as what they hold.
-
-    Args:
-        contents: by name; every hash has been checked.
-        shown: the bundle's directory, for messages.
-    Raises:
-        CorruptBundle: no program, or not one.
-    """
-
-    def __init__(self, contents: Mapping[str, bytes], shown: str) -> None:
-        self._contents, self._shown = contents, shown
-        self.program: Program = decode_program(self.read(PROGRAM_FILE), f"{shown}/{PROGRAM_FILE}")
-
-    def read(self, name: str) -> bytes:
-        """Raises CorruptBundle: there is no such file."""
-        data = self._contents.get(name)
-        if data is None:
-            raise CorruptBundle(
-                f"{self._shown}: expected a file {name}, got only "
-                f"{', '.join(sorted(self._contents)) or 'none'}; {REMEDY}"
-            )
-        return data
-
-    def has(self, name: str) -> bool:
-        return name in self._contents
-
-    def graph(self, name: str) -> Graph:
-        return decode_graph(self.read(name), self.program, f"{self._shown}/{name}")
-
-    def graph_of(self, tokens: int, rows: int) -> Graph:
-        """One key's graph; raises CorruptBundle, also where it is another key's."""
-        name = graph_file(tokens, rows)
-        graph = self.graph(name)
-        self._expect_key(name, (tokens, rows), (graph.tokens, graph.rows))
-        return graph
-
-    def golden_of(self, tokens: int, rows: int) -> Golden:
-        """One key's golden step; raises CorruptBundle, also where it is another key's."""
-        name = golden_file(tokens, rows)
-        golden = decode_golden(self.read(name), f"{self._shown}/{name}")
-        self._expect_key(name, (tokens, rows), (golden.tokens, golden.rows))
-        return golden
-
-    def code(self, index: int) -> bytes:
-        """A module's device code."""
-        module = self.program.modules[index]
-        data = self.read(module.file)
-        if len(data) != module.nbytes:
-            raise CorruptBundle(
-                f"{self._shown}/{module.file}: expected {module.nbytes} bytes, got {len(data)}; "
-                f"{REMEDY}"
-            )
-        return data
-
-    def _expect_key(self, name: str, expected: tuple[int, int], got: tuple[int, int]) -> None:
-        if expected != got:
-            raise CorruptBundle(
-                f"{self._shown}/{name}: expected (tokens, rows) {expected}, got {got}; {REMEDY}"
-            )
-
-
-class Code:
-    """The kernels of a program, each loaded when it is first wanted.
-
-    Not for several threads at once.
-    """
-
-    def __init__(self, driver: Driver, files: Files) -> None:
-        self._driver, self._files = driver, files
-        self._libraries: dict[int, int] = {}
-        program = files.program
-        self._kernels = np.zeros(max(1, len(program.functions)), np.uint64)
-        counts = [len(f.params) for f in program.functions] or [0]
-        self.num_params = np.array(counts, np.int64)
-        self.first_param = np.cumsum(self.num_params) - self.num_params
-        self.offsets = np.array([o for f in program.functions for o, _ in f.params], np.uint64)
-
-    @property
-    def num_libraries(self) -> int:
-        return len(self._libraries)
-
-    def name(self, function: int) -> str:
-        return self._files.program.functions[function].name
-
-    def kernels(self, functions: Table) -> Table:
-        """CUkernel handles, uint64, of function indices.
-
-        Raises:
-            CudaError: code that the driver refuses.
-        """
-        for index in set(functions.tolist()):
-            if not self._kernels[index]:
-                self._kernels[index] = self._load(self._files.program.functions[index])
-        handles: Table = self._kernels[functions]
-        return handles
-
-    def close(self) -> None:
-        """Unload all code; no graph that uses it may run again. Idempotent."""
-        while self._libraries:
-            self._driver.unload_library(self._libraries.popitem()[1])
-        self._kernels[:] = 0
-
-    def _load(self, function: Function) -> int:
-        driver, name = self._driver, function.name
-        library = self._libraries.get(function.module)
-        if library is None:
-            data = self._files.code(function.module)
-            library = driver.load_library(data, f"loading the code of kernel {name}")
-            self._libraries[function.module] = library
-        kernel = driver.kernel(library, name)
-        for which, value in (
-            (_MAX_DYNAMIC_SHARED, function.max_dynamic_shared),
-            (_CARVEOUT, function.carveout),
-            (_NONPORTABLE_CLUSTER, 1 if function.nonportable_cluster else -1),
-        ):
-            if value >= 0:
-                driver.set_kernel_attribute(kernel, which, value, name)
-        if function.prefer_shared:
-            driver.prefer_shared(kernel, name)
-        return kernel
-
-
-def symbol_table(program: Program, find: Callable[[str], int]) -> Table:
-    """Addresses, uint64, of a program's symbols; `find` raises for a name that it does not know."""
-    return np.array([find(s.name) for s in program.symbols] or [0], np.uint64)
 
 
 class Parts:
@@ -190,35 +46,64 @@ class Parts:
         self._last = now
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """A graph laid out for the driver: what is left are its calls.
+
+    Attributes:
+        payload: uint8, 64-byte aligned: every node's parameters, with this process's addresses.
+        kernels: indices of the kernel nodes; params: of each, `KERNEL_PARAMS`.
+        pointers: what `params` points to, and that to `payload`.
+    """
+
+    graph: Graph
+    payload: Table
+    kernels: Table
+    params: Table
+    pointers: Table
+
+
+def prepare_graph(driver: Driver, code: Code, graph: Graph, symbols: Table) -> Prepared:
+    """Load a graph's code and lay out its nodes; in any thread of the context.
+
+    Args:
+        symbols: from `symbol_table`.
+    Raises:
+        CudaError: code that the driver refuses.
+    """
+    payload = relocated(graph, symbols)
+    kernels = np.flatnonzero(graph.nodes["kind"] == KERNEL)
+    params, pointers = _kernel_params(driver, code, graph.nodes[kernels], payload)
+    return Prepared(graph, payload, kernels, params, pointers)
+
+
 def build_graph(
     driver: Driver,
     code: Code,
-    graph: Graph,
-    symbols: Table,
+    prepared: Prepared,
     shown: str,
     parts: Parts | None = None,
+    waiting: Callable[[], object] = lambda: None,
 ) -> int:
     """Rebuild and instantiate a graph; returns its CUgraphExec.
 
     Args:
-        symbols: from `symbol_table`.
         shown: what it is, for messages.
         parts: told how long what took.
+        waiting: called where only the driver has work left, and Python's lock is about to go.
     Raises:
-        CudaError: the driver refuses a kernel, a node, or the whole.
+        CudaError: the driver refuses a node, or the whole.
     """
     parts = parts or Parts()
     parts.start()
-    code.kernels(graph.nodes["function"][graph.nodes["kind"] == KERNEL])
-    parts.end("code")
-    payload = relocated(graph, symbols)
     handle = driver.new_graph()
     try:
-        nodes = _add_nodes(driver, code, graph, payload, handle, shown)
+        nodes = _add_nodes(driver, code, prepared, handle, shown)
         parts.end("nodes")
-        _set_attributes(driver, graph, nodes, shown)
-        _add_edges(driver, graph, nodes, handle, shown)
+        _set_attributes(driver, prepared.graph, nodes, shown)
+        _add_edges(driver, prepared.graph, nodes, handle, shown)
         parts.end("edges")
+        waiting()
         return driver.instantiate(handle, f"instantiating {shown}")
     finally:
         parts.end("instantiate")
@@ -237,24 +122,23 @@ def relocated(graph: Graph, symbols: Table) -> Table:
     return payload
 
 
-def _add_nodes(
-    driver: Driver, code: Code, graph: Graph, payload: Table, handle: int, shown: str
-) -> Table:
+def _add_nodes(driver: Driver, code: Code, prepared: Prepared, handle: int, shown: str) -> Table:
     """Add every node, without edges; returns their handles."""
-    lib, nodes = driver.lib, graph.nodes
+    lib, graph, params = driver.lib, prepared.graph, prepared.params
+    nodes = graph.nodes
     handles = np.zeros(len(nodes), np.uint64)
     out = handles.ctypes.data
-    kernel = np.flatnonzero(nodes["kind"] == KERNEL)
-    params, _pointers = _kernel_params(driver, code, nodes[kernel], payload)
     add = lib.cuGraphAddKernelNode_v2
     first, size = params.ctypes.data, KERNEL_PARAMS.itemsize
     # A loop that does nothing but the calls: it holds Python's lock for as long as it runs.
     for into, at in zip(
-        (out + 8 * kernel).tolist(), range(first, first + size * len(params), size), strict=True
+        (out + 8 * prepared.kernels).tolist(),
+        range(first, first + size * len(params), size),
+        strict=True,
     ):
         if status := add(into, handle, 0, 0, at):
             _refuse(driver, status, code, graph, (into - out) // 8, shown)
-    base, context = payload.ctypes.data, driver.context
+    base, context = prepared.payload.ctypes.data, driver.context
     for index in np.flatnonzero(nodes["kind"] != KERNEL).tolist():
         kind, start = int(nodes["kind"][index]), base + int(nodes["payload"][index])
         if kind == MEMCPY:
@@ -297,13 +181,17 @@ def _refuse(driver: Driver, status: int, code: Code, graph: Graph, index: int, s
 
 def _set_attributes(driver: Driver, graph: Graph, nodes: Table, shown: str) -> None:
     table = graph.attributes
-    values = np.ascontiguousarray(table["value"])
-    at = values.ctypes.data
-    for node, which in zip(table["node"].tolist(), table["id"].tolist(), strict=True):
-        status = driver.lib.cuGraphKernelNodeSetAttribute(int(nodes[node]), which, at)
-        if status:
+    values, size = np.ascontiguousarray(table["value"]), ATTRIBUTE_BYTES
+    first, set_attribute = values.ctypes.data, driver.lib.cuGraphKernelNodeSetAttribute
+    for handle, which, at in zip(
+        nodes[table["node"]].tolist(),
+        table["id"].tolist(),
+        range(first, first + size * len(table), size),
+        strict=True,
+    ):
+        if status := set_attribute(handle, which, at):
+            node = table["node"][(at - first) // size]
             driver.check(status, f"setting attribute {which} of node {node} of {shown}")
-        at += values.shape[1]
 
 
 def _add_edges(driver: Driver, graph: Graph, nodes: Table, handle: int, shown: str) -> None:

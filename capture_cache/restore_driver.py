@@ -1,119 +1,20 @@
-"""The driver calls of a restore, through ctypes alone: cuda-python takes longer to import.
-
-Two views of one library. Calls that return at once keep Python's lock: a thread that adds a
-thousand nodes while another polls the ring would else wait for the lock after each of them. Calls
-that may take a while let it go.
-
-Addresses are passed as integers, results written to memory that the caller owns.
-"""
+"""Driver calls that raise, through ctypes alone: a device, its memory, streams, code and graphs."""
 
 from __future__ import annotations
 
 import ctypes
 from typing import Any
 
-from capture_cache.driver import REMEDIES
 from capture_cache.errors import CudaError
+from capture_cache.libcuda import DEFAULT_REMEDY, REMEDIES, LibCuda
 
-_P, _U, _U64, _I = ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint64, ctypes.c_int
-# Every function used, with its arguments. Quick ones keep Python's lock.
-QUICK: dict[str, tuple[Any, ...]] = {
-    "cuCtxSetCurrent": (_P,),
-    "cuDeviceGet": (_P, _I),
-    "cuDeviceGetAttribute": (_P, _I, _I),
-    "cuDeviceGetCount": (_P,),
-    "cuDeviceGetName": (_P, _I, _I),
-    "cuDriverGetVersion": (_P,),
-    "cuEventCreate": (_P, _U),
-    "cuEventDestroy_v2": (_P,),
-    "cuEventRecord": (_P, _P),
-    "cuFuncGetAttribute": (_P, _I, _P),
-    "cuFuncGetName": (_P, _P),
-    "cuFuncGetParamInfo": (_P, ctypes.c_size_t, _P, _P),
-    "cuGetErrorName": (_I, _P),
-    "cuGraphAddDependencies_v2": (_P, _P, _P, _P, ctypes.c_size_t),
-    "cuGraphAddEmptyNode": (_P, _P, _P, ctypes.c_size_t),
-    "cuGraphAddKernelNode_v2": (_P, _P, _P, ctypes.c_size_t, _P),
-    "cuGraphAddMemcpyNode": (_P, _P, _P, ctypes.c_size_t, _P, _P),
-    "cuGraphAddMemsetNode": (_P, _P, _P, ctypes.c_size_t, _P, _P),
-    "cuGraphCreate": (_P, _U),
-    "cuGraphGetEdges_v2": (_P, _P, _P, _P, _P),
-    "cuGraphGetNodes": (_P, _P, _P),
-    "cuGraphKernelNodeGetAttribute": (_P, _I, _P),
-    "cuGraphKernelNodeGetParams_v2": (_P, _P),
-    "cuGraphKernelNodeSetAttribute": (_P, _I, _P),
-    "cuGraphLaunch": (_P, _P),
-    "cuGraphMemcpyNodeGetParams": (_P, _P),
-    "cuGraphMemsetNodeGetParams": (_P, _P),
-    "cuGraphNodeGetType": (_P, _P),
-    "cuKernelGetFunction": (_P, _P),
-    "cuKernelSetAttribute": (_I, _I, _P, _I),
-    "cuKernelSetCacheConfig": (_P, _I, _I),
-    "cuLaunchKernel": (_P, *[_U] * 7, _P, _P, _P),
-    "cuLibraryGetKernel": (_P, _P, ctypes.c_char_p),
-    "cuMemAddressReserve": (_P, ctypes.c_size_t, ctypes.c_size_t, _U64, _U64),
-    "cuMemAddressFree": (_U64, ctypes.c_size_t),
-    "cuMemGetAllocationGranularity": (_P, _P, _I),
-    "cuMemGetInfo_v2": (_P, _P),
-    "cuMemHostGetDevicePointer_v2": (_P, _P, _U),
-    "cuMemsetD8Async": (_U64, ctypes.c_ubyte, ctypes.c_size_t, _P),
-    "cuPointerGetAttribute": (_P, _I, _U64),
-    "cuStreamCreate": (_P, _U),
-    "cuStreamQuery": (_P,),
-}
-SLOW: dict[str, tuple[Any, ...]] = {
-    "cuDevicePrimaryCtxRelease_v2": (_I,),
-    "cuDevicePrimaryCtxRetain": (_P, _I),
-    "cuGraphDestroy": (_P,),
-    "cuGraphExecDestroy": (_P,),
-    "cuGraphInstantiateWithFlags": (_P, _P, _U64),
-    "cuGraphUpload": (_P, _P),
-    "cuInit": (_U,),
-    "cuLibraryLoadData": (_P, _P, _P, _P, _U, _P, _P, _U),
-    "cuLibraryUnload": (_P,),
-    "cuMemCreate": (_P, ctypes.c_size_t, _P, _U64),
-    "cuMemFreeHost": (_P,),
-    "cuMemHostAlloc": (_P, ctypes.c_size_t, _U),
-    "cuMemMap": (_U64, ctypes.c_size_t, ctypes.c_size_t, _U64, _U64),
-    "cuMemRelease": (_U64,),
-    "cuMemSetAccess": (_U64, ctypes.c_size_t, _P, ctypes.c_size_t),
-    "cuMemUnmap": (_U64, ctypes.c_size_t),
-    "cuEventSynchronize": (_P,),
-    "cuMemcpyHtoDAsync_v2": (_U64, _P, ctypes.c_size_t, _P),
-    "cuMemcpyDtoH_v2": (_P, _U64, ctypes.c_size_t),
-    "cuMemcpyHtoD_v2": (_U64, _P, ctypes.c_size_t),
-    "cuStreamDestroy_v2": (_P,),
-    "cuStreamSynchronize": (_P,),
-}
-_DEFAULT_REMEDY = "look the name up in the CUDA driver API reference"
 _PINNED, _ON_DEVICE, _READ_WRITE = 1, 1, 3  # of allocations, locations and access
+_FILE_HANDLE = 1  # CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR
 _PORTABLE_MAPPED = 3  # CU_MEMHOSTALLOC_PORTABLE | CU_MEMHOSTALLOC_DEVICEMAP
 _NON_BLOCKING = 1
 _QUIET_EVENT = 3  # CU_EVENT_BLOCKING_SYNC | CU_EVENT_DISABLE_TIMING
-_COMPUTE_MAJOR, _COMPUTE_MINOR, _NUM_SMS = 75, 76, 16  # CUdevice_attribute
+_COMPUTE_MAJOR, _COMPUTE_MINOR, _NUM_SMS, _MAX_SHARED = 75, 76, 16, 97  # CUdevice_attribute
 _NOT_READY = 600
-_ATTRIBUTE_BYTES = 64
-
-
-class LibCuda:
-    """`libcuda`, its functions with their argument types.
-
-    Raises:
-        CudaError: there is no driver, or one that is too old for a function.
-    """
-
-    def __init__(self, name: str = "libcuda.so.1") -> None:
-        doing = "loading the CUDA driver"
-        try:
-            for library, table in ((ctypes.PyDLL(name), QUICK), (ctypes.CDLL(name), SLOW)):
-                for function, arguments in table.items():
-                    call = getattr(library, function)
-                    call.argtypes, call.restype = arguments, ctypes.c_int
-                    setattr(self, function, call)
-        except OSError as e:
-            raise CudaError("no driver", doing, "install it, or use --device cpu") from e
-        except AttributeError as e:
-            raise CudaError(str(e), doing, "update the driver to release 580 or later") from e
 
 
 class Driver:
@@ -136,7 +37,7 @@ class Driver:
         """Raises CudaError unless `status` is success."""
         if status:
             name = self.error_name(status)
-            raise CudaError(name, doing, REMEDIES.get(name, _DEFAULT_REMEDY))
+            raise CudaError(name, doing, REMEDIES.get(name, DEFAULT_REMEDY))
 
     def error_name(self, status: int) -> str:
         text = ctypes.c_char_p()
@@ -165,6 +66,10 @@ class Driver:
         )
         self.make_current()
 
+    def adopt(self) -> None:
+        """Use the calling thread's context, which belongs to somebody else: never close this."""
+        self.context = self._new(self.lib.cuCtxGetCurrent, doing="asking for the current context")
+
     def make_current(self) -> None:
         """Make the context the calling thread's."""
         self.check(self.lib.cuCtxSetCurrent(self.context), "setting the context")
@@ -190,6 +95,29 @@ class Driver:
         """The CUDA version that the driver serves, such as "13.0"."""
         version = self._int(self.lib.cuDriverGetVersion, "asking for the driver's version")
         return f"{version // 1000}.{version % 1000 // 10}"
+
+    @property
+    def arch(self) -> str:
+        """Of the opened device, such as "sm_90"."""
+        major, minor = self.compute_capability(self.ordinal)
+        return f"sm_{major}{minor}"
+
+    @property
+    def name(self) -> str:
+        """Of the opened device."""
+        return self.device_name(self.ordinal)
+
+    @property
+    def max_shared_bytes(self) -> int:
+        """Shared memory that a block of the opened device may ask for."""
+        return self.attribute(_MAX_SHARED, self.ordinal)
+
+    def pci_bus(self) -> str:
+        """Where the opened device sits: the same for every process."""
+        text = ctypes.create_string_buffer(32)
+        status = self.lib.cuDeviceGetPCIBusId(ctypes.addressof(text), 32, self.ordinal)
+        self.check(status, "asking for the PCI bus")
+        return text.value.decode()
 
     def attribute(self, which: int, ordinal: int) -> int:
         return self._int(self.lib.cuDeviceGetAttribute, "asking for an attribute", which, ordinal)
@@ -219,14 +147,28 @@ class Driver:
     def unreserve(self, address: int, nbytes: int) -> None:
         self.check(self.lib.cuMemAddressFree(address, nbytes), "freeing reserved addresses")
 
-    def create(self, nbytes: int) -> int:
-        """Physical memory; returns a handle."""
-        placement = self._placement()
+    def create(self, nbytes: int, *, shareable: bool = False) -> int:
+        """Physical memory, which `export` can pass on if it is shareable; returns a handle."""
+        placement = self._placement(_FILE_HANDLE if shareable else 0)
+        others = " that other ranks can map" if shareable else ""
         return self._new(
             self.lib.cuMemCreate,
             *(nbytes, ctypes.addressof(placement), 0),
-            doing=f"allocating {nbytes} bytes",
+            doing=f"allocating {nbytes} bytes{others}",
         )
+
+    def export(self, handle: int) -> int:
+        """Shareable memory as an open file, the caller's to close."""
+        fd = ctypes.c_int(-1)
+        call = self.lib.cuMemExportToShareableHandle
+        status = call(ctypes.addressof(fd), handle, _FILE_HANDLE, 0)
+        self.check(status, "exporting memory as a file")
+        return fd.value
+
+    def import_file(self, fd: int, doing: str) -> int:
+        """A handle of memory that another process exported; the file may be closed then."""
+        call = self.lib.cuMemImportFromShareableHandle
+        return self._new(call, fd, _FILE_HANDLE, doing=doing)
 
     def release(self, handle: int) -> None:
         self.check(self.lib.cuMemRelease(handle), "releasing device memory")
@@ -275,9 +217,18 @@ class Driver:
     def fill(self, address: int, byte: int, nbytes: int, stream: int) -> None:
         self.check(self.lib.cuMemsetD8Async(address, byte, nbytes, stream), "filling memory")
 
-    def _placement(self) -> Any:
+    def fill_now(self, address: int, byte: int, nbytes: int, doing: str) -> None:
+        """Fill, and wait for all of the device's work."""
+        self.check(self.lib.cuMemsetD8_v2(address, byte, nbytes), doing)
+        self.synchronize(doing)
+
+    def synchronize(self, doing: str) -> None:
+        """Wait for all of the device's work; raises what failed."""
+        self.check(self.lib.cuCtxSynchronize(), doing)
+
+    def _placement(self, handle_types: int = 0) -> Any:
         # CUmemAllocationProp: type, handle types, location (type, device), then nothing asked for.
-        return (ctypes.c_int * 8)(_PINNED, 0, _ON_DEVICE, self.ordinal, 0, 0, 0, 0)
+        return (ctypes.c_int * 8)(_PINNED, handle_types, _ON_DEVICE, self.ordinal, 0, 0, 0, 0)
 
     def copy_async(self, address: int, source: int, nbytes: int, stream: int) -> None:
         """Copy from pinned host memory; does not wait."""
@@ -386,90 +337,3 @@ class Driver:
 
     def drop_exec(self, graph: int) -> None:
         self.check(self.lib.cuGraphExecDestroy(graph), "dropping an instantiated graph")
-
-    # -- reading a captured graph ------------------------------------------------------------------
-
-    def graph_nodes(self, graph: int) -> list[int]:
-        """Handles of all nodes."""
-        count, doing = ctypes.c_size_t(), "listing the nodes of a graph"
-        at = ctypes.addressof(count)
-        self.check(self.lib.cuGraphGetNodes(graph, 0, at), doing)
-        handles = (ctypes.c_uint64 * max(1, count.value))()
-        self.check(self.lib.cuGraphGetNodes(graph, ctypes.addressof(handles), at), doing)
-        return list(handles)[: count.value]
-
-    def graph_edges(self, graph: int) -> list[tuple[int, int, bytes]]:
-        """(from, to, CUgraphEdgeData) of all edges."""
-        count, doing = ctypes.c_size_t(), "listing the edges of a graph"
-        at, get = ctypes.addressof(count), self.lib.cuGraphGetEdges_v2
-        self.check(get(graph, 0, 0, 0, at), doing)
-        n = max(1, count.value)
-        first, last, data = (
-            (ctypes.c_uint64 * n)(),
-            (ctypes.c_uint64 * n)(),
-            (ctypes.c_char * 8 * n)(),
-        )
-        arrays = (ctypes.addressof(a) for a in (first, last, data))
-        self.check(get(graph, *arrays, at), doing)
-        raw = bytes(data)
-        return [(first[i], last[i], raw[8 * i : 8 * i + 8]) for i in range(count.value)]
-
-    def node_type(self, node: int) -> int:
-        value = ctypes.c_int()
-        status = self.lib.cuGraphNodeGetType(node, ctypes.addressof(value))
-        self.check(status, "asking for a node's type")
-        return value.value
-
-    def kernel_node_params(self, node: int) -> bytes:
-        """CUDA_KERNEL_NODE_PARAMS; its pointers are valid as long as the graph is."""
-        return self._struct(self.lib.cuGraphKernelNodeGetParams_v2, node, 72)
-
-    def memcpy_node_params(self, node: int, nbytes: int) -> bytes:
-        """CUDA_MEMCPY3D."""
-        return self._struct(self.lib.cuGraphMemcpyNodeGetParams, node, nbytes)
-
-    def memset_node_params(self, node: int, nbytes: int) -> bytes:
-        """CUDA_MEMSET_NODE_PARAMS."""
-        return self._struct(self.lib.cuGraphMemsetNodeGetParams, node, nbytes)
-
-    def node_attribute(self, node: int, which: int) -> bytes:
-        """CUlaunchAttributeValue; empty where the driver knows no such attribute."""
-        memory = ctypes.create_string_buffer(_ATTRIBUTE_BYTES)
-        status = self.lib.cuGraphKernelNodeGetAttribute(node, which, ctypes.addressof(memory))
-        return b"" if status else memory.raw
-
-    def try_kernel_node(self, graph: int, params: bytes) -> int:
-        """Add a kernel node from CUDA_KERNEL_NODE_PARAMS; 0 where the driver refuses."""
-        memory, node = ctypes.create_string_buffer(params, len(params)), ctypes.c_uint64()
-        out, at = ctypes.addressof(node), ctypes.addressof(memory)
-        return 0 if self.lib.cuGraphAddKernelNode_v2(out, graph, 0, 0, at) else node.value
-
-    def function_of(self, kernel: int) -> int:
-        return self._new(self.lib.cuKernelGetFunction, kernel, doing="resolving a kernel")
-
-    def function_name(self, function: int) -> str:
-        at = self._new(self.lib.cuFuncGetName, function, doing="asking for a kernel's name")
-        return ctypes.string_at(at).decode()
-
-    def param_info(self, function: int) -> list[tuple[int, int]]:
-        """(offset, bytes) of each parameter."""
-        pair, found = (ctypes.c_size_t * 2)(), list[tuple[int, int]]()
-        at = ctypes.addressof(pair)
-        while not self.lib.cuFuncGetParamInfo(function, len(found), at, at + 8):
-            found.append((pair[0], pair[1]))
-        return found
-
-    def function_attribute(self, function: int, which: int) -> int:
-        value = ctypes.c_int()
-        status = self.lib.cuFuncGetAttribute(ctypes.addressof(value), which, function)
-        self.check(status, f"asking for attribute {which} of a kernel")
-        return value.value
-
-    def is_address(self, value: int, attribute: int) -> bool:
-        """Whether the driver knows `value` as an address of device or pinned memory."""
-        return not self.lib.cuPointerGetAttribute(self._out, attribute, value)
-
-    def _struct(self, call: Any, node: int, nbytes: int) -> bytes:
-        memory = ctypes.create_string_buffer(nbytes + 64)
-        self.check(call(node, ctypes.addressof(memory)), "asking for a node's parameters")
-        return memory.raw[:nbytes]

@@ -11,14 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from capture_cache.bundle import PROGRAM_FILE, decode_golden
+from capture_cache.bundle import PROGRAM_FILE
+from capture_cache.bundle_files import BundleFiles
+from capture_cache.bundle_golden import decode_golden
 from capture_cache.errors import CorruptBundle
 from capture_cache.fingerprint import Fingerprint, Value
 from capture_cache.fingerprint import differing as differing_fields
 from capture_cache.machine import here
 from capture_cache.manifest import Manifest
 from capture_cache.packed import PackedWeights
-from capture_cache.restore import Files
 from capture_cache.store import MANIFEST, Store, record_parts
 
 SHORT = 12  # hex digits that name an entry in a table
@@ -46,12 +47,19 @@ def bundles(store: Store) -> list[dict[str, Any]]:
             fields = dict(entry.manifest.fingerprint.fields)
             row |= {n: fields.get(n) for n in ("model", "device", "ep size", "rows", "ladder")}
             row |= {
-                "graphs": sum(name.startswith("graph/") for name in entry.manifest.files),
+                "graphs": sum(name.startswith("graph/t") for name in entry.manifest.files),
+                **_restore(entry.manifest),
                 "keys": len(ledger_keys(entry.manifest)),
                 "kernels": len(entry.manifest.kernels),
             }
         rows.append(row)
     return sorted(rows, key=lambda r: (r["captured"], r["fingerprint"]))
+
+
+def _restore(manifest: Manifest) -> dict[str, Any]:
+    """Whether graphs can be restored ("graphs"), or why there are none ("live", "skipped")."""
+    told = manifest.restore if isinstance(manifest.restore, dict) else {}
+    return {"restore": told.get("kind"), "reason": told.get("reason")}
 
 
 def ledger_keys(manifest: Manifest) -> list[Mapping[str, Any]]:
@@ -229,7 +237,7 @@ def read_structs(contents: Mapping[str, bytes], path: Path) -> dict[str, int]:
     """
     if PROGRAM_FILE not in contents:
         return {}
-    files, nodes = Files(contents, str(path)), {}
+    files, nodes = BundleFiles(contents, str(path)), {}
     for i, module in enumerate(files.program.modules):
         if hashlib.sha256(files.code(i)).hexdigest() != module.sha256:
             raise CorruptBundle(f"{path / module.file}: expected the code it is named after")

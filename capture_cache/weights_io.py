@@ -22,7 +22,8 @@ import numpy as np
 from capture_cache.arena import Arena, HostArena
 from capture_cache.checksum import device_sums, sum64, sum64_code
 from capture_cache.errors import CorruptBundle
-from capture_cache.packed import REMEDY, PackedTensor, PackedWeights, Run, parts_of
+from capture_cache.packed import PackedWeights, Run, parts_of
+from capture_cache.packed_index import REMEDY, PackedTensor
 from capture_cache.restore_driver import Driver
 from capture_cache.store import Store
 

@@ -1,8 +1,8 @@
 """Which kernel the decode attention takes; the choice is made at capture and recorded.
 
-Both implementations cut a row's KV at fixed multiples of `cut`, and `absorb_v` adds up the splits
-in that order, so a row's bits do not depend on its neighbours. The two differ in bits from each
-other: a runtime uses one of them.
+Both implementations cut a row's KV at fixed multiples of `cut` and merge in that order, so a row's
+bits do not depend on its neighbours. The two differ in bits from each other: a runtime uses one of
+them.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class TritonAttention:
 
 
 class FlashinferAttention:
-    """flashinfer's FA3 MLA kernel over a plan made on the device."""
+    """flashinfer's FA3 MLA kernel over a plan made on the device, and our own merge."""
 
     def __init__(self, cfg: ModelConfig, config: StepConfig, ops: Ops) -> None:
         assert ops.launch is not None, "the CPU twin has no flashinfer"
@@ -100,6 +100,7 @@ class FlashinferAttention:
             b["q_latent"],
             kv_cache,
             b["page_table"],
+            b["kv_len"],
             ws=b["mla_plan"],
             part_o=b["part_o"],
             part_lse=b["part_lse"],

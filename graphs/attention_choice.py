@@ -10,7 +10,6 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from typing import Any
 
 import torch
 
@@ -20,11 +19,9 @@ from graphs.model_config import ModelConfig
 from graphs.ops import Ops
 from graphs.step_config import StepConfig
 from graphs.timing import clearly_faster
-from kernels.triton.launch import Launcher
 from kernels.triton.mla_decode import num_splits
-from kernels.triton.mla_merge import merge
 
-CUTS = (128, 256, 512, 1024, 2048, 4096, 8192)
+CUTS = (256, 512, 1024, 2048, 4096, 8192)
 MAX_SPLITS = 64
 
 
@@ -58,67 +55,48 @@ class AttentionCut:
     def bind(self, ops: Ops, model: ModelConfig, call: Call) -> Callable[[], None]:
         """The launch of a recorded `mla_decode` through this choice, its plan already made.
 
-        Splits are added up by a launch of its own: in a step `absorb_v` does that on the way.
-
         Args:
             call: gives the query, the cache, the pages and the lengths.
         """
         assert ops.launch is not None, "the CPU twin has one attention"
-        launch, page_table, kv_len = ops.launch, call.args[2], call.args[4]
-        out: torch.Tensor = call.kwargs["out"]
-        splits = num_splits(page_table.shape[1] * call["page_size"], self.cut)
-        parts = self._parts(out, splits)
-        attend = self._attend(ops, launch, call, parts)
-
-        def run() -> None:
-            attend()
-            if splits > 1:
-                merge(launch, kv_len, parts["part_o"], parts["part_lse"], cut=self.cut, out=out)
-
-        return run
-
-    def _parts(self, out: torch.Tensor, splits: int) -> dict[str, torch.Tensor]:
-        """Buffers of the splits, and of flashinfer's plan, beside `out`."""
-        tokens, heads, dc = out.shape
-        if self.backend == "flashinfer":
-            table = FlashinferMla.workspace(tokens, heads, splits)
-        else:
-            table = [
-                ("part_o", (tokens, splits, heads, dc), "float32"),
-                ("part_lse", (tokens, splits, heads), "float32"),
-            ]
-        return {
-            name: torch.empty(shape, dtype=getattr(torch, dtype), device=out.device)
-            for name, shape, dtype in table
-        }
-
-    def _attend(
-        self, ops: Ops, launch: Launcher, call: Call, parts: dict[str, torch.Tensor]
-    ) -> Callable[[], None]:
-        """The attention alone."""
-        if self.backend == "triton":
-            new: dict[int | str, Any] = {"cut": self.cut}
-            new.update(parts)
-            changed = call.replaced(new)
-            return lambda: ops.mla_decode(*changed.args, **changed.kwargs)
+        launch = ops.launch
         q, cache, page_table, tok_row, kv_len = call.args
+        out = call.kwargs["out"]
+        splits = num_splits(page_table.shape[1] * call["page_size"], self.cut)
+        tokens, heads, dc = out.shape
+        if self.backend == "triton":
+            part_o = q.new_empty((tokens, splits, heads, dc), dtype=torch.float32)
+            part_lse = q.new_empty((tokens, splits, heads), dtype=torch.float32)
+            changed = call.replaced({"cut": self.cut, "part_o": part_o, "part_lse": part_lse})
+            return lambda: ops.mla_decode(*changed.args, **changed.kwargs)
         mla = FlashinferMla(
-            num_heads=q.shape[1],
+            num_heads=heads,
             page_size=call["page_size"],
             softmax_scale=call["softmax_scale"],
             cut=self.cut,
         )
-        ws, part_o = parts["mla_plan"], parts["part_o"]
-        mla.plan(launch, tok_row, kv_len, page_table=page_table, ws=ws, part_o=part_o)
+        made = {
+            name: torch.empty(shape, dtype=getattr(torch, dtype), device=q.device)
+            for name, shape, dtype in FlashinferMla.workspace(tokens, heads, splits)
+        }
+        mla.plan(
+            launch,
+            tok_row,
+            kv_len,
+            page_table=page_table,
+            ws=made["mla_plan"],
+            part_o=made["part_o"],
+        )
         return lambda: mla.run(
             launch,
             q,
             cache,
             page_table,
-            ws=ws,
-            part_o=part_o,
-            part_lse=parts["part_lse"],
-            out=call.kwargs["out"],
+            kv_len,
+            ws=made["mla_plan"],
+            part_o=made["part_o"],
+            part_lse=made["part_lse"],
+            out=out,
         )
 
 
@@ -130,7 +108,7 @@ def cuts_for(max_seq_len: int, page_size: int) -> list[int]:
         for cut in CUTS
         if cut % page_size == 0
         and num_splits(whole, cut) <= MAX_SPLITS
-        and (cut < 2 * whole or cut == 1024)
+        and (cut < 2 * whole or cut == CUTS[2])
     ]
 
 
@@ -142,7 +120,7 @@ def run_every_cut(ops: Ops, model: ModelConfig, call: Call) -> None:
     if ops.launch.arch == "sm_90" and not FlashinferMla.unfit(model):
         backends.append("flashinfer")
     for backend in backends:
-        for cut in dict.fromkeys((call["cut"], *cuts_for(longest, call["page_size"]))):
+        for cut in cuts_for(longest, call["page_size"]):
             AttentionCut(backend, cut).bind(ops, model, call)()
 
 

@@ -17,14 +17,11 @@ from graphs.calls import Call, Hook
 from graphs.ops import Ops
 from kernels.triton.grouped import DOWN_PLAN, GATE_UP_PLAN, GroupedPlan
 from kernels.triton.linear import LinearPlan, linear_plan
-from kernels.triton.mla_absorb import ABSORB_PLAN, AbsorbPlan
-from kernels.triton.mla_query import QUERY_PLAN, QueryPlan
 from kernels.triton.router import RouterPlan, router_plan
 from kernels.triton.tiles import FP8_GROUP
 
-Plan = LinearPlan | GroupedPlan | RouterPlan | QueryPlan | AbsorbPlan
-# Of these a capture chooses by measurement; of other operations with plans it takes the default.
-PLANS: dict[str, type[LinearPlan] | type[GroupedPlan] | type[RouterPlan]] = {
+Plan = LinearPlan | GroupedPlan | RouterPlan
+PLANS: dict[str, type[Plan]] = {
     "linear": LinearPlan,
     "linear_fp8": LinearPlan,
     "router": RouterPlan,
@@ -37,33 +34,6 @@ TORCH_MM = "torch.mm"
 PROGRAMS = (132, 176, 264)
 # Experts whose programs of `grouped_down`, two an SM, are on a Hopper chip at once: 264 of 56 each.
 FIRST_EXPERTS = 5
-
-OTHER_PLANS: dict[str, tuple[Plan, ...]] = {
-    "latent_query": tuple(
-        dict.fromkeys(
-            (
-                QUERY_PLAN,
-                *(QueryPlan(held=0, prefetch=p) for p in (0, 4)),
-                QueryPlan(held=0, ask=1, prefetch=4),
-                *(QueryPlan(held=h, ask=a, prefetch=4) for h in (128, 256) for a in (0, 1)),
-                *(QueryPlan(held=512, prefetch=p) for p in (0, 2, 4, 8)),
-                *(QueryPlan(held=512, prefetch=4, stages=s) for s in (3, 4, 5)),
-            )
-        )
-    ),
-    "absorb_v": tuple(
-        dict.fromkeys(
-            (
-                ABSORB_PLAN,
-                *(AbsorbPlan(0, ask, 32, 8) for ask in (0, 1)),
-                *(AbsorbPlan(held, 1, merge, 8) for held in (128, 256) for merge in (16, 32)),
-                AbsorbPlan(256, 0, 16, 8),
-                *(AbsorbPlan(512, 0, merge, 8) for merge in (8, 16)),
-                AbsorbPlan(256, 1, 16, 16),
-            )
-        )
-    ),
-}
 
 
 @dataclass(frozen=True)
@@ -117,8 +87,7 @@ def candidates(call: Call) -> list[Candidate]:
         return [Candidate.of(p) for p in _router_plans(call)]
     if call.op in PLANS:
         return [Candidate.of(p) for p in _grouped_plans(call)]
-    others = OTHER_PLANS.get(call.op)
-    return [ONLY] if others is None else [Candidate.of(p) for p in others]
+    return [ONLY]
 
 
 def named(call: Call, name: str) -> Candidate:

@@ -142,6 +142,8 @@ class Loader:
         first_expert: of this rank.
     """
 
+    _remedy = "download the file again"  # where the values are at fault
+
     def __init__(
         self,
         checkpoint: CheckpointDir,
@@ -169,19 +171,21 @@ class Loader:
             rows = target[part.row + begin : part.row + begin + len(x)]
             self._cast(x, rows, part.source, stored)
 
-    def check(self, part: Part, stored: Stored) -> None:
-        """Read the part as `load` would, and write nothing.
+    def check(self, part: Part, stored: Stored) -> int:
+        """Read the part as `load` would, and write nothing; the sum of its bits.
 
         Raises:
             CheckpointError: a value is not finite, or cannot be read.
         """
         name = f"{part.target}w_uk" if part.kind is Kind.KV_B else part.target
-        target = self._views[name]
+        target, bits = self._views[name], 0
         for _, x in self._pieces(part.source, stored, part.slab, target.device):
+            bits += _sum_of_bits(x)
             if target.dtype is torch.float16 and not _all_finite(x.to(target.dtype)):
                 raise self._too_large(part.source, stored)
         if stored.dtype == FP8:
-            self._scales(part, target.device)
+            bits += _sum_of_bits(self._scales(part, target.device))
+        return bits
 
     def check_tied_head(self) -> None:
         """A model whose head is its embedding may store the head too, if it is the same.
@@ -272,13 +276,18 @@ class Loader:
         problem = "expected values that fit float16, got larger ones"
         return self._error(name, stored, problem, "run with --override dtype=bfloat16")
 
-    def _error(
-        self, name: str, stored: Stored, problem: str, remedy: str = "download the file again"
-    ) -> CheckpointError:
-        return CheckpointError(self._checkpoint.path, [f"{stored.file}: {name}: {problem}"], remedy)
+    def _error(self, name: str, stored: Stored, problem: str, remedy: str = "") -> CheckpointError:
+        problems = [f"{stored.file}: {name}: {problem}"]
+        return CheckpointError(self._checkpoint.path, problems, remedy or self._remedy)
 
 
 _UNTIE = "run with --override tie_word_embeddings=false"
+
+
+def _sum_of_bits(x: torch.Tensor) -> int:
+    """All values as whole numbers of their size, added up."""
+    whole = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
+    return int(x.contiguous().view(whole).sum(dtype=torch.int64))
 
 
 def _all_finite(x: torch.Tensor) -> bool:

@@ -1,9 +1,8 @@
-"""Decode attention through flashinfer's FA3 MLA kernel, planned on the device.
+"""Decode attention through flashinfer's FA3 MLA kernel, planned on the device and merged by us.
 
 Used on Hopper for DeepSeek-V3's shapes, where it is about twice as fast as our own kernel. The
 object owns no device memory: work list and partial results are buffers of the step (`workspace`).
-Only the kernel of flashinfer is used, not its planner: see `kernels.triton.mla_plan` for why. Nor
-does it merge: splits are left for `absorb_v`, as `kernels.triton.mla_merge` describes.
+Only the kernel of flashinfer is used, not its planner: see `kernels.triton.mla_plan` for why.
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ import torch
 
 from graphs.model_config import ModelConfig
 from kernels.triton.launch import Launcher
+from kernels.triton.mla_decode import merge
 from kernels.triton.mla_plan import TILE_KV, TILE_Q, PlanLayout, mla_plan
 
 VERSION = "0.6.18.post1"  # the plan's layout and the kernel's arguments are private to it
@@ -145,6 +145,7 @@ class FlashinferMla:
         q: torch.Tensor,
         kv_cache: torch.Tensor,
         page_table: torch.Tensor,
+        kv_len: torch.Tensor,
         *,
         ws: torch.Tensor,
         part_o: torch.Tensor,
@@ -153,16 +154,20 @@ class FlashinferMla:
     ) -> None:
         """Attend with every token of the planned step.
 
-        On `meta` tensors nothing is launched: the kernel is not ours to compile.
+        A token of length 0 gets zeros from the merge, and nothing where no row can have a second
+        split: then there is none, and `absorb_v` does not look at what such a token has.
+
+        On `meta` tensors only our own kernels are launched (that is, listed).
 
         Args:
             q: bf16 [T, H, 576], absorbed: latent part, then rotated part.
             kv_cache: bf16 [num_slots, 576], contiguous.
             page_table: int32 [max_rows, max_pages], contiguous.
+            kv_len: int32 [T], as planned.
             ws: int32, as planned.
-            part_o: bf16 [T, splits, H, 512]: the splits of tokens that have several.
-            part_lse: float32 [T, splits, H], likewise.
-            out: bf16 [T, H, 512], of tokens of one split; those of length 0 are left alone.
+            part_o: bf16 [T, splits, H, 512], scratch.
+            part_lse: float32 [T, splits, H], scratch.
+            out: bf16 [T, H, 512].
         Raises:
             ValueError: buffers that do not fit.
         """
@@ -191,6 +196,8 @@ class FlashinferMla:
                 1.0,
                 None,  # no FP8 scales
             )
+        if part_o.shape[1] > 1:
+            merge(launch, kv_len, part_o, part_lse, cut=self.cut, out=out)
 
     @cached_property
     def _module(self) -> Any:

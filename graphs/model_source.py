@@ -57,7 +57,7 @@ def resolve_model(
         layers: run only the first so many layers.
         overrides: HF config keys that replace the model's own; see `parse_overrides`.
     Raises:
-        ValueError: neither a directory nor a preset, or both.
+        ValueError: neither a directory nor a preset, or both, or packed weights of a preset.
         CheckpointError: a directory without a readable config.
         UnsupportedModel: a model that the step does not compute, or a wrong override.
     """
@@ -78,6 +78,8 @@ def resolve_model(
                 "directory that it prints"
             )
         raise ValueError(problem)
+    if not (path / CONFIG_FILE).exists():
+        _refuse_packed_preset(path)
     hf = read_config(path)
     # Before the weights are looked at: what they lack says less than that this is another model.
     check_architecture(hf | dict(overrides or {}))
@@ -88,6 +90,20 @@ def resolve_model(
         if token_ids(generation, "eos_token_id"):
             hf["eos_token_id"] = generation["eos_token_id"]
     return ModelConfig.from_hf(hf, layers=layers, overrides=overrides), ModelSource(name, path)
+
+
+def _refuse_packed_preset(path: Path) -> None:
+    """Raises ValueError with the options that a preset's packed weights go with."""
+    from capture_cache.packed import PackedWeights, is_packed
+
+    if not is_packed(path):
+        return
+    facts = dict(PackedWeights(path).index.identity.fields)
+    raise ValueError(
+        f"model: {path} holds packed weights of the preset {facts.get('source')!r}, which has no "
+        f"{CONFIG_FILE}; give --model {facts.get('source')} --seed {facts.get('seed')} --weights "
+        f"{path}, with the --layers ({facts.get('layers')}) and --override it was packed with"
+    )
 
 
 def model_digest(path: str | Path) -> str:

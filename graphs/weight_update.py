@@ -7,6 +7,7 @@ may be some of the model's. Invariant: `prepare_update` writes nothing, and what
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
@@ -31,12 +32,19 @@ class WeightUpdate:
 
     Attributes:
         num_tensors: parts that `apply` writes on this rank.
+        shared_digest: of names, shapes, types and values of all parts but experts: what every rank
+            must be given alike. Values count by the sum of their bits, whatever their order.
     """
 
     def __init__(
-        self, loader: Loader, parts: list[tuple[Part, Stored]], resources: ExitStack
+        self,
+        loader: Loader,
+        parts: list[tuple[Part, Stored]],
+        resources: ExitStack,
+        shared_digest: str,
     ) -> None:
         self._loader, self._parts, self._resources = loader, parts, resources
+        self.shared_digest = shared_digest
         self.num_tensors = len(parts)
 
     def apply(self) -> None:
@@ -52,6 +60,8 @@ class WeightUpdate:
 
 class _NamedLoader(Loader):
     """Reads tensors that are in memory."""
+
+    _remedy = "look at what made it; nothing was changed"
 
     def __init__(self, tensors: Mapping[str, torch.Tensor], *args: Any) -> None:
         super().__init__(*args)
@@ -94,20 +104,24 @@ def prepare_update(
             plan = plan_load(checkpoint, cfg, whole=False)
             loader = _NamedLoader(tensors, checkpoint, cfg, views, first, stack)
         parts = local_parts(plan, first, local_experts(cfg, ep_size))
+        digest = hashlib.sha256()
         for part, stored in parts:
-            loader.check(part, stored)
+            bits = loader.check(part, stored)
+            if part.expert is None:
+                digest.update(repr((part.source, stored.shape, stored.dtype, bits)).encode())
         loader.check_tied_head()
-        return WeightUpdate(loader, parts, stack.pop_all())
+        return WeightUpdate(loader, parts, stack.pop_all(), digest.hexdigest())
 
 
 def _named_tensors(source: Iterable[tuple[str, Any]]) -> dict[str, torch.Tensor]:
     tensors: dict[str, torch.Tensor] = {}
+    wanted = "update_weights: expected (name, array) pairs, got"
+    remedy = "pass state_dict.items() or a checkpoint directory"
+    if not isinstance(source, Iterable) or isinstance(source, Mapping | bytes):
+        raise ValueError(f"{wanted} {type(source).__name__}; {remedy}")
     for pair in source:
         if not (isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], str)):
-            raise ValueError(
-                f"update_weights: expected (name, array) pairs, got {type(pair).__name__}; pass "
-                "state_dict.items() or a checkpoint directory"
-            )
+            raise ValueError(f"{wanted} {type(pair).__name__}; {remedy}")
         name, value = pair
         if name in tensors:
             raise ValueError(f"update_weights: {name} is given twice")

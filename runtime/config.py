@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from barriers.config import GroupConfig
+from runtime.bundle_names import SKIP_WEIGHTS
 from runtime.scheduler import SchedulerConfig
 
 DEVICES = ("auto", "cuda", "cpu")
 ATTENTION = ("auto", "flashinfer", "triton")
 KERNELS = ("auto", "tune", "default")  # or a file that pins them
 PDL = ("auto", "off", "late", "early")
+CHECK_KEYS = ("first", "all")
 # Spellings of other engines for the same thing.
 ALIASES = {
     "model_path": "model",
@@ -27,6 +29,12 @@ ALIASES = {
     "max_model_len": "max_seq_len",
     "context_length": "max_seq_len",
 }
+
+
+def child_environment(run: str) -> dict[str, str]:
+    """The environment of a process that is this rank in a world of its own, named `run`."""
+    name = "TORCHELASTIC_RUN_ID"  # a part of the ranks' meeting point
+    return {**os.environ, name: f"{os.environ.get(name, '')}/{run}"}
 
 
 @dataclass(frozen=True)
@@ -64,6 +72,9 @@ class RuntimeConfig:
         proof_replays: replays per key of that proof; None: 100 on a device, 2 on the CPU twin.
         deadline_s: longest wait for a step, seconds.
         bundle: restore stored graphs, and store captured ones; False: capture, and store none.
+        check_keys: whose golden steps are compared when a bundle is restored: "first", the key that
+            is built before the load returns; "all", every key, built before it returns. A golden
+            step needs all rows free, so none can run beside live steps.
         reservation, prefix_cache, prefill_budget, ageing_steps: see
             `runtime.scheduler.SchedulerConfig`.
         logits_rows: requests of a rank that may have their logits returned at the same time.
@@ -94,6 +105,7 @@ class RuntimeConfig:
     proof_replays: int | None = None
     deadline_s: float = 10.0
     bundle: bool = True
+    check_keys: str = "first"
     reservation: str = "full"
     prefix_cache: bool = True
     prefill_budget: int | None = None
@@ -106,6 +118,7 @@ class RuntimeConfig:
             ("device", DEVICES),
             ("attention", ATTENTION),
             ("pdl", PDL),
+            ("check_keys", CHECK_KEYS),
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(
@@ -123,6 +136,11 @@ class RuntimeConfig:
             raise ValueError(
                 f"--tune-seconds {self.tune_s}: expected more than 0; --kernels default measures "
                 "nothing"
+            )
+        if self.check_keys == "all" and self.weights == SKIP_WEIGHTS:
+            raise ValueError(
+                f"check_keys='all' needs weights, and weights={SKIP_WEIGHTS!r} leaves them out; "
+                "give one of the two"
             )
         if self.allow_inexact and self.kernels == "default":
             raise ValueError(

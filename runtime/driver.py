@@ -1,19 +1,17 @@
 """`Runtime`, what users call: load, requests, steps, pause and drain, new weights, numbers.
 
 Its parts, each knowing only the one before: `runtime.stepping` (launch and collect),
-`runtime.submission` (requests come and go), and here what concerns the whole.
+`runtime.submission` (requests come and go), `runtime.control` (pause, drain, new weights), and here
+what is left: how it is loaded, and its numbers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from runtime.sampling import StepOutput
+from runtime.control import Control
 from runtime.stats import RuntimeStats
 from runtime.stepping import MAX_IN_FLIGHT, StepFailed
-from runtime.submission import Submission
 
 if TYPE_CHECKING:
     from graphs.keys import Ladder
@@ -21,10 +19,8 @@ if TYPE_CHECKING:
 
 __all__ = ["MAX_IN_FLIGHT", "Runtime", "StepFailed"]
 
-RUNNING_ROWS = ("refuse", "keep", "recompute")
 
-
-class Runtime(Submission):
+class Runtime(Control):
     """Continuous batching over captured decode graphs.
 
     Use `Runtime.load`; the constructor takes an engine that is ready to replay.
@@ -91,95 +87,12 @@ class Runtime(Submission):
 
     @ladder.setter
     def ladder(self, ladder: Ladder) -> None:
+        if not isinstance(ladder, type(self._scheduler.ladder)):
+            raise TypeError(
+                f"a ladder is a graphs.keys.Ladder, got {ladder!r}; Ladder.parse(text, rows) makes "
+                "one"
+            )
         self._scheduler.ladder = ladder
-
-    # ------------------------------------------------------------------ pause, drain, weights
-
-    def pause(self) -> None:
-        """No further step is launched until `resume`; those in flight are still to be collected.
-
-        Requests may come and go meanwhile. Idempotent.
-        """
-        self._check_open()
-        self._paused = True
-
-    def resume(self) -> None:
-        """Launch again. Idempotent."""
-        self._check_open()
-        self._paused = False
-
-    def drain(self) -> list[StepOutput]:
-        """Step until every request that has begun has ended; the queue waits meanwhile.
-
-        Returns:
-            What those steps gave, the ones in flight before among them.
-        Raises:
-            RuntimeError: paused, or several ranks, which must step together.
-            OutOfPages: as `launch`.
-        """
-        self._check_launch()
-        if self.engine.config.ep_size > 1:
-            raise RuntimeError(
-                "drain() steps this rank alone and the others would be waited for; call step() on "
-                "every rank until all of them have num_running 0"
-            )
-        scheduler = self._scheduler
-        outputs: list[StepOutput] = []
-        scheduler.look_at_queue()
-        scheduler.draining = True
-        try:
-            while self._in_flight or scheduler.has_begun:
-                if len(self._in_flight) < MAX_IN_FLIGHT and scheduler.has_begun:
-                    self.launch()
-                if len(self._in_flight) == MAX_IN_FLIGHT or not scheduler.has_begun:
-                    outputs.append(self.collect())
-        finally:
-            scheduler.draining = False
-            scheduler.look_at_queue()
-        return outputs
-
-    def update_weights(
-        self, source: str | Path | Iterable[tuple[str, Any]], *, running: str = "refuse"
-    ) -> None:
-        """Replace weights in place: every address stays, so every captured graph stays valid.
-
-        All of it is checked before the first byte is written. The prefix cache is emptied.
-
-        Args:
-            source: a checkpoint directory, or (Hugging Face name, array or tensor) pairs; pairs
-                may be some of the model's tensors, the rest stays as it is.
-            running: what becomes of requests in rows: "refuse" them, "keep" them with the KV that
-                they have, or "recompute" their KV with the new weights, tokens so far included.
-        Raises:
-            ValueError: not this model's tensors, or not finite; nothing was changed.
-            RuntimeError: steps are in flight, or requests are running and `running` is "refuse".
-            OutOfPages: recomputing needs more pages than there are; nothing was changed.
-        """
-        self._check_open()
-        if running not in RUNNING_ROWS:
-            raise ValueError(f"running must be one of {', '.join(RUNNING_ROWS)}, got {running!r}")
-        if self._in_flight:
-            raise RuntimeError(
-                f"{len(self._in_flight)} steps are in flight; collect() them before "
-                "update_weights()"
-            )
-        requests = list(self._scheduler.running())
-        if self._scheduler.has_begun and running == "refuse":
-            raise RuntimeError(
-                f"{self._scheduler.num_begun} requests are running on the old weights; drain() "
-                "first, or say running='keep' or running='recompute'"
-            )
-        if running == "recompute":
-            self._scheduler.reserve_restart()
-        self.engine.update_weights(source)
-        self.pages.forget_all()
-        for request in requests:
-            if running == "recompute":
-                self._scheduler.restart(request)
-            else:
-                request.cacheable = False  # its KV is of the old weights
-
-    # ------------------------------------------------------------------ numbers, end
 
     def stats(self) -> RuntimeStats:
         """What has been done so far and what is held now; free of device work."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -11,15 +11,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from barriers.errors import RankError
 from capture_cache.fingerprint import Fingerprint
 from graphs.aot import AotLauncher
-from graphs.capture import GraphSet
+from graphs.capture import GraphBackend, GraphSet
 from graphs.choices import KernelChoices
 from graphs.keys import GraphKey
 from graphs.ledger import Ledger
 from graphs.prove import Proof
-from graphs.weight_update import prepare_update
+from graphs.weight_update import WeightUpdate, prepare_update
 from kernels.triton.intake import admit
 from kernels.triton.rows import RowState
 from kernels.triton.state import DECODE, HEADER, MailboxLayout
@@ -35,7 +34,22 @@ class _Views(Protocol):
     def __getitem__(self, name: str, /) -> torch.Tensor: ...
 
 
-UPDATE_TIMEOUT_S = 600.0  # how long a rank waits for the others to have read and checked weights
+class EngineUpdate:
+    """Checked weights, to be written on the stream of the steps."""
+
+    def __init__(self, update: WeightUpdate, backend: GraphBackend) -> None:
+        self._update, self._backend = update, backend
+        self.shared_digest = update.shared_digest
+
+    def apply(self) -> None:
+        """Write all of it where the old weights are; waits."""
+        with self._backend.on_stream():
+            self._update.apply()
+            self._backend.synchronize()
+
+    def discard(self) -> None:
+        """Write nothing, and let go of the source."""
+        self._update.discard()
 
 
 class Engine:
@@ -156,35 +170,26 @@ class Engine:
             stamps: NDArray[np.int64] = self.graphs.step.buffers["stamps"][:count].cpu().numpy()
         return stamps.copy()
 
-    def update_weights(self, source: str | Path | Iterable[tuple[str, Any]]) -> None:
-        """Check new weights, then write them where the old ones are; waits.
-
-        Every rank calls this with the same update; if one refuses it, all do.
+    def gather(self, what: str, value: Any, timeout_s: float) -> list[Any]:
+        """Every rank's value, by rank; all ranks call this alike.
 
         Raises:
-            ValueError: not this model's tensors, or not finite; nothing was changed.
-            RankError: another rank refused, or did not come.
+            RankError: a rank did not come in time, or is at another call.
         """
-        backend, step = self.graphs.backend, self.config
+        parts = self.ranks.group.allgather(what, value, timeout_s=timeout_s)
+        return [part.value for part in parts]
+
+    def prepare_weights(self, source: str | Path | Iterable[tuple[str, Any]]) -> EngineUpdate:
+        """Check new weights, this rank's part of them; nothing is written yet.
+
+        Raises:
+            ValueError, TypeError: not this model's tensors, or not finite.
+        """
+        step = self.config
         ranks = {"ep_rank": step.ep_rank, "ep_size": step.ep_size}
-        with backend.on_stream():
-            try:
-                update = prepare_update(
-                    source, self.model_config, self.graphs.step.weights, **ranks
-                )
-            except ValueError as error:
-                if step.ep_size > 1:
-                    with suppress(RankError):  # the others' own message; ours is the better one
-                        self.ranks.group.agree("new weights", str(error), UPDATE_TIMEOUT_S)
-                raise
-            try:
-                if step.ep_size > 1:
-                    self.ranks.group.agree("new weights", None, UPDATE_TIMEOUT_S)
-            except RankError:
-                update.discard()
-                raise
-            update.apply()
-            backend.synchronize()
+        with self.graphs.backend.on_stream():
+            update = prepare_update(source, self.model_config, self.graphs.step.weights, **ranks)
+        return EngineUpdate(update, self.graphs.backend)
 
     def close(self) -> None:
         """Release graphs, peer memory and arena. Idempotent."""

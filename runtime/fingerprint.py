@@ -88,6 +88,7 @@ IGNORED: Mapping[str, str] = MappingProxyType(
         "verify": "whether it was proved; the ledger says so",
         "proof_replays": "how often it was proved; the ledger says so",
         "bundle": "whether graphs are stored; the manifest says so",
+        "check_keys": "how many golden steps a restore compares",
         **dict.fromkeys(
             ("reservation", "prefix_cache", "prefill_budget", "ageing_steps"),
             "how the host schedules requests; no graph knows",

@@ -26,14 +26,13 @@ from capture_cache.errors import CorruptBundle, StoreError
 from capture_cache.files import TAKEN, Files, sweep, write_failure
 from capture_cache.fingerprint import Fingerprint
 from capture_cache.manifest import FileRecord
-from capture_cache.packed import (
+from capture_cache.packed import PackedWeights, is_packed
+from capture_cache.packed_index import (
     INDEX,
     PIECE_BYTES,
     Index,
     PackedTensor,
-    PackedWeights,
     Shard,
-    is_packed,
     plan_shards,
     shard_names,
 )

@@ -1,14 +1,9 @@
-"""The player's engine: restored graphs over a filled arena; knows neither torch nor triton.
-
-A key that is wanted before the building thread has come to it is built at once, by who wants it;
-no other key takes its place.
-"""
+"""The player's engine: restored graphs over a filled arena; knows neither torch nor triton."""
 
 from __future__ import annotations
 
 import ctypes
 import threading
-import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from functools import partial
@@ -19,127 +14,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from capture_cache.arena import DeviceArena
-from capture_cache.bundle import Golden, Graph
-from capture_cache.restore import Code, Files, Parts, build_graph
 from capture_cache.restore_driver import Driver
-from graphs.keys import GraphKey, Ladder, NotCaptured
+from graphs.keys import GraphKey, Ladder
 from graphs.model_config import ModelConfig
 from graphs.step_config import StepConfig, mailbox_layout
 from kernels.triton.state import HEADER
 from runtime.config import RuntimeConfig
 from runtime.player_rows import adopt_rows
+from runtime.restored_keys import Keys
 from runtime.row_params import Admission
 from runtime.state import RESET
 
 if TYPE_CHECKING:
     from runtime.player_ranks import PlayerRanks
-
-# Before the thread builds further keys: a step that follows the load at once is not disturbed.
-PAUSE_S = 0.03
-
-
-class Keys:
-    """The graphs of a ladder, each rebuilt when it is wanted or when the thread comes to it.
-
-    Args:
-        prepared: graphs that have been read already.
-
-    Attributes:
-        seconds: spent on building each key; parts: on what, all keys together.
-    """
-
-    def __init__(
-        self,
-        driver: Driver,
-        code: Code,
-        files: Files,
-        symbols: NDArray[np.uint64],
-        stream: int,
-        ladder: Ladder,
-        prepared: Mapping[GraphKey, Graph],
-    ) -> None:
-        self._driver, self._code, self._files = driver, code, files
-        self._symbols, self._stream, self._ladder = symbols, stream, ladder
-        self._graphs: dict[GraphKey, int] = {}
-        self._prepared = dict(prepared)
-        self._lock = threading.Lock()
-        self._stop = threading.Event()
-        self._thread: threading.Thread | None = None
-        self._failure: Exception | None = None
-        self.seconds: dict[GraphKey, float] = {}
-        self.parts = Parts()
-
-    def exec_of(self, key: GraphKey) -> int:
-        """The key's CUgraphExec; waits for it where it is not built yet.
-
-        Raises:
-            NotCaptured: no such key.
-            CorruptBundle, CudaError: it cannot be built.
-        """
-        graph = self._graphs.get(key)
-        return self._build(key) if graph is None else graph
-
-    def golden(self, key: GraphKey) -> Golden:
-        """The key's golden step; raises CorruptBundle."""
-        return self._files.golden_of(key.tokens, key.rows)
-
-    def build_rest(self) -> None:
-        """Build what is missing in a thread."""
-        self._thread = threading.Thread(target=self._run, name="lockstep-restore", daemon=True)
-        self._thread.start()
-
-    def wait(self) -> None:
-        """Wait until every key is built; raises what went wrong."""
-        if self._thread is not None:
-            self._thread.join()
-        self.check()
-
-    def check(self) -> None:
-        """Raises what went wrong in the thread."""
-        if self._failure is not None:
-            raise self._failure
-
-    def close(self) -> None:
-        """Stop building and drop all graphs. Idempotent."""
-        self._stop.set()
-        if self._thread is not None:
-            self._thread.join()
-        while self._graphs:
-            self._driver.drop_exec(self._graphs.popitem()[1])
-
-    def _run(self) -> None:
-        try:
-            self._stop.wait(PAUSE_S)
-            self._driver.make_current()
-            for key in self._ladder.keys:
-                if self._stop.is_set():
-                    return
-                self.exec_of(key)
-        except Exception as e:  # told by `check`, and again by the step that wants the key
-            self._failure = e
-
-    def _build(self, key: GraphKey) -> int:
-        if key not in self._ladder.keys:
-            raise NotCaptured(
-                f"key {key} was not captured (ladder {self._ladder}); add it with --ladder"
-            )
-        with self._lock:
-            graph = self._graphs.get(key)
-            if graph is not None:  # the other thread was quicker
-                return graph
-            start = time.perf_counter()
-            stored = self._prepared.pop(key, None)
-            if stored is None:
-                self.parts.start()
-                stored = self._files.graph_of(key.tokens, key.rows)
-                self.parts.end("decode")
-            shown = f"the graph of key {key}"
-            graph = build_graph(self._driver, self._code, stored, self._symbols, shown, self.parts)
-            self._driver.upload_graph(graph, self._stream)
-            self.parts.end("upload")
-            self.seconds[key] = time.perf_counter() - start
-            self._graphs[key] = graph
-            return graph
+    from runtime.replayer import NewWeights
 
 
 class Player:
@@ -229,16 +117,25 @@ class Player:
                 self.forced_tokens[row, : len(admitted.known)] = admitted.known
         adopt_rows(partial(_Edited, self._driver, self._arena), length, rows)
 
-    def update_weights(self, source: str | Path | Iterable[tuple[str, Any]]) -> None:
-        """Refused: new weights are converted by torch.
+    def gather(self, what: str, value: Any, timeout_s: float) -> list[Any]:
+        """Every rank's value, by rank; all ranks call this alike. Raises RankError."""
+        if self._ranks is None:
+            return [value]
+        parts = self._ranks.group.allgather(what, value, timeout_s=timeout_s)
+        return [part.value for part in parts]
+
+    def prepare_weights(self, source: str | Path | Iterable[tuple[str, Any]]) -> NewWeights:
+        """Check new weights, this rank's part of them; nothing is written yet. Imports torch.
 
         Raises:
-            ValueError: always; says what would do.
+            ValueError, TypeError: not this model's tensors, or not finite; or there is no torch.
         """
-        raise ValueError(
-            "weights cannot be updated in restored graphs, which run without torch; load with "
-            "bundle=False to capture, and update there"
-        )
+        from runtime.player_weights import PlayerUpdate  # torch, which a player does without
+
+        self._enter()
+        self._driver.wait(self._stream, "finishing steps")
+        ordinal = self._driver.ordinal
+        return PlayerUpdate(source, self._arena, self.model_config, self.config, ordinal)
 
     def read(self, name: str) -> NDArray[np.uint8]:
         """A copy of an arena entry's bytes, after all work; for tests."""

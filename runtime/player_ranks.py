@@ -14,12 +14,11 @@ import numpy as np
 from barriers.device_barrier import DeviceWatch
 from barriers.group import RankGroup
 from barriers.symmetric_device import DeviceMemory
-from capture_cache.driver import Device
 from capture_cache.restore_driver import Driver
 from runtime.config import RuntimeConfig
 
 if TYPE_CHECKING:
-    from runtime.restore import PeerFacts
+    from runtime.restore_facts import PeerFacts
 
 _MAX_REASON = 600  # characters that are passed on
 
@@ -67,8 +66,7 @@ class PlayerRanks:
         Raises:
             RankError: a rank cannot; raised on all of them.
         """
-        device = Device(driver.ordinal)
-        memory = DeviceMemory(self.group, device, facts.payload_bytes, base=facts.base, exact=True)
+        memory = DeviceMemory(self.group, driver, facts.payload_bytes, base=facts.base, exact=True)
         self._open.callback(memory.close)
         self._base = memory.base
         self._watch = DeviceWatch(

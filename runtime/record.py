@@ -15,18 +15,16 @@ import torch
 
 from barriers.rdep import Rdep, peer_layout
 from capture_cache.arena import DeviceArena
-from capture_cache.bundle import (
-    PROGRAM_FILE,
-    encode_golden,
-    encode_graph,
-    encode_program,
-    golden_file,
-    graph_file,
-)
-from capture_cache.bundle_extract import Extractor, Range
+from capture_cache.bundle import PROGRAM_FILE, golden_file, graph_file
+from capture_cache.bundle_extract import Extractor
 from capture_cache.bundle_fatbin import fat_binaries
+from capture_cache.bundle_golden import encode_golden
+from capture_cache.bundle_graph import encode_graph
+from capture_cache.bundle_program import encode_program
 from capture_cache.errors import CudaError, NotRestorable
+from capture_cache.graph_reader import GraphReader
 from capture_cache.kernel import CompiledKernel
+from capture_cache.memory_ranges import Range
 from capture_cache.restore_driver import Driver
 from graphs.capture import CudaBackend
 from graphs.keys import GraphKey
@@ -101,7 +99,7 @@ def _extract(engine: Engine, arena: DeviceArena) -> tuple[dict[str, bytes], dict
             "it is captured live each time"
         )
     with ExitStack() as resources:
-        driver = Driver()
+        driver = GraphReader()
         driver.init()
         driver.open(torch.cuda.current_device())
         resources.callback(driver.close)
@@ -141,7 +139,7 @@ def _bytes_of(engine: Engine, name: str) -> bytes:
     return tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes()
 
 
-def _extractor(driver: Driver, engine: Engine, arena: DeviceArena) -> Extractor:
+def _extractor(driver: GraphReader, engine: Engine, arena: DeviceArena) -> Extractor:
     layout, launcher = arena.layout, engine.launcher
     assert launcher is not None, "the CPU twin has no graphs"
     kernels: dict[int, CompiledKernel] = launcher.handles

@@ -16,6 +16,22 @@ from kernels.triton.state import MailboxLayout
 from runtime.row_params import Admission
 
 
+class NewWeights(Protocol):
+    """Weights that have been checked and not written yet.
+
+    Attributes:
+        shared_digest: of what every rank must be given alike.
+    """
+
+    shared_digest: str
+
+    def apply(self) -> None:
+        """Write all of it where the old weights are; waits."""
+
+    def discard(self) -> None:
+        """Write nothing, and let go of the source."""
+
+
 class Replayer(Protocol):
     """Graphs over a filled arena, and the host's views of it.
 
@@ -50,5 +66,6 @@ class Replayer(Protocol):
     def check_alive(self) -> None: ...
     def reset_state(self) -> None: ...
     def adopt(self, length: int, rows: Mapping[int, tuple[Admission, list[int]]]) -> None: ...
-    def update_weights(self, source: str | Path | Iterable[tuple[str, Any]]) -> None: ...
+    def gather(self, what: str, value: Any, timeout_s: float) -> list[Any]: ...
+    def prepare_weights(self, source: str | Path | Iterable[tuple[str, Any]]) -> NewWeights: ...
     def close(self) -> None: ...

@@ -2,7 +2,7 @@
 
     driver initialised ──► bundle found and checked ──► arena mapped ──► weights ──► first key built
       (in a thread)          (meanwhile: the context)                        ──► its golden step
-                                                              other keys are built in a thread
+                                                              other keys are built in threads
 
 Whatever is not as the bundle says ends in `NotRestored` with the reason, before a runtime exists:
 the caller captures again, and says so.
@@ -10,52 +10,46 @@ the caller captures again, and says so.
 
 from __future__ import annotations
 
-import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from capture_cache.arena import DeviceArena
-from capture_cache.bundle import KERNEL, PROGRAM_FILE, Graph
+from capture_cache.bundle import PROGRAM_FILE
+from capture_cache.bundle_files import BundleFiles
 from capture_cache.errors import ArenaError, CorruptBundle, CudaError
 from capture_cache.files import REMEDY
 from capture_cache.fingerprint import Fingerprint
-from capture_cache.layout import ArenaLayout
-from capture_cache.restore import Code, Files, build_graph, symbol_table
+from capture_cache.restore_code import symbol_table
 from capture_cache.restore_driver import Driver
-from capture_cache.store import Bundle, Loaded, Store
-from graphs.keys import GraphKey, Ladder
+from capture_cache.store import Loaded, Store
+from graphs.keys import GraphKey
 from graphs.model_config import ModelConfig, parse_overrides
 from graphs.model_source import ModelSource, resolve_model
-from graphs.step_config import StepConfig
 from runtime.bundle_names import (
     DEVICE_WHOLE,
-    GRAPHS,
     HOST_WHOLE,
     PEERS,
-    ROPE_FILE,
-    SKIP_WEIGHTS,
-    weights_file,
 )
 from runtime.config import RuntimeConfig
 from runtime.driver import StepFailed
 from runtime.fingerprint import absent_packages, fingerprint
 from runtime.golden import golden_step
 from runtime.opening import NotRestored, Opening
-from runtime.player import Keys, Player
+from runtime.player import Player
+from runtime.preload import Preload
+from runtime.restore_facts import Facts
+from runtime.restored_keys import Keys
+from runtime.restored_weights import Target, fill_weights
 
 if TYPE_CHECKING:
     from runtime.player_ranks import PlayerRanks
 
 _SKIPPED = "weights skipped, for measurement only: no golden step, and its tokens mean nothing"
-_FILLING = "filling the weights"
 
 
 def restore(options: RuntimeConfig, *, lib: Any = None, opening: Opening | None = None) -> Player:
@@ -79,67 +73,6 @@ def restore(options: RuntimeConfig, *, lib: Any = None, opening: Opening | None 
 
 
 @dataclass(frozen=True)
-class PeerFacts:
-    """The ranks' shared memory, as it was at capture.
-
-    Attributes:
-        base: address of this rank's part.
-        payload_bytes: of each rank.
-        words_at: offset into the payload of the transport's own words: the rank, then zeros.
-    """
-
-    base: int
-    payload_bytes: int
-    words_at: int
-
-    @classmethod
-    def of(cls, told: Any, shown: str) -> PeerFacts | None:
-        """From `Manifest.restore`; None where ranks share nothing. Raises CorruptBundle."""
-        if told is None:
-            return None
-        try:
-            facts = cls(**told)
-            sound = 0 < facts.base < 1 << 57 and 0 <= facts.words_at < facts.payload_bytes
-        except TypeError as e:
-            raise CorruptBundle(f"{shown}: memory of the ranks is malformed: {e}") from e
-        if not sound:
-            raise CorruptBundle(f"{shown}: memory of the ranks makes no sense: {facts}")
-        return facts
-
-
-@dataclass(frozen=True)
-class Facts:
-    """What the manifest says beside the files."""
-
-    layout: ArenaLayout
-    arena_base: int
-    ladder: Ladder
-    step: StepConfig
-    peers: PeerFacts | None
-
-    @classmethod
-    def of(cls, bundle: Bundle, rank: int) -> Facts:
-        """Raises NotRestored: it holds no graphs; CorruptBundle: malformed."""
-        told, layout = bundle.manifest.restore, bundle.manifest.arena
-        try:
-            kind = told["kind"]
-            if kind != GRAPHS:
-                raise NotRestored(f"the bundle holds no graphs: {told['reason']}")
-            step = StepConfig(**told["step"], ep_rank=rank)
-            peers = PeerFacts.of(told["peers"], str(bundle.path))
-            base, ladder = told["arena_base"], Ladder.parse(told["ladder"], step.max_rows)
-            whole = isinstance(base, int) and 0 < base < 1 << 57
-        except (KeyError, TypeError, ValueError) as e:
-            raise CorruptBundle(f"{bundle.path}: what to restore is malformed: {e!r}") from e
-        if layout is None or not whole:
-            raise CorruptBundle(
-                f"{bundle.path}: expected an arena table and its address, got "
-                f"{'none' if layout is None else 'a table'} and {base!r}; {REMEDY}"
-            )
-        return cls(layout, base, ladder, step, peers)
-
-
-@dataclass(frozen=True)
 class _Found:
     """What is going to be restored."""
 
@@ -147,8 +80,8 @@ class _Found:
     source: ModelSource
     path: Path
     facts: Facts
-    files: Files
-    preload: _Preload
+    files: BundleFiles
+    preload: Preload
 
 
 class _Restore:
@@ -224,8 +157,8 @@ class _Restore:
         with self._stage("manifest"):
             if PROGRAM_FILE not in loaded.files:
                 Facts.of(Store.parse(loaded), rank)  # a bundle that may lack one says why
-            files = Files(loaded.files, str(loaded.path))
-            preload = _Preload(self.opening, files, loaded.record)
+            files = BundleFiles(loaded.files, str(loaded.path))
+            preload = Preload(self.opening, files, loaded.record)
             self.resources.callback(preload.close)
             facts = Facts.of(Store.parse(loaded), rank)
         return _Found(model, source, loaded.path, facts, files, preload)
@@ -250,8 +183,8 @@ class _Restore:
         with self._stage("symbols"):
             symbols = symbol_table(files.program, partial(_address, arena, peers))
         with self._stage("code"):
-            code, prepared = found.preload.wait()
-        keys = Keys(driver, code, files, symbols, stream, facts.ladder, prepared)
+            code, decoded = found.preload.wait()
+        keys = Keys(driver, code, files, symbols, stream, facts.ladder, decoded)
         self.resources.callback(keys.close)
         player = Player(
             self.options,
@@ -266,9 +199,8 @@ class _Restore:
             self.ranks,
         )
         with self._stage("weights"):
-            checkable = self._load_packed(driver, arena, files, found.model, found.source)
-            if not checkable:
-                checkable = self._load_weights(driver, arena, found, code, symbols, stream)
+            place = Target(driver, arena, code, symbols, stream)
+            checkable = fill_weights(self.options, found.model, found.source, files, place)
             player.reset_state()
         first = facts.ladder.keys[0]
         with self._stage("first key"):
@@ -278,10 +210,28 @@ class _Restore:
             with self._stage("golden"):
                 check_golden(player, first)
             reason = f"the golden step of key {first} agrees"
+            if self.options.check_keys == "all":
+                self._check_rest(player, facts.ladder.keys[1:])
+                reason = f"the golden steps of all {len(facts.ladder.keys)} keys agree"
         player.load_reason = f"bundle {found.path.name[:16]}: {reason}"
         player.stages = self.seconds
-        keys.build_rest()
+        if self.options.check_keys != "all":
+            keys.build_rest()
         return player
+
+    def _check_rest(self, player: Player, keys: Sequence[GraphKey]) -> None:
+        with self._stage("other keys"):  # all ranks have theirs before any of them steps
+            player.keys.build_rest(pause_s=0.0)
+            player.keys.wait()
+        with self._stage("other golden steps"):
+            failures = list[str]()
+            for key in keys:  # to the end: every rank must take as many steps as the others
+                try:
+                    check_golden(player, key)
+                except NotRestored as e:
+                    failures.append(str(e))
+            if failures:
+                raise NotRestored("; ".join(failures), replace=True)
 
     def _find(self, current: Fingerprint) -> Loaded:
         """The bundle of these options, every hash checked."""
@@ -301,99 +251,6 @@ class _Restore:
         self.resources.callback(arena.close)
         return arena
 
-    def _load_packed(
-        self,
-        driver: Driver,
-        arena: DeviceArena,
-        files: Files,
-        model: ModelConfig,
-        source: ModelSource,
-    ) -> bool:
-        """Fill the weights from packed ones; whether there are any."""
-        if self.options.weights == SKIP_WEIGHTS:
-            return False
-        from runtime.weights import find, load  # a measurement without weights needs neither
-
-        packed = find(self.options, model, source).packed
-        if packed is None:
-            return False
-        store = Store(self.options.store_path)
-        rank = self.options.ranks.rank
-        load(packed, arena, self.options, rank=rank, driver=driver, store=store)
-        driver.upload(arena.view_spec("rope_table").ptr, _rope(files, arena))
-        return True
-
-    def _load_weights(
-        self,
-        driver: Driver,
-        arena: DeviceArena,
-        found: _Found,
-        code: Code,
-        symbols: NDArray[np.uint64],
-        stream: int,
-    ) -> bool:
-        """Fill the weights; whether a golden step can be expected to agree."""
-        files, source, rank = found.files, found.source, self.options.ranks.rank
-        rope, place = _rope(files, arena), arena.view_spec("rope_table")
-        if self.options.weights == SKIP_WEIGHTS:
-            driver.upload(place.ptr, rope)
-            return False
-        if not source.is_preset or not files.has(weights_file(rank)):
-            raise NotRestored(
-                f"the weights of {source.name} are not in the bundle and no packed ones were found;"
-                " pack them with python -m runtime.pack"
-            )
-        section = next(e for e in arena.layout.extents if e.section.name == "weights")
-        driver.fill(arena.base + section.offset, 0, section.nbytes, stream)
-        fill = files.graph(weights_file(rank))
-        graph = build_graph(driver, code, fill, symbols, "the weights' graph")
-        try:
-            driver.launch(graph, stream, _FILLING)
-            driver.wait(stream, _FILLING)
-        finally:
-            driver.drop_exec(graph)
-        driver.upload(place.ptr, rope)
-        return True
-
-
-class _Preload:
-    """The first key's graph and code, read and loaded in a thread while the arena is mapped."""
-
-    def __init__(self, opening: Opening, files: Files, record: Mapping[str, Any]) -> None:
-        self._opening, self._files, self._record = opening, files, record
-        self._code: Code | None = None
-        self._prepared: dict[GraphKey, Graph] = {}
-        self._failure: Exception | None = None
-        self._thread = threading.Thread(target=self._run, name="lockstep-code", daemon=True)
-        self._thread.start()
-
-    def wait(self) -> tuple[Code, dict[GraphKey, Graph]]:
-        """The code, and the graphs that have been read; raises CorruptBundle, CudaError."""
-        self._thread.join()
-        if self._failure is not None:
-            raise self._failure
-        assert self._code is not None
-        return self._code, self._prepared
-
-    def close(self) -> None:
-        """Unload the code."""
-        self._thread.join()
-        if self._code is not None:
-            self._code.close()
-
-    def _run(self) -> None:
-        try:
-            driver = self._opening.wait_context()
-            self._code = Code(driver, self._files)
-            key = Ladder(map(GraphKey.parse, self._record["restore"]["ladder"].split(","))).keys[0]
-            graph = self._files.graph_of(key.tokens, key.rows)
-            self._code.kernels(graph.nodes["function"][graph.nodes["kind"] == KERNEL])
-            self._prepared[key] = graph
-        except (CorruptBundle, CudaError, NotRestored) as e:
-            self._failure = e
-        except (KeyError, TypeError, ValueError, AttributeError) as e:
-            self._failure = CorruptBundle(f"what to restore is malformed: {e!r}; {REMEDY}")
-
 
 def check_golden(player: Player, key: GraphKey) -> None:
     """Run a key's golden step; the rows must be free, and are so afterwards.
@@ -410,16 +267,6 @@ def check_golden(player: Player, key: GraphKey) -> None:
             "the bundle must not be used here",
             replace=True,
         )
-
-
-def _rope(files: Files, arena: DeviceArena) -> NDArray[np.uint8]:
-    """The rope table's bytes; raises CorruptBundle."""
-    rope, place = np.frombuffer(files.read(ROPE_FILE), np.uint8), arena.view_spec("rope_table")
-    if rope.nbytes != place.nbytes:
-        raise CorruptBundle(
-            f"{ROPE_FILE}: expected {place.nbytes} bytes, got {rope.nbytes}; {REMEDY}"
-        )
-    return rope
 
 
 def _address(arena: DeviceArena, peers: int, name: str) -> int:

@@ -16,14 +16,17 @@ def _has_bytecode() -> bool:
     return spec is not None and spec.cached is not None and os.path.exists(spec.cached)
 
 
-def main(argv: list[str]) -> int:
-    """Args: options as JSON, nanoseconds of the start, "restore" where one is expected."""
+def main(argv: list[str], lib: object = None) -> int:
+    """Args: options as JSON, nanoseconds of the start, the GPU to open at once or "none".
+
+    `lib`: driver functions; by default those of the machine.
+    """
     import json
 
     from runtime.opening import Opening
 
     # The driver comes up while the rest is imported. A capture opens the device through torch.
-    opening = Opening() if "restore" in argv[2:] else None
+    opening = None if argv[2] == "none" else Opening(int(argv[2]), lib)
     options, start_ns = json.loads(argv[0]), int(argv[1])
     from runtime import Runtime, SamplingParams
 
@@ -34,11 +37,12 @@ def main(argv: list[str]) -> int:
     runtime.step()
     stepped_ns = time.time_ns()
     engine = runtime.engine
-    keys, parts = {}, {}
+    keys, parts, ahead = {}, {}, {}
     if runtime.loaded_from == "bundle":
         engine.keys.wait()
         keys = {str(key): 1e3 * seconds for key, seconds in engine.keys.seconds.items()}
         parts = {name: 1e3 * seconds for name, seconds in engine.keys.parts.seconds.items()}
+        ahead = {name: 1e3 * seconds for name, seconds in engine.keys.ahead.seconds.items()}
     all_ns = time.time_ns()
     spans = {
         "interpreter": MAIN_NS - start_ns,
@@ -55,8 +59,10 @@ def main(argv: list[str]) -> int:
         "all_keys_ms": (all_ns - start_ns) / 1e6,
         "key_ms": keys,
         "key_parts_ms": parts,
+        "ahead_ms": ahead,
         "bytecode": _has_bytecode(),
         "torch": "torch" in sys.modules or "triton" in sys.modules,
+        "cuda_python": "cuda.bindings.driver" in sys.modules,
     }
     runtime.close()
     print("RESULT " + json.dumps(report), flush=True)

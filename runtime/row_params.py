@@ -165,19 +165,21 @@ def as_token_mask(words: object, vocab: int) -> Int32:
     Raises:
         TypeError, ValueError: not one word of 32 bits per 32 tokens.
     """
+    want = mask_words(vocab)
+    remedy = f"xgrammar's allocate_token_bitmask(1, {vocab}) makes one, None ends it"
     try:
         mask = np.asarray(words)
-    except ValueError as error:
-        raise TypeError(f"a token mask is one array of int32 words: {error}") from error
-    if mask.dtype not in (np.int32, np.uint32):
+    except (ValueError, TypeError) as error:  # ragged, or an array that is not on the host
         raise TypeError(
-            f"a token mask has int32 (or uint32) words, got {mask.dtype}; xgrammar's "
-            "allocate_token_bitmask makes one"
-        )
-    want = mask_words(vocab)
+            f"a token mask is one array of {want} int32 words on the host, got "
+            f"{type(words).__name__}; {remedy}"
+        ) from error
+    if mask.dtype not in (np.int32, np.uint32):
+        raise TypeError(f"a token mask has int32 (or uint32) words, got {mask.dtype}; {remedy}")
     if mask.size != want or mask.ndim not in (1, 2):
         raise ValueError(
-            f"a token mask of {vocab} tokens has {want} words of 32 bits, got shape {mask.shape}"
+            f"a token mask of {vocab} tokens has {want} words of 32 bits, got shape {mask.shape}; "
+            f"{remedy}"
         )
     return np.array(mask.reshape(-1).view(np.int32))
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from types import MappingProxyType
 from typing import Any
 
@@ -148,8 +148,12 @@ class SamplingParams:
         Raises:
             ValueError: no such profile; and as the constructor.
         """
-        if name not in PROFILES:
+        if not isinstance(name, str) or name not in PROFILES:
             raise ValueError(f"profile must be one of {', '.join(PROFILES)}, got {name!r}")
+        known = [f.name for f in fields(cls)]
+        unknown = [setting for setting in settings if setting not in known]
+        if unknown:
+            raise TypeError(f"no such setting: {unknown[0]}; there are {', '.join(known)}")
         return cls(**{**PROFILES[name], **settings})
 
 
@@ -300,17 +304,37 @@ class StepOutput:
         return len(self.rows)
 
 
+_ONE_PROMPT = "give several prompts one by one, each a flat list on the host"
+
+
+def _shown(value: object) -> str:
+    """What was given, for a message, in a line."""
+    text = f"{type(value).__name__} {value!r}"
+    return text if len(text) <= 80 else f"{text[:76]} ..."
+
+
 def as_token_ids(prompt: Sequence[int] | NDArray[np.integer[Any]], vocab: int) -> NDArray[np.int32]:
     """A prompt as int32 [n].
 
     Raises:
         ValueError: empty, not whole numbers, or an id outside [0, vocab).
     """
-    ids = np.asarray(prompt)
-    if ids.ndim != 1 or ids.size == 0:
-        raise ValueError(f"a prompt is a non-empty list of token ids, got shape {ids.shape}")
+    form = "a prompt is a non-empty list of token ids"
+    if isinstance(prompt, str | bytes):
+        raise ValueError(f"{form}, got text; tokenise it with the model's own tokenizer")
+    try:
+        ids = np.asarray(prompt)
+    except (ValueError, TypeError) as error:  # ragged, or an array that is not on the host
+        raise ValueError(f"{form}, got {_shown(prompt)}; {_ONE_PROMPT}") from error
+    if ids.ndim > 1:
+        raise ValueError(f"{form}, got shape {ids.shape}; {_ONE_PROMPT}")
+    if ids.ndim == 0 or ids.size == 0:
+        raise ValueError(f"{form}, got {_shown(prompt)}; give at least one token, in a list")
     if not np.issubdtype(ids.dtype, np.integer):
-        raise ValueError(f"token ids must be whole numbers, got {ids.dtype}")
+        raise ValueError(
+            f"token ids must be whole numbers below {vocab}, got {_shown(prompt)}; convert them "
+            "with int()"
+        )
     bad = np.flatnonzero((ids < 0) | (ids >= vocab))
     if bad.size:
         raise ValueError(

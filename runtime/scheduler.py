@@ -67,13 +67,15 @@ class SchedulerConfig:
     def __post_init__(self) -> None:
         if self.reservation not in RESERVATIONS:
             raise ValueError(f"reservation must be 'full' or 'lazy', got {self.reservation!r}")
-        if self.prefill_budget is not None and self.prefill_budget < 1:
+        if not isinstance(self.prefix_cache, bool):
+            raise TypeError(f"prefix_cache must be True or False, got {self.prefix_cache!r}")
+        if self.prefill_budget is not None and not _at_least_one(self.prefill_budget):
             raise ValueError(
-                f"prefill_budget must be at least 1 token a step, got {self.prefill_budget}; leave "
-                "it out for as many as a graph key covers"
+                f"prefill_budget must be at least 1 token a step, got {self.prefill_budget!r}; "
+                "leave it out for as many as a graph key covers"
             )
-        if self.ageing_steps < 1:
-            raise ValueError(f"ageing_steps must be at least 1 step, got {self.ageing_steps}")
+        if not _at_least_one(self.ageing_steps):
+            raise ValueError(f"ageing_steps must be at least 1 step, got {self.ageing_steps!r}")
 
 
 @dataclass(slots=True)
@@ -109,7 +111,7 @@ class Scheduler:
     Attributes:
         since: int64 [max_rows], the step that admitted the row's request; `NEVER` before that.
         ids: int64 [max_rows], id of the row's request.
-        seeds: int64 [max_rows], seed of the last request that was given the row.
+        seeds: int64 [max_rows], seed of the last request that was given the row; -1: none.
         past: its tokens; `history`: the same as int32 [max_rows, max_seq_len].
         scored_to: int32 [max_rows], last position of its prompt whose log-prob has been returned.
     """
@@ -137,7 +139,7 @@ class Scheduler:
         self.draining = False
         self.since = np.full(max_rows, NEVER, np.int64)
         self.ids = np.full(max_rows, -1, np.int64)
-        self.seeds = np.zeros(max_rows, np.int64)
+        self.seeds = np.full(max_rows, -1, np.int64)
         self.scored_to = np.zeros(max_rows, np.int32)
         self.past = History(max_rows, max_seq_len)
         self.history = self.past.tokens
@@ -159,12 +161,36 @@ class Scheduler:
         self.queue.push(request)
         self._may_admit = True
 
-    def admit(self, request: Request) -> None:
-        """Give a request a row and pages now.
+    def admit_past_queue(self, request: Request, step: int) -> None:
+        """Give a request a row and pages now, unless they are due to the queue's first.
+
+        It may pass what waits as a request one level of priority up could that came in `step`:
+        whoever has waited longer than that is passed no more, so a stream of these starves nobody.
 
         Raises:
-            OutOfPages: they are not there (`OutOfRows`: no row is); nothing changed.
+            OutOfPages: they are not there, or are due (`OutOfRows`: no row is); nothing changed.
         """
+        first = self.queue.first()
+        if first is None or first.order >= (step - self.config.ageing_steps, request.id):
+            self.admit(request)
+            return
+        self._check_rows(request)
+        due = (
+            f"request {first.id} has waited {step - first.arrived} steps in the queue and is next "
+            f"({len(self.queue)} wait); step() on, submit() this one too, or cancel some"
+        )
+        spare_logits = 1 + first.params.return_logits
+        if len(self.free_rows) < 2 or not self._has_logits(request, spare_logits):
+            raise OutOfRows(f"the free row is due: {due}")
+        pages, shared = self._room_for(first)
+        shared = [*shared, *self._find(request)]
+        pages += self.pages.pages_for(self._tokens_to_reserve(request)) + self._lazy
+        if not self.pages.has_room(pages, shared):
+            raise OutOfPages(f"free pages are due: {due}")
+        self.admit(request)
+
+    def _check_rows(self, request: Request) -> None:
+        """Raises OutOfRows where no row can take the request."""
         if not self.free_rows:
             raise OutOfRows(
                 f"all {len(self.rows)} rows are running; wait for one to finish, cancel one, "
@@ -175,6 +201,14 @@ class Scheduler:
                 f"{self._logits_rows} requests return their logits and there is room for no more; "
                 "wait for one to finish, or load with a larger logits_rows"
             )
+
+    def admit(self, request: Request) -> None:
+        """Give a request a row and pages now.
+
+        Raises:
+            OutOfPages: they are not there (`OutOfRows`: no row is); nothing changed.
+        """
+        self._check_rows(request)
         row, shared = self.free_rows[-1], self._find(request)
         self.pages.share(row, shared)
         try:
@@ -193,11 +227,21 @@ class Scheduler:
         self.history[row, : len(request.tokens)] = request.tokens
         bisect.insort(self._prefilling, request, key=_order)
 
-    def _has_logits(self, request: Request) -> bool:
-        """Whether one more row may return its logits, if the request wants that."""
+    def _has_logits(self, request: Request, more: int = 1) -> bool:
+        """Whether so many more rows may return their logits, if the request wants that."""
         if not request.params.return_logits:
             return True
-        return sum(q.params.return_logits for q in self.running()) < self._logits_rows
+        return sum(q.params.return_logits for q in self.running()) + more <= self._logits_rows
+
+    def _room_for(self, request: Request) -> tuple[int, list[int]]:
+        """Pages that must be free for a request of the queue, and named ones among them.
+
+        Rows that grow lazily will want a page each soon: without them in hand, an admission would
+        be preempted at once.
+        """
+        running = len(self.rows) - len(self.free_rows)
+        pages = self.pages.pages_for(self._tokens_to_reserve(request))
+        return pages + (running if self._lazy else 0), self._find(request)
 
     def settle_decoding(self, request: Request, length: int, step: int) -> None:
         """A row that decodes from `step` on, with `length` tokens computed and its pages sent."""
@@ -391,12 +435,7 @@ class Scheduler:
             request = queue.first_begun() if self.draining else queue.first()
             if request is None:
                 return
-            pages = self.pages.pages_for(self._tokens_to_reserve(request))
-            # Rows that grow lazily will want a page each soon: without them in hand, an admission
-            # would be preempted at once.
-            running = len(self.rows) - len(self.free_rows)
-            spare = running if self._lazy else 0
-            if not self.pages.has_room(pages + spare, self._find(request)):
+            if not self.pages.has_room(*self._room_for(request)):
                 return
             if not self._has_logits(request):
                 return
@@ -524,6 +563,16 @@ class Scheduler:
         """Requests in rows, and those that had one and wait to be computed again."""
         return len(self.rows) - len(self.free_rows) + self.queue.num_begun
 
+    def steps_to_drain(self, *, waiting: bool) -> int:
+        """At least how many steps it takes until what has begun has ended; stops not foreseen.
+
+        Args:
+            waiting: what waits in the queue must end, too.
+        """
+        longest = max((q.limit - int(self.have[q.row]) for q in self.running()), default=0)
+        more = self.has_begun or (waiting and len(self.queue) > 0)
+        return max(longest, int(more))
+
     def look_at_queue(self) -> None:
         """Something beside rows and pages may let the queue's first in."""
         self._may_admit = True
@@ -531,6 +580,11 @@ class Scheduler:
     def running(self) -> Iterator[Request]:
         """Requests that have a row."""
         return (request for request in self.rows if request is not None)
+
+
+def _at_least_one(value: object) -> bool:
+    """Whether it is a whole number, and one that counts something."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 def _order(request: Request) -> tuple[int, int]:

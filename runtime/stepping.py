@@ -75,6 +75,8 @@ class Stepping:
         self._in_flight: deque[int] = deque()
         self._next_step = 0
         self._paused = False
+        self._drain_until = 0  # the step before which ranks that drain do not meet again
+        self._drained: list[StepOutput] = []  # by a drain that has not come to its end
         self._closed = False
         self._failure = ""
         self.last_entry: RingEntry | None = None

@@ -41,7 +41,8 @@ class Submission(Stepping):
     ) -> int:
         """Take a request into a row now, past the queue; its tokens come out of later steps.
 
-        No device work. Such a request is never preempted.
+        No device work. Such a request is never preempted. It passes the queue only as one of
+        priority 1 could: a row or pages that are due to a request of the queue are refused to it.
 
         Args:
             cache_salt: the prefix cache is shared only between requests of the same salt.
@@ -49,10 +50,11 @@ class Submission(Stepping):
             The request's row, valid until it ends; `request_id` tells its id.
         Raises:
             ValueError: the request can never fit or is malformed.
-            OutOfPages: it cannot fit now (`OutOfRows` if every row is taken).
+            OutOfPages: it cannot fit now, or who waits in the queue is due (`OutOfRows` if it is
+                a row that is missing); names whom.
         """
         request = self._request(prompt_ids, params, 0, cache_salt, preemptable=False)
-        self._scheduler.admit(request)
+        self._scheduler.admit_past_queue(request, self._next_step)
         self._accept(request)
         return request.row
 
@@ -108,8 +110,7 @@ class Submission(Stepping):
             ValueError: no request has had this id.
         """
         self._check_open()
-        if isinstance(request_id, bool) or not isinstance(request_id, int | np.integer):
-            raise TypeError(f"a request's id is a whole number, got {request_id!r}")
+        _check_id(request_id)
         if not 0 <= request_id < self._next_id:
             raise ValueError(
                 f"request {request_id} has never been taken (ids so far: below {self._next_id})"
@@ -123,9 +124,15 @@ class Submission(Stepping):
         system's.
 
         Whoever adds the same request with this seed gets the same tokens.
+
+        Raises:
+            TypeError, ValueError: no such row, or nobody has had it yet.
         """
         self._in_row(row)
-        return int(self._scheduler.seeds[row])
+        seed = int(self._scheduler.seeds[row])
+        if seed < 0:
+            raise ValueError(f"row {row} has had no request; add() and StepOutput.rows tell rows")
+        return seed
 
     def seed_of_request(self, request_id: int) -> int:
         """Seed of a request that has not ended.
@@ -181,8 +188,15 @@ class Submission(Stepping):
         self._check_open()
         if self._in_flight:
             raise RuntimeError("occupy() needs an idle device; call collect() first")
+        _check_count("num_rows", num_rows, 0)
+        _check_count("ctx_len", ctx_len, 1)
         prompt = np.zeros(ctx_len, np.int32)
-        params = params or SamplingParams(max_tokens=max_tokens, ignore_eos=True)
+        if params is None:
+            params = SamplingParams(max_tokens=max_tokens, ignore_eos=True)
+        if isinstance(params, SamplingParams) and params.max_tokens != max_tokens:
+            raise ValueError(
+                f"max_tokens is {max_tokens} and that of params {params.max_tokens}; give the same"
+            )
         taken: list[Request] = []
         try:
             for _ in range(num_rows):
@@ -270,18 +284,44 @@ class Submission(Stepping):
 
     def _in_row(self, row: int) -> Request | None:
         if isinstance(row, bool) or not isinstance(row, int | np.integer):
-            raise TypeError(f"a row is a whole number, got {row!r}")
+            raise TypeError(
+                f"a row is a whole number, got {row!r}; add() returns it, StepOutput.rows tells it"
+            )
         if not 0 <= row < self.config.max_rows:
-            raise ValueError(f"row must be in [0, {self.config.max_rows}), got {row}")
+            raise ValueError(
+                f"row must be in [0, {self.config.max_rows}), got {row}; requests of submit() go "
+                "by their ids (cancel_request, seed_of_request, set_request_mask)"
+            )
         return self._scheduler.rows[row]
 
     def _alive(self, request_id: int) -> Request:
+        _check_id(request_id)
         request = self._scheduler.by_id.get(request_id)
         if request is None:
-            raise ValueError(f"request {request_id} has ended, or there never was one")
+            raise ValueError(
+                f"request {request_id} has ended, or there never was one (ids so far: below "
+                f"{self._next_id}); ask while it runs"
+            )
         return request
 
     def _mask(self, request: Request, words: NDArray[np.int32] | None) -> None:
         vocab = self.model_config.vocab_size
         request.mask = None if words is None else as_token_mask(words, vocab)
         self._new_masks.add(request)
+
+
+def _check_id(request_id: object) -> None:
+    """Raises TypeError: not a whole number."""
+    if isinstance(request_id, bool) or not isinstance(request_id, int | np.integer):
+        raise TypeError(
+            f"a request's id is a whole number, got {request_id!r}; submit() returns it, and "
+            "request_id(row) tells it"
+        )
+
+
+def _check_count(name: str, value: object, low: int) -> None:
+    """Raises TypeError, ValueError: not a whole number from `low` on."""
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        raise TypeError(f"{name} must be a whole number, got {value!r}")
+    if value < low:
+        raise ValueError(f"{name} must be at least {low}, got {value}")

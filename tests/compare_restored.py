@@ -38,6 +38,9 @@ def main(argv: list[str]) -> int:
         ]
         if steps:
             wrong.append(f"rank {rank}: differs from step {steps[0]} on")
+        for report in (a, b):
+            if report["keys"] != report["ladder"]:
+                wrong.append(f"rank {rank}: keys {report['keys']} of {report['ladder']} were run")
         print(f"rank {rank}: {len(a['digests'])} steps, keys {a['keys']}")
     print("\n".join(wrong) or "restored equals captured")
     return 1 if wrong else 0

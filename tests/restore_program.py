@@ -1,4 +1,4 @@
-"""One process that loads, runs random requests and prints a digest of what came of each step.
+"""One process that loads, runs each key, then random requests, and prints a digest of each step.
 
     python -m tests.restore_program OPTIONS STEPS        (or under torchrun, every rank alike)
 
@@ -12,10 +12,12 @@ import hashlib
 import json
 import os
 import sys
+from collections.abc import Iterator
 
 import numpy as np
 
-from runtime import Runtime, SamplingParams
+from graphs.keys import Ladder
+from runtime import Runtime, SamplingParams, StepOutput
 
 
 def main(argv: list[str]) -> int:
@@ -24,9 +26,7 @@ def main(argv: list[str]) -> int:
     runtime = Runtime.load(**options)
     rng = np.random.default_rng((7, rank))
     digests, whole, seen = [], hashlib.sha256(), set()
-    for _ in range(steps):
-        _add_some(runtime, rng)
-        out = runtime.step()
+    for out in _steps(runtime, rng, steps):
         seen.add(str(runtime.last_key))
         order = np.argsort(out.rows)
         for values in (out.rows, out.tokens, out.logprobs):
@@ -36,6 +36,7 @@ def main(argv: list[str]) -> int:
         "rank": rank,
         "digests": digests,
         "keys": sorted(seen),
+        "ladder": sorted(map(str, runtime.ladder.keys)),
         "from": runtime.loaded_from,
         "reason": runtime.load_reason,
         "torch": "torch" in sys.modules,
@@ -46,6 +47,22 @@ def main(argv: list[str]) -> int:
     sys.stdout.write("RESULT " + json.dumps(report) + "\n")
     sys.stdout.flush()
     return 0
+
+
+def _steps(runtime: Runtime, rng: np.random.Generator, steps: int) -> Iterator[StepOutput]:
+    """Steps of each key alone, then `steps` of random requests on all of them."""
+    ladder = runtime.ladder
+    for key in ladder.keys:
+        runtime.ladder = Ladder([key])
+        for _ in range(key.rows):
+            token = rng.integers(0, runtime.model_config.vocab_size, 1)
+            runtime.add(token, SamplingParams(max_tokens=2, ignore_eos=True))
+        while runtime.num_running:
+            yield runtime.step()
+    runtime.ladder = ladder
+    for _ in range(steps):
+        _add_some(runtime, rng)
+        yield runtime.step()
 
 
 def _add_some(runtime: Runtime, rng: np.random.Generator) -> None:

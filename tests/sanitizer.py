@@ -31,10 +31,10 @@ COMMON = (
     "--report-api-errors=no",
     "--show-backtrace=no",
     "--print-limit=10000",
-    "--kernel-name-exclude=kns=at6native",  # torch's own: seen by everybody else
+    "--kernel-name-exclude kns=at6native",  # torch's own: seen by everybody else
 )
 OPTIONS = {
-    "memcheck": ("--padding=512", "--destroy-on-device-error=kernel"),
+    "memcheck": ("--padding=512", "--destroy-on-device-error=kernel", "--check-bulk-copy=yes"),
     "racecheck": ("--racecheck-report=analysis",),
     "synccheck": (),
 }
@@ -86,7 +86,7 @@ def check(tool: str, names: Sequence[str], store: Path, *, timeout_s: float) -> 
     if path is None:
         return {"tool": tool, "exit": 2, "reason": f"no {SANITIZER} on PATH or in {CUDA_BIN}"}
     chosen = _known(path, (*COMMON, *OPTIONS[tool]))
-    watched = [path, f"--tool={tool}", *chosen]
+    watched = [path, f"--tool={tool}", *(word for option in chosen for word in option.split(" "))]
     report: dict[str, Any] = {"tool": tool, "options": chosen}
     if tool in EXPECTED:
         ran, text = _sanitize(watched, [PLANTED], store, timeout_s)
@@ -221,4 +221,4 @@ def _json_lines(text: str) -> Iterable[dict[str, Any]]:
 def _known(path: str, options: Sequence[str]) -> list[str]:
     """The options that this release of the tool has."""
     text = subprocess.run([path, "--help"], capture_output=True, text=True, check=False).stdout
-    return [option for option in options if option.partition("=")[0] in text]
+    return [option for option in options if re.split("[= ]", option)[0] in text]

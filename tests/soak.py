@@ -47,6 +47,8 @@ class Soak:
         tolerance: of log-probs; 0 demands the same bits.
         arrivals: requests that come per call of launch or collect, on average, as long as fewer
             than `most_waiting` wait.
+        added: the share of them that comes by `add`, past the queue.
+        num_prompts: different prompts at most; None: each request has its own.
     """
 
     runtime: Runtime
@@ -58,8 +60,11 @@ class Soak:
     max_new: int = 24
     most_waiting: int = 24
     check_every: int = 50
+    added: float = 0.25
+    num_prompts: int | None = None
     owed: dict[int, Owed] = field(default_factory=dict)
     seen: Counter[str] = field(default_factory=Counter)
+    prompts: list[tuple[int, ...]] = field(default_factory=list)
     longest_life: int = 0
     given: int = 0
 
@@ -97,10 +102,7 @@ class Soak:
     # -------------------------------------------------------------- calls
 
     def arrive(self) -> None:
-        rng, vocab = self.rng, self.runtime.model_config.vocab_size
-        prefix = self.prefixes[rng.integers(len(self.prefixes))] if rng.integers(3) else ()
-        more = int(rng.integers(1, max(2, self.max_prompt - len(prefix))))
-        prompt = (*prefix, *rng.integers(0, vocab, more).tolist())
+        rng, prompt = self.rng, self.prompt()
         most = int(rng.integers(1, self.max_new + 1))
         tokens, logprobs = self.answers(prompt, most)
         reason, stops = "length", ()
@@ -109,11 +111,12 @@ class Soak:
             cut = tokens.index(stops[0]) + 1
             tokens, logprobs, reason = tokens[:cut], logprobs[:cut], "stop"
         params = SamplingParams(max_tokens=most, stop_token_ids=stops, ignore_eos=True)
-        if rng.integers(4) == 0:
+        if rng.random() < self.added:
             try:
                 row = self.runtime.add(prompt, params)
             except OutOfPages as refusal:
                 self.seen[type(refusal).__name__] += 1
+                self.seen["add refused for the queue's sake"] += "in the queue" in str(refusal)
                 return
             request = self.runtime.request_id(row)
         else:
@@ -121,6 +124,19 @@ class Soak:
             request = self.runtime.submit(prompt, params, priority)
         assert request not in self.owed, "an id was given twice"
         self.owed[request] = Owed(tokens, logprobs, reason, self.runtime._next_step, row)
+
+    def prompt(self) -> tuple[int, ...]:
+        """A random prompt, now and then one that has been seen before."""
+        rng = self.rng
+        if self.num_prompts is not None and len(self.prompts) == self.num_prompts:
+            return self.prompts[rng.integers(self.num_prompts)]
+        prefix = self.prefixes[rng.integers(len(self.prefixes))] if rng.integers(3) else ()
+        more = int(rng.integers(1, max(2, self.max_prompt - len(prefix))))
+        vocab = self.runtime.model_config.vocab_size
+        prompt = (*prefix, *rng.integers(0, vocab, more).tolist())
+        if self.num_prompts is not None:
+            self.prompts.append(prompt)
+        return prompt
 
     def advance(self) -> None:
         ahead = self.runtime.num_in_flight
@@ -155,6 +171,24 @@ class Soak:
         owed = self.owed.pop(request)
         self.longest_life = max(self.longest_life, self.runtime._next_step - owed.came)
 
+    def drain(self) -> None:
+        """Drain, making room for rows of `add` that cannot all go on."""
+        gone: dict[int, Owed] = {}
+        while True:
+            try:
+                outputs = self.runtime.drain()
+                break
+            except OutOfPages:
+                self.seen["drain out of pages"] += 1
+                before = dict(self.owed)
+                self.cancel_one()
+                gone |= {r: owed for r, owed in before.items() if r not in self.owed}
+        self.owed |= gone  # what they had got before is returned, too
+        for out in outputs:
+            self.take(out)
+        for request in gone:
+            del self.owed[request]
+
     def cancel_one(self) -> None:
         if not self.owed:
             return
@@ -179,8 +213,7 @@ class Soak:
         what = self.rng.integers(40)
         if what == 0:
             self.seen["drained"] += 1
-            for out in self.runtime.drain():
-                self.take(out)
+            self.drain()
         elif what == 1:
             self.seen["paused"] += 1
             self.runtime.pause()

@@ -36,7 +36,6 @@ TRITON_TYPES: dict[torch.dtype, str] = {
     torch.float8_e4m3fn: "fp8e4nv",
     torch.float8_e5m2: "fp8e5",
 }
-HOPPER = "sm_90"
 ALIGNMENT = 16  # bytes: the only pointer and integer fact a kernel is specialised on
 
 

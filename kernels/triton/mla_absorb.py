@@ -8,7 +8,6 @@ on T.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -16,10 +15,12 @@ import triton
 import triton.language as tl
 
 from kernels.triton.activation import check_quantized, quantize_groups, quantize_ref
-from kernels.triton.launch import HOPPER, Launcher
-from kernels.triton.mla_merge import MERGE_GROUP, check_parts, merge_ref, merge_splits
+from kernels.triton.launch import Launcher
 from kernels.triton.mla_prep import rope_pair, rope_ref
-from kernels.triton.overlap import OFF, await_inputs, hold, overlap, prefetch_rows
+from kernels.triton.overlap import (
+    await_inputs,
+    overlap,
+)
 from kernels.triton.tiles import einsum_rows
 
 MIN_TOKENS, MAX_TOKENS = 16, 64  # of one tile; the narrow side of a tensor-core instruction
@@ -107,45 +108,9 @@ def _absorb_q(
 
 
 @triton.jit
-def _merge_into(
-    o_latent,  # act [T, H, DC], row pitch o_pitch
-    kv_len,  # int32 [T]
-    part_o,  # fp32 or act [T, SPLITS, H, DC]
-    part_lse,  # fp32 [T, SPLITS, H]
-    head,
-    first_t,
-    T,
-    o_pitch,
-    H: tl.constexpr,
-    DC: tl.constexpr,
-    CUT: tl.constexpr,
-    SPLITS: tl.constexpr,
-    SPLITS_POW2: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    MERGE_T: tl.constexpr,
-    GROUP: tl.constexpr,
-):
-    """Put the sum over splits of one head in its place, of the tile's tokens that have several."""
-    c = tl.arange(0, BLOCK_D)
-    for t0 in range(first_t, tl.minimum(first_t + BLOCK_T, T), MERGE_T):
-        t = t0 + tl.arange(0, MERGE_T)
-        splits = (tl.load(kv_len + t, mask=t < T, other=0) + CUT - 1) // CUT
-        used = tl.where(splits > 1, splits, 0)
-        if tl.max(used, axis=0) > 1:
-            first = t.to(tl.int64) * (SPLITS * H) + head
-            o = merge_splits(part_o, part_lse, first, used, c, H, DC, SPLITS_POW2, GROUP)
-            at = o_latent + head * DC + t.to(tl.int64)[:, None] * o_pitch + c[None, :]
-            mask = (used > 0)[:, None] & (c < DC)[None, :]
-            tl.store(at, o.to(o_latent.dtype.element_ty), mask=mask)
-
-
-@triton.jit
 def _absorb_v(
     o_latent,  # act [T, H, DC], row pitch o_pitch
     kv_len,  # int32 [T]
-    part_o,  # fp32 or act [T, SPLITS, H, DC]
-    part_lse,  # fp32 [T, SPLITS, H]
     w_uv,  # act [H, DV, DC]
     out,  # act [T, H*DV], row pitch out_pitch, or unused
     out_q,  # e4m3 [T, H*DV], row pitch out_q_pitch, or unused
@@ -155,20 +120,11 @@ def _absorb_v(
     out_pitch,
     out_q_pitch,
     scale_pitch,
-    H: tl.constexpr,
     DV: tl.constexpr,
     DC: tl.constexpr,
-    CUT: tl.constexpr,
-    SPLITS: tl.constexpr,
-    SPLITS_POW2: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_C: tl.constexpr,
-    BLOCK_D: tl.constexpr,
     BLOCK_T: tl.constexpr,
-    MERGE_T: tl.constexpr,
-    GROUP: tl.constexpr,
-    HELD: tl.constexpr,  # columns of W_UV on their way in registers while inputs are awaited
-    ASK: tl.constexpr,  # columns after them that L2 is asked for
     HAS_OUT: tl.constexpr,
     HAS_Q: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -176,36 +132,19 @@ def _absorb_v(
 ):
     V_TILES: tl.constexpr = (DV + BLOCK_V - 1) // BLOCK_V
     head = tl.program_id(0) // V_TILES
-    v0 = (tl.program_id(0) % V_TILES) * BLOCK_V
-    v = v0 + tl.arange(0, BLOCK_V)
+    v = (tl.program_id(0) % V_TILES) * BLOCK_V + tl.arange(0, BLOCK_V)
     t = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
     c = tl.arange(0, BLOCK_C)
-    w_head = w_uv + head.to(tl.int64) * (DV * DC) + v[:, None] * DC
-    x_head = o_latent + head * DC + t.to(tl.int64)[None, :] * o_pitch
-    if HELD > 0:
-        c_held = tl.arange(0, HELD)
-        w_first = tl.load(w_head + c_held[None, :], mask=(v < DV)[:, None], other=0.0)
-    if ASK > 0:
-        prefetch_rows(w_uv, head * DV + v0, HELD, (head + 1) * DV, DC, DC, BLOCK_V, ASK)
+    w_at = w_uv + head.to(tl.int64) * (DV * DC) + v[:, None] * DC + c[None, :]
+    x_at = o_latent + head * DC + t.to(tl.int64)[None, :] * o_pitch + c[:, None]
     await_inputs(PDL)
     real = tl.load(kv_len + t, mask=t < T, other=0) > 0
-    if SPLITS > 1:
-        _merge_into(
-            *(o_latent, kv_len, part_o, part_lse, head, tl.program_id(1) * BLOCK_T, T, o_pitch),
-            *(H, DC, CUT, SPLITS, SPLITS_POW2, BLOCK_D, BLOCK_T, MERGE_T, GROUP),
-        )
-        # What other threads of this program have put there is read below.
-        tl.debug_barrier()
     acc = tl.zeros([BLOCK_V, BLOCK_T], tl.float32)
-    if HELD > 0:
-        x_first = tl.load(x_head + c_held[:, None], mask=(t < T)[None, :], other=0.0)
-        acc = tl.dot(hold(w_first, PDL), x_first, acc, input_precision=PRECISION)
-    for c0 in range(HELD, DC, BLOCK_C):
-        inside = c < DC - c0
-        w = tl.load(w_head + c0 + c[None, :], mask=(v < DV)[:, None] & inside[None, :], other=0.0)
-        x = tl.load(x_head + c0 + c[:, None], mask=(t < T)[None, :] & inside[:, None], other=0.0)
+    for c0 in range(0, DC, BLOCK_C):
+        w = tl.load(w_at + c0, mask=(v[:, None] < DV) & (c[None, :] + c0 < DC), other=0.0)
+        x = tl.load(x_at + c0, mask=(t[None, :] < T) & (c[:, None] + c0 < DC), other=0.0)
         acc = tl.dot(w, x, acc, input_precision=PRECISION)
-    # Nobody has written what a padded token would attend to.
+    # Attention may leave a padded token as it was.
     acc = tl.where(real[None, :], acc, 0.0)
     y = tl.trans(acc.to(o_latent.dtype.element_ty))
     row = t.to(tl.int64)[:, None]
@@ -219,36 +158,6 @@ def _absorb_v(
         tl.store(out_q + row * out_q_pitch + col, quantized, mask=mask)
         group = tl.program_id(0)
         tl.store(out_scale + t.to(tl.int64) * scale_pitch + group, scale, mask=t < T)
-
-
-@dataclass(frozen=True)
-class AbsorbPlan:
-    """How `absorb_v` brings its weights in; no field changes bits.
-
-    Attributes:
-        held: latent columns, a power of two or 0, whose weights are on their way in registers
-            while attention's results are awaited and merged.
-        ask: whether L2 is asked for the others meanwhile.
-        merge: tokens whose splits are added up at once, a power of two; they take the registers
-            that held weights leave.
-        warps: of a program.
-    """
-
-    held: int
-    ask: int
-    merge: int
-    warps: int
-
-    def __post_init__(self) -> None:
-        powers = not (self.held & (self.held - 1) or self.merge & (self.merge - 1))
-        if not powers or self.merge < 1 or self.ask not in (0, 1) or self.warps not in (4, 8, 16):
-            raise ValueError(
-                "expected held 0 or a power of two, merge a power of two, ask 0 or 1 and 4, 8 or "
-                f"16 warps, got {self}"
-            )
-
-
-ABSORB_PLAN = AbsorbPlan(held=512, ask=0, merge=16, warps=8)
 
 
 def absorb_q(
@@ -338,50 +247,36 @@ def absorb_v(
     launch: Launcher,
     o_latent: torch.Tensor,
     kv_len: torch.Tensor,
-    part_o: torch.Tensor,
-    part_lse: torch.Tensor,
     w_uv: torch.Tensor,
     *,
-    cut: int,
     out: torch.Tensor | None = None,
     out_q: torch.Tensor | None = None,
     out_scale: torch.Tensor | None = None,
-    plan: AbsorbPlan | None = None,
 ) -> None:
-    """Add up what attention left in splits, and bring each head back to its value dimension.
+    """Bring each head's latent attention output back to its value dimension.
 
     Args:
-        o_latent: act [T, H, dc], of tokens of one split; of those of several it gets the sum.
-        kv_len: int32 [T]; a token of 0 gives zeros, whatever o_latent holds.
-        part_o: float32 or act [T, num_splits, H, dc], see `mla_merge`.
-        part_lse: float32 [T, num_splits, H].
+        o_latent: act [T, H, dc].
+        kv_len: int32 [T]; a token of 0 is padding and gives zeros, whatever o_latent holds.
         w_uv: act [H, dv, dc].
-        cut: tokens of a split; token t has ceil(kv_len[t] / cut) of them.
         out: act [T, H*dv]; the row pitch may exceed the width.
         out_q, out_scale: the same (after its rounding to act) quantised, e4m3 [T, H*dv] and
             fp32 [T, H*dv/128]; only where dv is a multiple of 128.
-        plan: instead of `ABSORB_PLAN`, for measurements.
     Raises:
         ValueError: no output, shapes that do not fit, or a quantised output of another dv.
     Capture-safe.
     Source: DeepSeek-V2 report, section 2.1.2 (absorption of W_UV into W_O).
     """
     _check_v(o_latent, w_uv, out, out_q, out_scale)
-    check_parts(part_o, part_lse, o_latent)
     tokens = o_latent.shape[0]
     num_heads, dv, dc = w_uv.shape
     tile = _v_tile(w_uv)
     block_t = _token_tile(o_latent)
-    plan = plan or ABSORB_PLAN
-    held = _held(plan, w_uv, launch.arch)
-    splits = part_o.shape[1]
     launch(
         _absorb_v,
         (num_heads * triton.cdiv(dv, tile.rows), triton.cdiv(tokens, block_t)),
         o_latent,
         kv_len,
-        part_o,
-        part_lse,
         w_uv,
         o_latent if out is None else out,
         o_latent if out_q is None else out_q,
@@ -391,24 +286,15 @@ def absorb_v(
         0 if out is None else out.stride(0),
         0 if out_q is None else out_q.stride(0),
         0 if out_scale is None else out_scale.stride(0),
-        H=num_heads,
         DV=dv,
         DC=dc,
-        CUT=cut,
-        SPLITS=splits,
-        SPLITS_POW2=triton.next_power_of_2(splits),
         BLOCK_V=tile.rows,
         BLOCK_C=tile.steps,
-        BLOCK_D=max(16, triton.next_power_of_2(dc)),
         BLOCK_T=block_t,
-        MERGE_T=min(block_t, plan.merge),
-        GROUP=MERGE_GROUP,
-        HELD=held,
-        ASK=_asked(plan, w_uv, held, launch),
         HAS_OUT=out is not None,
         HAS_Q=out_q is not None,
         PRECISION=_precision(o_latent),
-        num_warps=plan.warps,
+        num_warps=4,
         num_stages=4,  # deep enough that one head's whole weight is in flight
         **overlap(launch),
     )
@@ -417,40 +303,21 @@ def absorb_v(
 def absorb_v_ref(
     o_latent: torch.Tensor,
     kv_len: torch.Tensor,
-    part_o: torch.Tensor,
-    part_lse: torch.Tensor,
     w_uv: torch.Tensor,
     *,
-    cut: int,
     out: torch.Tensor | None = None,
     out_q: torch.Tensor | None = None,
     out_scale: torch.Tensor | None = None,
 ) -> None:
     """`absorb_v` in plain torch."""
     _check_v(o_latent, w_uv, out, out_q, out_scale)
-    merge_ref(kv_len, part_o, part_lse, cut=cut, out=o_latent)
-    y = einsum_rows("thc,hvc->thv", o_latent.float(), w_uv.float()).to(o_latent.dtype)
+    o = o_latent.masked_fill((kv_len == 0)[:, None, None], 0.0)
+    y = einsum_rows("thc,hvc->thv", o.float(), w_uv.float()).to(o.dtype)
     flat = y.reshape(y.shape[0], -1)
     if out is not None:
         out.copy_(flat)
     if out_q is not None and out_scale is not None:
         quantize_ref(flat, out_q=out_q, out_scale=out_scale)
-
-
-def _held(plan: AbsorbPlan, w_uv: torch.Tensor, arch: str) -> int:
-    """Columns to hold, as far as there are as many and registers; only 16-bit weights are."""
-    if w_uv.dtype.itemsize != 2:
-        return 0
-    room = 512 if arch == HOPPER else 256
-    return min(plan.held, room, 1 << (w_uv.shape[2].bit_length() - 1))
-
-
-def _asked(plan: AbsorbPlan, w_uv: torch.Tensor, held: int, launch: Launcher) -> int:
-    """Columns to ask L2 for; it takes whole 16 bytes only, odd shapes go without."""
-    columns = w_uv.shape[2] - held
-    if not plan.ask or launch.pdl == OFF or columns * w_uv.element_size() % 32:
-        return 0
-    return columns
 
 
 def _q_tile(w_uk: torch.Tensor) -> _Tile:

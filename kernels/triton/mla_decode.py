@@ -1,9 +1,8 @@
-"""Decode attention over the paged latent cache: split-KV with fixed cuts.
+"""Decode attention over the paged latent cache: split-KV with fixed cuts, and the ordered merge.
 
-Invariants: a token's KV is cut at fixed multiples of `cut` and walked in fixed tiles, all in fp32;
-so a token's bits depend on its own query and KV alone. Nothing past a token's kv_len is read as
-data: the last, partial tile is loaded masked. Splits are left as `mla_merge` describes, for
-`absorb_v` to add up.
+Invariants: a token's KV is cut at fixed multiples of `cut`, walked in fixed tiles, and its splits
+are added in order, all in fp32; so a token's bits depend on its own query and KV alone. Nothing
+past a token's kv_len is read as data: the last, partial tile is loaded masked.
 """
 
 from __future__ import annotations
@@ -14,10 +13,12 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.triton.launch import HOPPER, Launcher, TensorMap
-from kernels.triton.mla_merge import check_parts
-from kernels.triton.overlap import await_inputs_streaming, overlap
+from kernels.triton.launch import Launcher, TensorMap
+from kernels.triton.overlap import await_inputs, await_inputs_streaming, overlap
 
+MERGE_HEADS = 4  # heads of one merge CTA
+LONG_CUT = 2048  # tokens; from here on most rows have one split, and there is nothing to merge
+HOPPER = "sm_90"
 LOG2_E = 1.4426950408889634
 REF_BYTES = 64 << 20  # of gathered KV that the oracle holds at a time
 
@@ -142,6 +143,60 @@ def _mla_decode(
         tl.store(part_lse + part, lse, mask=h < H)
 
 
+@triton.jit
+def _merge(
+    kv_len,  # int32 [T]
+    part_o,  # fp32 or act [T, SPLITS, H, DC]
+    part_lse,  # fp32 [T, SPLITS, H], base 2
+    out,  # act [T, H, DC], row pitch out_pitch
+    out_pitch,
+    H: tl.constexpr,
+    DC: tl.constexpr,
+    CUT: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    AHEAD: tl.constexpr,  # load two splits before it is known whether there are any
+    PDL: tl.constexpr,
+):
+    await_inputs(PDL)
+    t = tl.program_id(0).to(tl.int64)
+    used = (tl.load(kv_len + t) + CUT - 1) // CUT
+    # The first is settled by the compiler, the second on the device.
+    if not AHEAD:  # noqa: SIM102
+        if used == 1:
+            return
+    h = (tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H))[:, None]
+    c = tl.arange(0, BLOCK_C)[None, :]
+    mask = (h < H) & (c < DC)
+    # Where there are not as many, what the first two hold is dropped.
+    first = t * SPLITS * H + h
+    second = first + (H if SPLITS > 1 else 0)
+    lse_0 = tl.load(part_lse + first, mask=h < H, other=0.0)
+    lse_1 = tl.load(part_lse + second, mask=h < H, other=0.0)
+    o_0 = tl.load(part_o + first * DC + c, mask=mask, other=0.0).to(tl.float32)
+    o_1 = tl.load(part_o + second * DC + c, mask=mask, other=0.0).to(tl.float32)
+    if used == 1:
+        return
+    high = tl.maximum(lse_0, lse_1)
+    weight_0 = tl.exp2(lse_0 - high)
+    weight_1 = tl.exp2(lse_1 - high)
+    acc = o_0 * weight_0 + o_1 * weight_1
+    total = weight_0 + weight_1
+    for s in tl.range(2, used):
+        part = (t * SPLITS + s) * H + h
+        lse = tl.load(part_lse + part, mask=h < H, other=0.0)
+        o = tl.load(part_o + part * DC + c, mask=mask, other=0.0).to(tl.float32)
+        new_high = tl.maximum(high, lse)
+        decay = tl.exp2(high - new_high)
+        weight = tl.exp2(lse - new_high)
+        acc = acc * decay + o * weight
+        total = total * decay + weight
+        high = new_high
+    o = tl.where(used > 0, acc / total, 0.0)
+    tl.store(out + t * out_pitch + h * DC + c, o, mask=mask)
+
+
 def num_splits(max_seq_len: int, cut: int) -> int:
     """Splits that the longest row takes: slots of the partial buffers."""
     return -(-max_seq_len // cut)
@@ -173,9 +228,9 @@ def mla_decode(
         page_size: tokens, a power of two of at least 16.
         softmax_scale: of the scores, before the softmax.
         cut: tokens of a split, a multiple of 64 and of page_size where that is smaller.
-        out: act [T, H, dc]: of tokens of one split, and zeros of those of none.
-        part_o: float32 [T, num_splits, H, dc]: of the others, each split by itself.
-        part_lse: float32 [T, num_splits, H], likewise; see `mla_merge`.
+        out: act [T, H, dc].
+        part_o: float32 [T, num_splits, H, dc], scratch.
+        part_lse: float32 [T, num_splits, H], scratch.
     Raises:
         ValueError: shapes that do not fit.
     Capture-safe.
@@ -219,6 +274,8 @@ def mla_decode(
         num_warps=tile.warps,
         **overlap(launch),
     )
+    if splits > 1:
+        merge(launch, kv_len, part_o, part_lse, cut=cut, out=out)
 
 
 def mla_decode_ref(
@@ -235,7 +292,7 @@ def mla_decode_ref(
     part_o: torch.Tensor,
     part_lse: torch.Tensor,
 ) -> None:
-    """`mla_decode` in plain torch; `out` gets the sum over splits at once, besides the splits.
+    """`mla_decode` in plain torch; the scratch is left alone.
 
     Tokens are batched with others of the same padded length, which follows from their own length,
     so here too a token's result does not depend on its neighbours.
@@ -252,27 +309,82 @@ def mla_decode_ref(
             pages = page_table[tok_row[some].long()][:, page_of].long()
             live = at < kv_len[some, None]
             slots = torch.where(live, pages * page_size + at % page_size, 0)
-            score, value = _scores(q[some], kv_cache[slots], live, softmax_scale, out.shape[2])
-            out[some] = torch.bmm(score.softmax(-1), value).to(q.dtype)
-            for split in range(min(part_o.shape[1], -(-length // cut))):
-                begin = split * cut
-                has = (kv_len[some] > max(begin, cut)).nonzero()[:, 0]
-                one = score[has, :, begin : begin + cut]
-                part_o[some[has], split] = torch.bmm(
-                    one.softmax(-1), value[has, begin : begin + cut]
-                ).to(part_o.dtype)
-                part_lse[some[has], split] = one.logsumexp(-1) * LOG2_E
+            out[some] = _attention(q[some], kv_cache[slots], live, softmax_scale, out.shape[2])
 
 
-def _scores(
+def _attention(
     q: torch.Tensor, kv: torch.Tensor, live: torch.Tensor, scale: float, dc: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """fp32 scores [N, H, L], and values [N, L, dc], from q act [N, H, D], kv act [N, L, D] and
-    live [N, L]."""
+) -> torch.Tensor:
+    """act [N, H, dc] from q act [N, H, D], kv act [N, L, D] and live [N, L]."""
     # Slots that are not live may hold NaN, which a weight of zero would not hide.
     wide = kv.float().masked_fill_(~live[..., None], 0.0)
     score = torch.bmm(q.float(), wide.mT).mul_(scale)
-    return score.masked_fill_(~live[:, None], float("-inf")), wide[..., :dc]
+    score.masked_fill_(~live[:, None], float("-inf"))
+    return torch.bmm(score.softmax(-1), wide[..., :dc]).to(q.dtype)
+
+
+def merge(
+    launch: Launcher,
+    kv_len: torch.Tensor,
+    part_o: torch.Tensor,
+    part_lse: torch.Tensor,
+    *,
+    cut: int,
+    out: torch.Tensor,
+) -> None:
+    """Add the splits of every token, in order; leave tokens of one split, zero those of none.
+
+    Args:
+        kv_len: int32 [T].
+        part_o: float32 or act [T, num_splits, H, dc], each split normalised by its own sum.
+        part_lse: float32 [T, num_splits, H], log2 of each split's sum of 2**score.
+        cut: tokens of a split; token t has ceil(kv_len[t] / cut) of them.
+        out: act [T, H, dc].
+    Raises:
+        ValueError: shapes that do not fit.
+    Capture-safe.
+    """
+    _check_parts(part_o, part_lse, out)
+    tokens, num_heads, dc = out.shape
+    launch(
+        _merge,
+        (tokens, triton.cdiv(num_heads, MERGE_HEADS)),
+        kv_len,
+        part_o,
+        part_lse,
+        out,
+        out.stride(0),
+        H=num_heads,
+        DC=dc,
+        CUT=cut,
+        SPLITS=part_o.shape[1],
+        BLOCK_H=MERGE_HEADS,
+        BLOCK_C=_pow2(dc),
+        AHEAD=cut < LONG_CUT,
+        num_warps=4,
+        **overlap(launch),
+    )
+
+
+def merge_ref(
+    kv_len: torch.Tensor,
+    part_o: torch.Tensor,
+    part_lse: torch.Tensor,
+    *,
+    cut: int,
+    out: torch.Tensor,
+) -> None:
+    """`merge` in plain torch."""
+    _check_parts(part_o, part_lse, out)
+    used = -(-kv_len // cut)
+    unused = torch.arange(part_o.shape[1]) >= used[:, None]
+    lse = part_lse.masked_fill(unused[..., None], float("-inf"))
+    weight = torch.exp2(lse - lse.amax(1, keepdim=True).nan_to_num(neginf=0.0))
+    weight = weight / weight.sum(1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+    parts = part_o.float().masked_fill(unused[..., None, None], 0.0)
+    merged = (parts * weight[..., None]).sum(1)
+    keep = (used == 1)[:, None, None]
+    out.copy_(torch.where(keep, out.float(), merged))
 
 
 def _tile(q: torch.Tensor, page_size: int, arch: str) -> _Tile:
@@ -326,4 +438,20 @@ def _check(
             f"part_o must be float32 [T, {want}, H, dc] ({page_table.shape[1]} pages of "
             f"{page_size} tokens cut at {cut}), got {part_o.dtype} {list(part_o.shape)}"
         )
-    check_parts(part_o, part_lse, out)
+    _check_parts(part_o, part_lse, out)
+
+
+def _check_parts(part_o: torch.Tensor, part_lse: torch.Tensor, out: torch.Tensor) -> None:
+    tokens, num_heads, dc = out.shape
+    splits = part_o.shape[1]
+    want = ((tokens, splits, num_heads, dc), (tokens, splits, num_heads))
+    if (tuple(part_o.shape), tuple(part_lse.shape)) != want or part_lse.dtype != torch.float32:
+        raise ValueError(
+            f"part_o and part_lse must be {want[0]} and float32 {want[1]}, "
+            f"got {list(part_o.shape)} and {part_lse.dtype} {list(part_lse.shape)}"
+        )
+    if not part_o.is_contiguous() or not part_lse.is_contiguous() or out.stride()[1:] != (dc, 1):
+        raise ValueError(
+            "part_o, part_lse and the rows of out must be contiguous, "
+            f"got strides {part_o.stride()}, {part_lse.stride()} and {out.stride()}"
+        )

@@ -3,7 +3,8 @@
 flashinfer plans on the host and cuts rows where its clusters end, so a row's bits would depend on
 its neighbours. Here a token's KV is cut at fixed multiples of `cut`; one (token, split) is one work
 item and gives the same bits on whichever cluster it runs. Invariants: every split of every token is
-listed once; a cluster's items are contiguous; the merge list is empty, for `absorb_v` adds up.
+listed once; a cluster's items are contiguous; the merge list is empty, because `mla_decode.merge`
+merges.
 
 The layout is private to flashinfer 0.6.18.post1 (`MLAPlanInfo` in attention/scheduler.cuh).
 """

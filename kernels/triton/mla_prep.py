@@ -41,7 +41,17 @@ def rope_pair(
         b = load_parts(x + HALF + pair, mask, part_stride, PARTS, act).to(tl.float32)
     cos = tl.load(table + pair, mask=mask, other=0.0)
     sin = tl.load(table + HALF + pair, mask=mask, other=0.0)
-    return a * cos - b * sin, b * cos + a * sin
+    return rotated(a, b, cos, sin)
+
+
+@triton.jit
+def rotated(a, b, cos, sin):
+    """A pair turned by its angle, fp32.
+
+    Which of two products is fused with their sum is said here. The compiler would choose, and it
+    has been seen to choose otherwise in kernels for other numbers of tokens.
+    """
+    return tl.fma(a, cos, -(b * sin)), tl.fma(b, cos, a * sin)
 
 
 @triton.jit

@@ -8,27 +8,22 @@ those of `linear_fp8` followed by `absorb_q`; the order of every sum is set by t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 
-from kernels.triton.launch import HOPPER, Launcher, TensorMap
+from kernels.triton.launch import Launcher, TensorMap
 from kernels.triton.linear import linear_fp8_ref
 from kernels.triton.mla_absorb import absorb_q_ref
+from kernels.triton.mla_prep import rotated
 from kernels.triton.overlap import (
-    OFF,
     await_inputs_streaming,
-    hold,
     overlap,
-    prefetch_rows,
     release_dependents,
 )
 from kernels.triton.tiles import (
     BUDGET_BYTES,
     FP8_GROUP,
-    MAX_STAGES,
     check_fp8,
     check_scale,
     load_scale,
@@ -51,23 +46,18 @@ def _row_scale(w_scale, row, kb, BLOCKS: tl.constexpr, ROWS: tl.constexpr):
 
 
 @triton.jit
-def _rotate(x, cos, sin, PAIRS: tl.constexpr, INTERLEAVE: tl.constexpr):
+def _rotate(x, angles, PAIRS: tl.constexpr, INTERLEAVE: tl.constexpr):
     """fp32 ([T, PAIRS], [T, PAIRS]): first and second elements of the rotated pairs of x
-    [T, 2*PAIRS]; cos and sin of each pair are [T, PAIRS]."""
+    [T, 2*PAIRS]; `angles` points at each token's row of the rope table, [T, 1]."""
     T: tl.constexpr = x.shape[0]
     if INTERLEAVE:
         a, b = tl.split(tl.reshape(x, [T, PAIRS, 2]))
     else:
         a, b = tl.split(tl.permute(tl.reshape(x, [T, 2, PAIRS]), (0, 2, 1)))
-    return a * cos - b * sin, b * cos + a * sin
-
-
-@triton.jit
-def _to_latent(out, q, w, t, c, T, out_pitch, DC: tl.constexpr):
-    """Store q [DN, T] brought to latent columns c by w [DN, C], rounded to act."""
-    y = tl.trans(tl.dot(tl.trans(w), q)).to(out.dtype.element_ty)
-    at = out + t.to(tl.int64)[:, None] * out_pitch + c[None, :]
-    tl.store(at, y, mask=(t < T)[:, None] & (c < DC)[None, :])
+    pair = tl.arange(0, PAIRS)[None, :]
+    cos = tl.load(angles + pair)
+    sin = tl.load(angles + PAIRS + pair)
+    return rotated(a, b, cos, sin)
 
 
 @triton.jit
@@ -76,7 +66,6 @@ def _latent_query(
     x_scale,  # f32 [T, K/128], pitch SCALE_PITCH
     w_nope,  # e4m3 [H*(DN+DR), K], by tiles of DN rows
     w_rope,  # the same, by tiles of DR rows
-    w_rows,  # the same, behind a plain pointer
     w_scale,  # f32 [H*(DN+DR)/128, K/128]
     w_uk,  # act [H, DN, DC]
     tok_pos,  # int32 [T]
@@ -95,9 +84,6 @@ def _latent_query(
     W_PITCH: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,
-    HELD: tl.constexpr,  # columns of W_UK on their way in registers during the first product
-    ASK: tl.constexpr,  # columns after them that L2 is asked for
-    PREFETCH: tl.constexpr,  # blocks of K of W_UQ that L2 is asked for
     X_TMA: tl.constexpr,
     W_TMA: tl.constexpr,
     EVEN_K: tl.constexpr,
@@ -109,24 +95,9 @@ def _latent_query(
     head = tl.program_id(1)
     row = head * (DN + DR)
     blocks: tl.constexpr = (K + 127) // 128
-    n = tl.arange(0, DN)
-    w_at = w_uk + head.to(tl.int64) * (DN * DC) + n[:, None] * DC
-    if PREFETCH > 0:
-        prefetch_rows(w_rows, row, 0, N, K, W_PITCH, DN, PREFETCH * 128)
-        prefetch_rows(w_rows, row + DN, 0, N, K, W_PITCH, DR, PREFETCH * 128)
-    if HELD > 0:
-        c_held = tl.arange(0, HELD)
-        w_first = tl.load(w_at + c_held[None, :])
-    if ASK > 0:
-        prefetch_rows(w_uk, head * DN, HELD, (head + 1) * DN, DC, DC, DN, ASK)
     await_inputs_streaming(PDL)
     t = t0 + tl.arange(0, BLOCK_T)
     real = tl.load(tok_row + t, mask=t < T, other=-1) >= 0
-    pos = tl.load(tok_pos + t, mask=real, other=0).to(tl.int64)
-    pair = tl.arange(0, DR // 2)[None, :]
-    angles = rope_table + pos[:, None] * DR + pair
-    cos = tl.load(angles)
-    sin = tl.load(angles + DR // 2)
     nope = tl.zeros([DN, BLOCK_T], tl.float32)
     rope = tl.zeros([DR, BLOCK_T], tl.float32)
     for kb in tl.range(0, blocks, num_stages=STAGES):
@@ -143,48 +114,21 @@ def _latent_query(
     # The query is rounded as if it had been stored; a padded token's is zeros.
     act = out.dtype.element_ty
     q = tl.where(real[None, :], nope, 0.0).to(act)
-    out_head = out + head * (DC + DR)
-    if HELD > 0:
-        _to_latent(out_head, q, hold(w_first, PDL), t, c_held, T, out_pitch, DC)
-    for c0 in tl.range(HELD, DC, BLOCK_C, num_stages=3):
+    out_head = out + t.to(tl.int64)[:, None] * out_pitch + head * (DC + DR)
+    n = tl.arange(0, DN)
+    w_at = w_uk + head.to(tl.int64) * (DN * DC) + n[:, None] * DC
+    for c0 in tl.range(0, DC, BLOCK_C, num_stages=3):
         c = c0 + tl.arange(0, BLOCK_C)
         w = tl.load(w_at + c[None, :], mask=(c < DC)[None, :], other=0.0)
-        _to_latent(out_head, q, w, t, c, T, out_pitch, DC)
+        y = tl.dot(tl.trans(w), q)
+        mask = (t < T)[:, None] & (c < DC)[None, :]
+        tl.store(out_head + c[None, :], tl.trans(y).to(act), mask=mask)
+    pos = tl.load(tok_pos + t, mask=real, other=0).to(tl.int64)
     turned = tl.trans(tl.where(real[None, :], rope, 0.0).to(act)).to(tl.float32)
-    first, second = _rotate(turned, cos, sin, DR // 2, INTERLEAVE)
-    at = out_head + t.to(tl.int64)[:, None] * out_pitch + DC + pair
-    tl.store(at, first.to(act), mask=(t < T)[:, None])
-    tl.store(at + DR // 2, second.to(act), mask=(t < T)[:, None])
-
-
-@dataclass(frozen=True)
-class QueryPlan:
-    """How `latent_query` brings its weights in; no field changes bits.
-
-    Attributes:
-        held: latent columns, a power of two or 0, whose part of W_UK is on its way in registers
-            while the first product runs.
-        ask: whether L2 is asked for the others before the inputs are there.
-        prefetch: blocks of K of W_UQ that L2 is asked for before the inputs are there.
-        stages: tiles of W_UQ in flight, at most; as many as fit where fewer do.
-    """
-
-    held: int
-    ask: int = 0
-    prefetch: int = 0
-    stages: int = MAX_STAGES
-
-    def __post_init__(self) -> None:
-        powers = not (self.held & (self.held - 1) or self.prefetch & (self.prefetch - 1))
-        if not powers or self.ask not in (0, 1) or self.stages < 2:
-            raise ValueError(
-                "expected held and prefetch 0 or powers of two, ask 0 or 1 and at least 2 stages, "
-                f"got {self}"
-            )
-
-
-QUERY_PLAN = QueryPlan(held=512, prefetch=4)
-UNHELD_PLAN = QueryPlan(held=0)  # where kernels do not overlap, so that nothing can be `hold`-ed
+    first, second = _rotate(turned, rope_table + pos[:, None] * DR, DR // 2, INTERLEAVE)
+    pair = DC + tl.arange(0, DR // 2)[None, :]
+    tl.store(out_head + pair, first.to(act), mask=(t < T)[:, None])
+    tl.store(out_head + DR // 2 + pair, second.to(act), mask=(t < T)[:, None])
 
 
 def fuses_query(dn: int, dr: int, dc: int, *, fp8: bool, act_bytes: int) -> bool:
@@ -208,7 +152,6 @@ def latent_query(
     *,
     interleave: bool,
     out: torch.Tensor,
-    plan: QueryPlan | None = None,
 ) -> None:
     """q = x @ w.T by head, its first dn elements @ w_uk, the rest rotated.
 
@@ -223,7 +166,6 @@ def latent_query(
         rope_table: float32 [max_seq_len, dr]: cos of each pair, then sin of each.
         interleave: see `mla_prep`.
         out: act [T, H, dc+dr].
-        plan: instead of `QUERY_PLAN` (`UNHELD_PLAN` without overlap), for measurements.
     Raises:
         ValueError: shapes that do not fit, or sizes that `fuses_query` does not allow.
     Capture-safe.
@@ -236,12 +178,7 @@ def latent_query(
     block_t = next((b for b in TOKEN_BLOCKS if b >= tokens), TOKEN_BLOCKS[-1])
     x = tile_source(xq, (block_t, FP8_GROUP))
     nope, rope = (tile_source(w, (rows, FP8_GROUP)) for rows in (dn, dr))
-    asks = launch.pdl != OFF  # L2 takes whole 16 bytes only, odd shapes go without
-    plan = plan or (QUERY_PLAN if asks else UNHELD_PLAN)
-    held = _held(plan, dc, block_t, launch.arch)
-    # What no `hold` keeps in registers lies in shared memory beside the tiles.
-    beside = 0 if asks else held * dn * w_uk.element_size()
-    stages = min(plan.stages, pipeline_stages(dn + dr, block_t, BUDGET_BYTES[1] - beside))
+    stages = pipeline_stages(dn + dr, block_t, BUDGET_BYTES[1])
     bulk = isinstance(nope, TensorMap)
     launch(
         _latent_query,
@@ -250,7 +187,6 @@ def latent_query(
         xs,
         nope,
         rope,
-        w,
         ws,
         w_uk,
         tok_pos,
@@ -269,9 +205,6 @@ def latent_query(
         W_PITCH=w.stride(0),
         BLOCK_T=block_t,
         BLOCK_C=min(LATENT_BLOCK, triton.next_power_of_2(dc)),
-        HELD=held,
-        ASK=dc - held if asks and plan.ask and (dc - held) % 32 == 0 else 0,
-        PREFETCH=plan.prefetch if asks and bulk and k % 16 == 0 else 0,
         X_TMA=isinstance(x, TensorMap),
         W_TMA=bulk,
         EVEN_K=k % FP8_GROUP == 0,
@@ -281,14 +214,6 @@ def latent_query(
         num_stages=stages,
         **overlap(launch),
     )
-
-
-def _held(plan: QueryPlan, dc: int, block_t: int, arch: str) -> int:
-    """Columns to hold, as far as there are as many and registers beside the tokens' sums."""
-    room = 512
-    if block_t == TOKEN_BLOCKS[-1]:
-        room = 256 if arch == HOPPER else 0
-    return min(plan.held, room, 1 << (dc.bit_length() - 1))
 
 
 def latent_query_ref(

@@ -129,18 +129,3 @@ def _ask(at, num_bytes):
         is_pure=False,
         pack=1,
     )
-
-
-@triton.jit
-def hold(x, PDL: tl.constexpr):
-    """`x` of 16-bit elements, as it was loaded, from here on.
-
-    Put behind `await_inputs`, it keeps what was loaded before it in registers, on its way, until
-    here: Triton otherwise moves a matrix operand into shared memory where it is loaded, and waits
-    for it there.
-    """
-    if PDL != 0:
-        x = tl.inline_asm_elementwise(
-            "mov.b32 $0, $1;", "=r,r", [x], dtype=x.dtype, is_pure=False, pack=2
-        )
-    return x

@@ -23,8 +23,8 @@ from capture_cache.bundle import (
     Module,
     Program,
     Symbol,
-    payload_ends,
 )
+from capture_cache.bundle_graph import payload_ends
 
 CODE = (b"code of one module", b"of another")
 

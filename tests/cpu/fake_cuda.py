@@ -9,6 +9,7 @@ from __future__ import annotations
 import bisect
 import ctypes
 import itertools
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -122,6 +123,9 @@ class FakeCuda:
     # -- device and memory -------------------------------------------------------------------------
 
     def cuInit(self, _: int) -> None: ...
+    def cuCtxGetCurrent(self, out: int) -> None:
+        _word(out, 0xC0)
+
     def cuCtxSetCurrent(self, _: int) -> None: ...
     def cuDevicePrimaryCtxRelease_v2(self, _: int) -> None: ...
     def cuStreamDestroy_v2(self, _: int) -> None: ...
@@ -143,7 +147,7 @@ class FakeCuda:
         ctypes.memmove(out, b"Fake GPU\0", 9)
 
     def cuDeviceGetAttribute(self, out: int, which: int, _: int) -> None:
-        _word(out, {75: 9, 76: 0, 16: 132}[which], ctypes.c_int)
+        _word(out, {75: 9, 76: 0, 16: 132, 97: 227 << 10}[which], ctypes.c_int)
 
     def cuDriverGetVersion(self, out: int) -> None:
         _word(out, 13000, ctypes.c_int)
@@ -177,6 +181,27 @@ class FakeCuda:
 
     def cuMemMap(self, address: int, nbytes: int, offset: int, handle: int, flags: int) -> None:
         self.mapped[address] = np.zeros(nbytes, np.uint8)  # pages come when they are touched
+
+    def cuMemExportToShareableHandle(self, out: int, handle: int, kind: int, _: int) -> int:
+        if kind != 1:
+            return INVALID
+        _word(out, os.memfd_create("fake device memory"), ctypes.c_int)
+        return 0
+
+    def cuMemImportFromShareableHandle(self, out: int, fd: int, kind: int) -> int:
+        os.fstat(fd)  # an open file
+        _word(out, self.new())
+        return 0 if kind == 1 else INVALID
+
+    def cuDeviceGetPCIBusId(self, out: int, size: int, ordinal: int) -> None:
+        name = f"0000:{ordinal:02x}:00.0".encode() + b"\0"
+        assert len(name) <= size
+        ctypes.memmove(out, name, len(name))
+
+    def cuCtxSynchronize(self) -> None: ...
+
+    def cuMemsetD8_v2(self, address: int, byte: int, nbytes: int) -> None:
+        self.cuMemsetD8Async(address, byte, nbytes, 0)
 
     def cuMemUnmap(self, address: int, nbytes: int) -> int:
         return 0 if len(self.mapped.pop(address, ())) == nbytes else INVALID
@@ -341,7 +366,8 @@ class FakeCuda:
         self.execs[handle] = self.graphs[graph]
         _word(out, handle)
 
-    def cuGraphLaunch(self, graph: int, _: int) -> int:
+    def cuGraphLaunch(self, graph: Any, _: Any) -> int:
+        graph = getattr(graph, "value", graph)  # as an integer, or as ctypes has it
         if graph not in self.execs:
             return INVALID
         self.on_launch(self.execs[graph])

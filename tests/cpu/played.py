@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,12 @@ from capture_cache.bundle import (
     Module,
     Program,
     Symbol,
-    encode_golden,
-    encode_graph,
-    encode_program,
     golden_file,
     graph_file,
-    payload_ends,
 )
+from capture_cache.bundle_golden import encode_golden
+from capture_cache.bundle_graph import encode_graph, payload_ends
+from capture_cache.bundle_program import encode_program
 from capture_cache.manifest import Manifest
 from capture_cache.restore_driver import Driver
 from capture_cache.store import Store
@@ -94,23 +94,26 @@ def publish_bundle(
     root: Path,
     *,
     kind: str = GRAPHS,
-    digest: str = NOTHING,
+    digest: str | Mapping[str, str] = NOTHING,
     drop: str = "",
     base: int = ARENA_BASE,
+    peers: dict[str, int] | None = None,
     **changes: Any,
 ) -> Path:
     """Store a bundle for `OPTIONS` as the fake GPU has them; returns its directory.
 
     Args:
-        digest: of every golden step.
+        digest: of every golden step, or of those keys; the others' are right.
         drop: a file to leave out.
+        peers: the ranks' shared memory, as `runtime.restore_facts.PeerFacts`.
         changes: of the options.
     """
     from runtime.fingerprint import fingerprint  # torch comes with the selection
     from runtime.selection import choose
 
     options = RuntimeConfig.of(**(OPTIONS | {"store": str(root)} | changes))
-    selection = choose(dataclasses.replace(options, device="cpu"))
+    several = options.num_ranks > 1  # this process is none of them
+    selection = choose(dataclasses.replace(options, device="cpu"), compile_only=several)
     layout, ladder = selection.layout, Ladder.parse(LADDER, 2)
     places = layout.by_name
     program = Program(
@@ -120,17 +123,19 @@ def publish_bundle(
     )
     files = {PROGRAM_FILE: encode_program(program), program.modules[0].file: CODE}
     files[ROPE_FILE] = b"\x07" * places["rope_table"].nbytes
-    files[weights_file(0)] = encode_graph(one_kernel(1, (2,), 1, 1))
+    for rank in range(options.num_ranks):
+        files[weights_file(rank)] = encode_graph(one_kernel(1, (2,), 1, 1))
     for key in ladder.keys:
         graph = one_kernel(0, (0, 1), key.tokens, key.rows)
         files[graph_file(key.tokens, key.rows)] = encode_graph(graph)
-        golden = Golden(key.tokens, key.rows, np.ones((1, 1), np.int32), digest)
+        told = digest if isinstance(digest, str) else digest.get(str(key), NOTHING)
+        golden = Golden(key.tokens, key.rows, np.ones((1, 1), np.int32), told)
         files[golden_file(key.tokens, key.rows)] = encode_golden(golden)
     files.pop(drop, None)
     step = dataclasses.asdict(selection.step)
     del step["ep_rank"]
     restore = {"kind": kind, "arena_base": base, "ladder": str(ladder), "step": step}
-    restore |= {"reason": "the test says so", "peers": None}
+    restore |= {"reason": "the test says so", "peers": peers}
     facts = fingerprint(options, on_device=True, driver=lambda: Driver(Gpu()))
     manifest = Manifest(facts, layout, {"keys": []}, restore=restore)
     return Store(root).publish(facts, manifest, files).path

@@ -8,18 +8,10 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from capture_cache.bundle import (
-    KERNEL,
-    MEMCPY,
-    Graph,
-    Program,
-    decode_golden,
-    decode_graph,
-    decode_program,
-    encode_golden,
-    encode_graph,
-    encode_program,
-)
+from capture_cache.bundle import KERNEL, MEMCPY, Graph, Program
+from capture_cache.bundle_golden import decode_golden, encode_golden
+from capture_cache.bundle_graph import decode_graph, encode_graph
+from capture_cache.bundle_program import decode_program, encode_program
 from capture_cache.errors import CorruptBundle
 from tests.cpu import bundles
 

@@ -22,7 +22,7 @@ STEP = [
     Launch("_linear", "layer 0 attention", "qkv_a", 100),
     Launch("_sum", "layer 0 attention", "qkv_a", 0),
     Launch("_mla", "layer 0 attention", "", 900),
-    Launch("_absorb_v", "layer 0 attention", "", 0),
+    Launch("_merge", "layer 0 attention", "", 0),
     Launch("_linear", "layer 0 mlp", "gate_up", 400),
     Launch("_settle", "settle", "", 0),
 ]
@@ -38,7 +38,7 @@ SEEN = (
     ("_linear", 5, 15),
     ("_sum", 14, 16),  # overlaps the kernel before it
     ("FA3", 16, 40),
-    ("_absorb_v", 40, 44),
+    ("_merge", 40, 44),
     ("_linear", 50, 90),
     ("_settle", 90, 91),
 )
@@ -97,13 +97,7 @@ def test_a_part_has_its_clock_its_kernels_and_its_floor() -> None:
     attention, mlp = rows
     assert (attention["clock_us"], attention["kernels_us"]) == (45, 42)
     assert (attention["gap_us"], attention["floor_us"]) == (1, 50)
-    assert list(attention["kernels"]) == [
-        "FA3",
-        "_linear qkv_a",
-        "_absorb_v",
-        "_norm",
-        "_sum qkv_a",
-    ]
+    assert list(attention["kernels"]) == ["FA3", "_linear qkv_a", "_merge", "_norm", "_sum qkv_a"]
     assert mlp["floor_us"] is None
 
 

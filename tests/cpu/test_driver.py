@@ -95,10 +95,10 @@ def finish(runtime: Runtime) -> dict[int, list[int]]:
 # ------------------------------------------------------------------ what add refuses
 
 MALFORMED: dict[str, tuple[Any, dict[str, Any], str]] = {
-    "empty": ([], {}, "a prompt is a non-empty list of token ids, got shape \\(0,\\)"),
+    "empty": ([], {}, "a prompt is a non-empty list of token ids, got list \\[\\]; give at least"),
     "nested": ([[1, 2]], {}, "a prompt is a non-empty list of token ids, got shape \\(1, 2\\)"),
-    "fractions": ([1.0, 2.0], {}, "token ids must be whole numbers, got float64"),
-    "flags": ([True, False], {}, "token ids must be whole numbers, got bool"),
+    "fractions": ([1.0, 2.0], {}, "token ids must be whole numbers below \\d+, got list \\[1.0"),
+    "flags": ([True, False], {}, "token ids must be whole numbers below \\d+, got list \\[True"),
     "negative": ([3, -1], {}, "token id -1 at position 1 is outside the vocabulary \\[0, 64\\)"),
     "too large": ([3, 4, 64], {}, "token id 64 at position 2 is outside the vocabulary"),
     "over 32 bits": ([2**40], {}, "token id 1099511627776 at position 0"),

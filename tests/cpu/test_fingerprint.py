@@ -150,6 +150,7 @@ IGNORED_CHANGES: dict[str, Any] = {
     "verify": False,
     "proof_replays": 5,
     "deadline_s": 3.0,
+    "check_keys": "all",
 }
 
 

@@ -133,3 +133,44 @@ assert not {"torch", "triton"} & set(sys.modules), "torch or triton was imported
 assert "libcuda.so" not in open("/proc/self/maps").read(), "the CUDA driver was loaded"
 """
     _import_in_fresh_process(("capture_cache",), then)
+
+
+FORBIDDEN_MODULES = {"pickle", "cPickle", "marshal", "shelve", "dill", "cloudpickle", "joblib"}
+FORBIDDEN_CALLS = {"eval", "exec", "compile", "__import__"}
+
+
+def unsafe(source: str, module: str) -> list[str]:
+    """What could run code out of a file: readers of objects, evaluated text, `torch.load`."""
+    found = [
+        f"{module}:{line} imports {name}"
+        for line, name in imported(source, module)
+        if name.split(".")[0] in FORBIDDEN_MODULES
+    ]
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.Call):
+            continue
+        if isinstance(node.func, ast.Name) and node.func.id in FORBIDDEN_CALLS:
+            found.append(f"{module}:{node.lineno} calls {node.func.id}")
+        loads = isinstance(node.func, ast.Attribute) and node.func.attr in ("load", "loads")
+        plain = any(
+            k.arg == "allow_pickle" and ast.unparse(k.value) == "False" for k in node.keywords
+        )
+        if loads and not plain and ast.unparse(node.func).split(".")[0] in ("torch", "np", "numpy"):
+            found.append(f"{module}:{node.lineno} calls {ast.unparse(node.func)}")
+    return found
+
+
+def test_nothing_that_is_read_from_disk_can_run_code() -> None:
+    found = []
+    for package in PACKAGES:
+        for path in sorted((ROOT / package).rglob("*.py")):
+            found += unsafe(path.read_text(), str(path.relative_to(ROOT)))
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize(
+    "source",
+    ["import pickle", "eval(x)", "torch.load(p)", "np.load(p)", "from marshal import loads"],
+)
+def test_code_out_of_a_file_is_noticed(source: str) -> None:
+    assert unsafe(source, "m")

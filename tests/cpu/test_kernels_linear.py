@@ -324,7 +324,7 @@ class CompileLauncher:
     pdl = 0
 
     def __init__(self, arch: int, skip: tuple[str, ...] = ()) -> None:
-        self.arch, self.skip, self._number = f"sm_{arch}", skip, arch
+        self.arch, self.skip = arch, skip
         self.built: dict[str, dict[str, Any]] = {}
 
     def __call__(
@@ -349,13 +349,13 @@ class CompileLauncher:
         aligned: dict[Any, Any] = {(i,): [["tt.divisibility", 16]] for i in spec.aligned}
         made = triton.compile(
             ASTSource(kernel, dict(spec.signature), constexprs, aligned),
-            target=GPUTarget("cuda", self._number, 32),
+            target=GPUTarget("cuda", self.arch, 32),
             options={"num_warps": num_warps, "num_stages": num_stages},
         )
         mma = re.search(r"(wgmma|tcgen05|mma)\.(mma|sync)\S*", made.asm["ptx"])
         self.built[spec.digest] = {
             "kernel": spec.name,
-            "arch": self._number,
+            "arch": self.arch,
             "shared_bytes": made.metadata.shared,
             "mma": mma[0] if mma else "",
             **_registers(made.asm["cubin"]),

@@ -12,7 +12,7 @@ from graphs.flashinfer_mla import MAX_SMS, FlashinferMla
 from graphs.model_config import ModelConfig
 from graphs.presets import PRESETS
 from kernels.triton.launch import JitLauncher
-from kernels.triton.mla_merge import merge
+from kernels.triton.mla_decode import merge
 from kernels.triton.mla_plan import ITEM_ARRAYS, PlanLayout, mla_plan, mla_plan_ref
 
 LAUNCH = JitLauncher()
@@ -165,7 +165,9 @@ def test_workspace_holds_the_plan_of_any_chip() -> None:
             assert PlanLayout(100, 4, heads, sms).words <= buffers["mla_plan"][0]
 
 
-def test_on_meta_tensors_only_our_kernels_are_launched() -> None:
+@pytest.mark.parametrize("splits", [1, 4])
+def test_on_meta_tensors_only_our_kernels_are_launched(splits: int) -> None:
+    """And the merge only where a row can have two splits."""
     launched: list[str] = []
 
     class Lister:
@@ -182,18 +184,18 @@ def test_on_meta_tensors_only_our_kernels_are_launched() -> None:
     mla = FlashinferMla(num_heads=128, page_size=64, softmax_scale=1.0, cut=1024)
     buffers = {
         name: meta(*shape, dtype=getattr(torch, dtype))
-        for name, shape, dtype in FlashinferMla.workspace(8, 128, 4)
+        for name, shape, dtype in FlashinferMla.workspace(8, 128, splits)
     }
     table, length, part_o = meta(8, 64, dtype=i32), meta(8, dtype=i32), buffers["part_o"]
     mla.plan(Lister(), length, length, page_table=table, ws=buffers["mla_plan"], part_o=part_o)
     mla.run(
-        *(Lister(), meta(8, 128, 576), meta(640, 576), table),
+        *(Lister(), meta(8, 128, 576), meta(640, 576), table, length),
         ws=buffers["mla_plan"],
         part_o=part_o,
         part_lse=buffers["part_lse"],
         out=meta(8, 128, 512),
     )
-    assert launched == ["_mla_plan"]
+    assert launched == ["_mla_plan", *(["_merge"] if splits > 1 else [])]
 
 
 def test_more_heads_than_a_query_tile_are_refused() -> None:

@@ -14,7 +14,8 @@ import torch
 from bench import ops
 from bench.ops_alternatives import FORMULATIONS, alternative
 from bench.ops_contenders import OURS, Contender, Unable
-from bench.ops_specs import UNCHECKED, Floors, prefix, results, rotated
+from bench.ops_machine import Machine, Setting
+from bench.ops_specs import BY_TOKEN, UNCHECKED, Floors, prefix, results, rotated, turned
 from graphs.calls import Call, op_names
 from graphs.candidates import candidates
 from graphs.ops import Ops
@@ -150,6 +151,78 @@ def test_bits_that_depend_on_the_number_of_tokens_are_found() -> None:
     assert (promised_nothing["verdict"], promised_nothing["exact"]) == ("ok", False)
 
 
+def _by_index(call: Call) -> None:
+    _right(call)
+    out = call.kwargs["out"]
+    out *= 1 + 2e-7 * torch.arange(out.shape[0])[:, None]
+
+
+def _by_neighbour(call: Call) -> None:
+    _right(call)
+    out, before = call.kwargs["out"], call.args[0].sum(1).roll(1)
+    out *= torch.where(before > 0, 1.0, 1 + 2e-7)[:, None]
+
+
+@pytest.mark.parametrize("bad", [_by_index, _by_neighbour])
+def test_bits_that_depend_on_index_or_neighbours_are_found(bad: Callable[[Call], None]) -> None:
+    assert _verdict(bad)["verdict"] == "inexact"
+
+
+def _recorded(tmp_path: Path, op: str, overrides: tuple[str, ...]) -> tuple[Call, Ops]:
+    """The first call of an operation in a step of seven tokens, as the step left its inputs."""
+    setting = Setting("tiny", overrides, None, 100, (7,), "cpu", str(tmp_path))
+    machine = Machine(setting, lambda *_: None)
+    calls: list[Call] = []
+    try:
+        machine.walk(7, "skewed", lambda call: calls.append(call) if call.op == op else None)
+        return _owned(calls[0]), machine.ops
+    finally:
+        machine.close()
+
+
+def _owned(call: Call) -> Call:
+    """The call on tensors of its own, which outlive the arena."""
+    return call.replaced({key: tensor.clone() for key, tensor in call.tensors()})
+
+
+@pytest.mark.parametrize("op", sorted(BY_TOKEN))
+def test_a_turned_call_gives_every_token_its_bits(tmp_path: Path, op: str) -> None:
+    fused = op in ("latent_query", "linear_fp8", "quantize")
+    overrides = ("quantization=fp8", "qk_nope_head_dim=64", "qk_rope_head_dim=64")
+    call, operations = _recorded(tmp_path, op, overrides if fused else ())
+    run_op = getattr(operations, op)
+    run_op(*call.args, **call.kwargs)
+    before = results(call)
+    other = turned(call)
+    assert other is not None
+    again, lines = other
+    run_op(*again.args, **again.kwargs)
+    after = results(again)
+    assert [r.name for r in after] == [r.name for r in before]
+    assert sorted(lines.tolist()) == list(range(len(before[0].value)))
+    assert lines.tolist() != sorted(lines.tolist())
+    for new, old in zip(after, before, strict=True):
+        assert torch.equal(new.value, old.value[lines]), new.name
+        assert not torch.equal(new.value, old.value), "turning it changed nothing: no check"
+
+
+def test_a_grouped_kernel_whose_bits_depend_on_the_index_is_found(tmp_path: Path) -> None:
+    call, operations = _recorded(tmp_path, "grouped_down", ())
+
+    def bad(call: Call) -> None:
+        operations.grouped_down(*call.args, **call.kwargs)
+        call.kwargs["out"][: len(call.kwargs["out"]) // 2] *= 1.01
+
+    operations.grouped_down(*call.args, **call.kwargs)
+    bench = ops.OpsBench(ops.Plan.of(ops.parser().parse_args(["--device", "cpu"])), 3, None)
+    who = Contender("it", OURS, lambda c: partial(bad, c), None)
+    bad(call)
+    assert bench._exact(call, who, results(call)) is False
+    right = Contender("it", OURS, lambda c: partial(operations.grouped_down, *c.args, **c.kwargs))
+    operations.grouped_down(*call.args, **call.kwargs)
+    assert bench._exact(call, right, results(call)) is True
+
+
 def test_a_library_may_refuse_a_shape_and_ours_may_not() -> None:
     def refuse(call: Call) -> None:
         raise Unable("no such shape")
@@ -163,6 +236,15 @@ def test_a_library_may_refuse_a_shape_and_ours_may_not() -> None:
     assert _verdict(broken)["verdict"] == "failed"
     got = _verdict(broken, library="torch")
     assert (got["verdict"], got["why"]) == ("refused", "CUBLAS_STATUS_NOT_SUPPORTED")
+
+
+@pytest.mark.parametrize("error", [ImportError, AssertionError, TypeError])
+def test_a_library_that_is_half_installed_is_a_row(error: type[Exception]) -> None:
+    def broken(call: Call) -> None:
+        raise error("undefined symbol")
+
+    got = _verdict(broken, bits=None, library="flashmla")
+    assert (got["verdict"], got["why"]) == ("refused", "undefined symbol")
 
 
 def test_a_library_that_refuses_one_token_is_still_compared() -> None:

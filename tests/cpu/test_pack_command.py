@@ -72,6 +72,7 @@ def test_sums_over_pieces_are_those_over_tensors(
     main(["--model", str(path), "--out", str(tmp_path / "whole")])
     monkeypatch.setattr(runtime.packing, "PIECE_BYTES", 4096 + 8)
     monkeypatch.setattr("capture_cache.packed.PIECE_BYTES", 4096 + 8)
+    monkeypatch.setattr("capture_cache.packed_index.PIECE_BYTES", 4096 + 8)
     main(["--model", str(path), "--out", str(tmp_path / "cut")])
     cut = PackedWeights(tmp_path / "cut")
     assert cut.shards["shared.safetensors"].num_pieces > 4

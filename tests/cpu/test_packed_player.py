@@ -11,7 +11,8 @@ import pytest
 
 from capture_cache.checksum import sum64, sum64_code
 from capture_cache.errors import FingerprintMismatch
-from capture_cache.packed import SHARED, PackedWeights
+from capture_cache.packed import PackedWeights
+from capture_cache.packed_index import SHARED
 from capture_cache.store import Store
 from graphs.model_source import resolve_model
 from runtime.config import RuntimeConfig

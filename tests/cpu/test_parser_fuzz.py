@@ -21,14 +21,9 @@ import torch
 from safetensors.torch import save
 
 from capture_cache.archive import export, read_bytes
-from capture_cache.bundle import (
-    decode_golden,
-    decode_graph,
-    decode_program,
-    encode_golden,
-    encode_graph,
-    encode_program,
-)
+from capture_cache.bundle_golden import decode_golden, encode_golden
+from capture_cache.bundle_graph import decode_graph, encode_graph
+from capture_cache.bundle_program import decode_program, encode_program
 from capture_cache.checksum import sum64_code
 from capture_cache.cubin import kernel_facts
 from capture_cache.errors import CompileError, CorruptBundle
@@ -36,7 +31,7 @@ from capture_cache.fingerprint import Fingerprint
 from capture_cache.kernel import CompiledKernel, TensorMapSpec
 from capture_cache.layout import ArenaLayout, Entry
 from capture_cache.manifest import Manifest, seal, unseal
-from capture_cache.packed import INDEX, Index
+from capture_cache.packed_index import INDEX, Index
 from capture_cache.store import Store
 from graphs.safetensors_dir import BadShard, tensors_of
 from runtime.packing import pack

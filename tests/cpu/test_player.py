@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +14,13 @@ import torch
 
 import runtime.load as load_module
 from capture_cache.arena import ARENA_BASE
+from capture_cache.errors import CudaError
 from graphs.keys import GraphKey, NotCaptured
 from kernels.triton.intake import admit
 from kernels.triton.rows import RowState
 from runtime import Runtime, SamplingParams
 from runtime.config import RuntimeConfig
+from runtime.player import Player
 from runtime.restore import NotRestored, check_golden, restore
 from runtime.row_params import admission
 from tests.cpu.played import LADDER, OPTIONS, Gpu, publish_bundle
@@ -95,10 +98,45 @@ def test_adopted_rows_are_what_the_device_would_have_made_of_them(tmp_path: Path
     player.close()
 
 
-def test_new_weights_are_refused_with_the_remedy(tmp_path: Path) -> None:
+def fake_views(gpu: Gpu, player: Player) -> dict[str, torch.Tensor]:
+    """The weights in the fake GPU's memory, as torch sees a real one's."""
+    views = {}
+    for place in player._arena.layout.places:
+        if place.entry.section == "weights":
+            raw = gpu.at(player._arena.ptr(place.entry.name), place.nbytes)
+            dtype = getattr(torch, place.entry.dtype)
+            views[place.entry.name] = torch.from_numpy(raw).view(dtype).view(place.entry.shape)
+    return views
+
+
+def test_new_weights_in_a_restored_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the old ones were; a key that is built later plays on, its golden step not asked."""
+    publish_bundle(tmp_path)
+    gpu = Gpu()
+    player = restore(options(tmp_path), lib=gpu)
+    monkeypatch.setattr("runtime.player_weights.weight_views", lambda *_: fake_views(gpu, player))
+    cfg = player.model_config
+    norm = torch.arange(cfg.hidden_size, dtype=torch.float32)
+    with Runtime(player) as runtime:
+        before = {name: player.read(name) for name in ("embed", "final_norm")}
+        with pytest.raises(ValueError, match="model.norm.weight: expected shape"):
+            runtime.update_weights([("model.norm.weight", norm[1:])])
+        assert (player.read("final_norm") == before["final_norm"]).all(), "nothing was changed"
+        runtime.update_weights([("model.norm.weight", norm)])
+        stored = norm.to(getattr(torch, player._arena.view_spec("final_norm").dtype))
+        assert player.read("final_norm").tobytes() == stored.view(torch.uint8).numpy().tobytes()
+        assert (player.read("embed") == before["embed"]).all()
+        runtime.add([1, 2, 3], SamplingParams(max_tokens=2))
+        runtime.step()
+        player.keys.wait()
+        assert sorted(map(str, player.keys.seconds)) == sorted(LADDER.split(","))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="torch sees a GPU")
+def test_new_weights_need_a_torch_that_sees_the_gpu(tmp_path: Path) -> None:
     publish_bundle(tmp_path)
     player = restore(options(tmp_path), lib=Gpu())
-    with Runtime(player) as runtime, pytest.raises(ValueError, match="bundle=False"):
+    with Runtime(player) as runtime, pytest.raises(ValueError, match="torch .* sees no GPU here"):
         runtime.update_weights(str(tmp_path))
 
 
@@ -127,10 +165,71 @@ def test_every_key_has_a_golden_step(tmp_path: Path) -> None:
     player.close()
 
 
-def refused(root: Path, message: str, *, replace: bool, gpu: Gpu | None = None) -> None:
+def test_keys_that_cannot_be_built_are_told_and_nothing_waits_for_good(tmp_path: Path) -> None:
+    publish_bundle(tmp_path)
+    gpu = Gpu()
+    player = restore(options(tmp_path), lib=gpu)
+    gpu.fail["cuGraphInstantiateWithFlags"] = 2
+    with pytest.raises(CudaError, match="instantiating the graph of key 2"):
+        player.keys.wait()
+    with pytest.raises(CudaError, match="instantiating the graph of key 2"):
+        player.check_alive()
+    del gpu.fail["cuGraphInstantiateWithFlags"]
+    player.replay(GraphKey(2, 2))  # who wants it builds it
+    player.close()
+
+
+def test_a_player_is_closed_while_keys_are_built(tmp_path: Path) -> None:
+    publish_bundle(tmp_path)
+    restore(options(tmp_path), lib=Gpu()).close()
+
+
+class SlowGpu(Gpu):
+    """Instantiation takes as long as the reader could need."""
+
+    def cuGraphInstantiateWithFlags(self, out: int, graph: int, flags: int) -> None:
+        time.sleep(0.3)
+        super().cuGraphInstantiateWithFlags(out, graph, flags)
+
+
+def test_the_second_thread_reads_what_the_first_builds(tmp_path: Path) -> None:
+    publish_bundle(tmp_path)
+    player = restore(options(tmp_path), lib=SlowGpu())
+    player.keys.wait()
+    assert {"decode", "lay out"} <= player.keys.ahead.seconds.keys()
+    assert not player.keys._prepared
+    player.close()
+
+
+def test_every_key_is_checked_before_the_load_returns_where_asked(tmp_path: Path) -> None:
+    publish_bundle(tmp_path)
+    gpu = Gpu()
+    player = restore(options(tmp_path, check_keys="all"), lib=gpu)
+    assert gpu.launched == ["fill", *["publish"] * 3], "one golden step a key"
+    assert "golden steps of all 3 keys agree" in player.load_reason
+    assert len(player.keys.seconds) == 3
+    assert not player.read("phase").any()
+    player.close()
+
+
+def test_other_bits_in_a_later_key_are_found_where_every_key_is_checked(tmp_path: Path) -> None:
+    publish_bundle(tmp_path, digest={"2": "ab" * 32})
+    restore(options(tmp_path), lib=Gpu()).close()
+    message = "golden step of key 2 gave .*, expected abab"
+    refused(tmp_path, message, replace=True, check_keys="all")
+
+
+def test_keys_cannot_be_checked_without_weights(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="check_keys='all' needs weights"):
+        options(tmp_path, weights="skip", check_keys="all")
+
+
+def refused(
+    root: Path, message: str, *, replace: bool, gpu: Gpu | None = None, **changes: object
+) -> None:
     gpu = gpu or Gpu()
     with pytest.raises(NotRestored, match=message) as caught:
-        restore(options(root), lib=gpu)
+        restore(options(root, **changes), lib=gpu)
     assert caught.value.replace is replace
     assert not gpu.mapped, "what was acquired is given back"
     assert not gpu.libraries
@@ -204,6 +303,7 @@ PROGRAM = """
 import json, sys
 from runtime import Runtime, SamplingParams
 from runtime.config import RuntimeConfig
+from runtime.player import Player
 from runtime.restore import restore
 from tests.cpu.played import Gpu
 with Runtime(restore(RuntimeConfig.of(**json.loads(sys.argv[1])), lib=Gpu())) as runtime:

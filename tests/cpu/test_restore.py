@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import ctypes
 import struct
+import threading
 
 import pytest
 
-from capture_cache.bundle import (
-    Graph,
-    Program,
-    decode_graph,
-    decode_program,
-    encode_graph,
-    encode_program,
-)
-from capture_cache.bundle_extract import Extractor, Range
+from capture_cache.bundle import Graph, Program, Table
+from capture_cache.bundle_extract import Extractor
+from capture_cache.bundle_files import BundleFiles
+from capture_cache.bundle_graph import decode_graph, encode_graph
+from capture_cache.bundle_program import decode_program, encode_program
 from capture_cache.errors import CudaError, NotRestorable
+from capture_cache.graph_reader import GraphReader
 from capture_cache.kernel import CompiledKernel
-from capture_cache.restore import Code, Files, build_graph, symbol_table
+from capture_cache.memory_ranges import Range
+from capture_cache.replay import GraphExec
+from capture_cache.restore import build_graph, prepare_graph
+from capture_cache.restore_code import Code, symbol_table
 from capture_cache.restore_driver import Driver
 from tests.cpu.fake_cuda import FakeCuda, FakeGraph, FakeKernel
 
@@ -43,7 +44,7 @@ class Captured:
 
     def __init__(self) -> None:
         self.lib = FakeCuda(CODE)
-        self.driver = Driver(self.lib)
+        self.driver = GraphReader(self.lib)
         self.graph = self.driver.new_graph()
         self.handles = {}
         for code, names in ((OURS, ("ours", "bare")), (THEIRS, ("theirs",))):
@@ -113,15 +114,20 @@ def compiled(name: str) -> CompiledKernel:
     )
 
 
+def built(driver: Driver, code: Code, graph: Graph, symbols: Table) -> int:
+    prepared = prepare_graph(driver, code, graph, symbols)
+    return build_graph(driver, code, prepared, "the graph")
+
+
 def rebuilt(
     found: tuple[Graph, Program, dict[str, bytes]], addresses: dict[str, int]
 ) -> tuple[FakeGraph, FakeCuda]:
     graph, program, code = found
     lib = FakeCuda(CODE)
     driver = Driver(lib)
-    files = Files({"program": encode_program(program), **code}, "bundle")
+    files = BundleFiles({"program": encode_program(program), **code}, "bundle")
     symbols = symbol_table(program, addresses.__getitem__)
-    made = build_graph(driver, Code(driver, files), graph, symbols, "the graph")
+    made = built(driver, Code(driver, files), graph, symbols)
     assert not lib.graphs, "the template is dropped"
     return lib.execs[made], lib
 
@@ -170,10 +176,10 @@ def test_code_is_loaded_once_and_unloaded() -> None:
     graph, program, code = captured.extract()
     lib = FakeCuda(CODE)
     driver = Driver(lib)
-    loaded = Code(driver, Files({"program": encode_program(program), **code}, "bundle"))
+    loaded = Code(driver, BundleFiles({"program": encode_program(program), **code}, "bundle"))
     symbols = symbol_table(program, HERE.__getitem__)
     for _ in range(2):
-        build_graph(driver, loaded, graph, symbols, "the graph")
+        built(driver, loaded, graph, symbols)
     assert lib.calls.count("cuLibraryLoadData") == 2
     loaded.close()
     assert not lib.libraries
@@ -284,10 +290,10 @@ def test_a_driver_that_refuses_is_told(call: str, message: str) -> None:
     lib = FakeCuda(CODE)
     lib.fail[call] = 2
     driver = Driver(lib)
-    loaded = Code(driver, Files({"program": encode_program(program), **code}, "bundle"))
+    loaded = Code(driver, BundleFiles({"program": encode_program(program), **code}, "bundle"))
     symbols = symbol_table(program, HERE.__getitem__)
     with pytest.raises(CudaError, match=f"{message}.*OUT_OF_MEMORY"):
-        build_graph(driver, loaded, graph, symbols, "the graph")
+        built(driver, loaded, graph, symbols)
     assert not lib.graphs
 
 
@@ -296,3 +302,23 @@ def test_pointers_between_entries_are_found_in_the_whole() -> None:
     names = [program.symbols[i].name for i in graph.relocations["symbol"]]
     assert names == ["weights", "x", "arena", "mailbox", "x"]
     assert [int(a) for a in graph.relocations["addend"]] == [16, 0, 4616, 64, 504]
+
+
+def test_an_instantiated_graph_is_launched_from_any_thread_and_dropped_once() -> None:
+    captured, launched = some_graph(), []
+    lib = captured.lib
+    lib.on_launch = launched.append
+    graph = GraphExec(captured.graph, 0x57, lib=lib)
+    graph.launch()
+    assert lib.calls.count("cuCtxSetCurrent") == 0
+    thread = threading.Thread(target=graph.launch)
+    thread.start()
+    thread.join()
+    assert lib.calls.count("cuCtxSetCurrent") == 1, "another thread needs the context"
+    assert len(launched) == 2
+    lib.fail["cuGraphLaunch"] = 2
+    with pytest.raises(CudaError, match="launching a graph: CUDA_ERROR_OUT_OF_MEMORY|OUT_OF_MEM"):
+        graph.launch()
+    graph.close()
+    graph.close()
+    assert not lib.execs

@@ -130,6 +130,20 @@ def test_a_seeded_request_gives_the_same_tokens_wherever_it_runs(checkpoint: Pat
                 assert lone == want[1:5]
 
 
+@pytest.mark.slow
+def test_a_seeded_request_gives_the_same_bits_alone_and_among_255_others(checkpoint: Path) -> None:
+    """One key for every step: the twin's bits hold within a key."""
+    mine = Ask(prompt(30), params(temperature=1.0, seed=5, top_p=0.9, logprobs=3))
+    others = [
+        Ask(prompt(1 + i % 9, 1000 + i), params(temperature=1.0, seed=i, max_tokens=1 + i % 12))
+        for i in range(255)
+    ]
+    with load_micro(checkpoint, bs=256, ladder="256+600", max_seq_len=64) as runtime:
+        lone = one(runtime, mine).bits
+        got = ask_all(runtime, [*others[:100], mine, *others[100:]], ahead=2)
+    assert got[100].bits == lone
+
+
 def test_seeds(runtime: Runtime) -> None:
     free = Ask(prompt(6), params(temperature=1.5, max_tokens=20))
     first, second = ask_all(runtime, [free, free])
@@ -475,7 +489,11 @@ def test_masks_and_rows_that_cannot_be(runtime: Runtime) -> None:
         (np.zeros(2, np.float32), TypeError, "int32 .or uint32. words, got float32"),
         ([1, 2], TypeError, "int32 .or uint32. words, got int64"),
         ("ab", TypeError, "int32 .or uint32. words"),
-        ([[1], [2, 3]], TypeError, "a token mask is one array of int32 words"),
+        (
+            [[1], [2, 3]],
+            TypeError,
+            "one array of 2 int32 words on the host, got list",
+        ),
     ]
     for words, error, message in bad:
         with pytest.raises(error, match=message):

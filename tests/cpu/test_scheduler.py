@@ -6,13 +6,15 @@ On the device that computes nothing; `test_prefix_cache` and `test_soak` use the
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from runtime import OutOfPages, Runtime, SamplingParams, StepOutput
+from barriers.errors import RankError
+from runtime import OutOfPages, OutOfRows, Runtime, SamplingParams, StepFailed, StepOutput
 from runtime.requests import MAX_PRIORITY
 from runtime.scheduler import SchedulerConfig
 from tests.fake_device import FakeConfig, FakeDevice, FakeModel, answer
@@ -107,6 +109,58 @@ def test_a_priority_level_is_worth_so_many_steps_and_nobody_starves(
             assert step == passed
             return
     assert passed == 200, "starved"
+
+
+@pytest.mark.parametrize(("priority", "passed"), [(0, 8), (1, 0), (-1, 16)])
+def test_a_stream_of_add_passes_the_queue_for_one_level_of_priority(
+    priority: int, passed: int
+) -> None:
+    """`add` asks for every free row at once, and yet who waits in the queue gets one."""
+    runtime = make("1,1+16", rows=1, ageing_steps=8)
+    runtime.add(prompt(4), params(1))
+    waits = runtime.submit(prompt(4), params(1), priority)
+    for step in range(60):
+        out = runtime.step()
+        if waits in out.requests.tolist():
+            assert step <= passed + 2
+            return
+        if step + 1 < passed:
+            runtime.add(prompt(4), params(1))
+        else:
+            with pytest.raises(OutOfRows, match=rf"request {waits} has waited {step + 1} steps"):
+                runtime.add(prompt(4), params(1))
+    raise AssertionError("starved")
+
+
+def test_a_large_request_that_is_due_keeps_its_pages_from_add() -> None:
+    runtime = make(pages=7, ageing_steps=4)
+    runtime.submit(prompt(20), params(20))  # three of six pages
+    large = runtime.submit(prompt(60, 1), params(20))  # five
+    runtime.add(prompt(2, 2), params(2))  # one: it has not waited long
+    for _ in range(5):
+        runtime.step()
+    with pytest.raises(OutOfPages, match=f"free pages are due: request {large} has waited 5 steps"):
+        runtime.add(prompt(2, 2), params(2))
+    assert (runtime.num_running, runtime.num_waiting) == (2, 1), "nothing changed"
+    run(runtime)
+
+
+def test_add_takes_what_is_left_beside_one_that_is_due() -> None:
+    """The first waits for a line of logits; an `add` that leaves it one row is no harm to it."""
+    runtime = make(ageing_steps=4)
+    wants = replace(params(40), return_logits=True)
+    for _ in range(runtime.config.logits_rows):
+        runtime.add(prompt(4), wants)
+    first = runtime.submit(prompt(4), wants)
+    for _ in range(6):
+        runtime.step()
+    with pytest.raises(OutOfRows, match="2 requests return their logits"):
+        runtime.add(prompt(4), wants)
+    for _ in range(5):
+        runtime.add(prompt(4), params(4))
+    with pytest.raises(OutOfRows, match=f"the free row is due: request {first}"):
+        runtime.add(prompt(4), params(4))
+    run(runtime)
 
 
 def test_nobody_passes_a_large_request_that_waits_for_pages() -> None:
@@ -313,11 +367,85 @@ def test_drain_does_not_wait_for_one_that_has_not_begun() -> None:
     assert set(run(runtime)) == {higher}
 
 
-def test_drain_is_not_for_several_ranks() -> None:
-    runtime = make()
-    runtime.config.ep_size = 2  # type: ignore[misc]
-    with pytest.raises(RuntimeError, match="call step\\(\\) on every rank"):
-        runtime.drain()
+class OneOfTwo(FakeDevice):
+    """Rank 0 of two; `peer` says what rank 1 brings to each meeting."""
+
+    peer: Callable[[list[Any]], list[Any]]
+
+    def gather(self, what: str, mine: list[Any], timeout_s: float) -> list[Any]:
+        return [mine, self.peer(mine)]
+
+
+def one_of_two(peer: Callable[[list[Any]], list[Any]]) -> Runtime:
+    device = OneOfTwo(FakeConfig(ep_size=2), "1,2,4,8,8+16")
+    device.peer = peer
+    return Runtime(device)  # type: ignore[arg-type]
+
+
+def test_a_rank_that_has_drained_steps_on_until_all_have() -> None:
+    needs = [16, 7, 0]
+    runtime = one_of_two(lambda mine: [mine[0], None, needs.pop(0)])
+    runtime.submit(prompt(4), params(3))
+    runtime.step()
+    outputs = runtime.drain()
+    assert len(outputs) == 16 + 7
+    assert sum(map(len, outputs)) == 2
+    assert not needs
+
+
+@pytest.mark.parametrize("call", ["pause", "drain"])
+def test_ranks_at_different_steps_are_told_so_and_may_go_on(call: str) -> None:
+    ahead = [1]
+    runtime = one_of_two(lambda mine: [mine[0] + sum(ahead), None, 0])
+    message = (
+        rf"{call}\(\) is for all ranks at the same step, got rank 0 at step 1, rank 1 at step 2"
+    )
+    runtime.step()
+    with pytest.raises(RankError, match=message):
+        getattr(runtime, call)()
+    ahead.clear()
+    runtime.step()
+    getattr(runtime, call)()
+
+
+def test_what_another_rank_refuses_is_not_done_here() -> None:
+    runtime = one_of_two(lambda mine: [mine[0], "OSError: no such file", None])
+    with pytest.raises(RankError, match=r"pause\(\) was refused by rank 1.*no such file") as caught:
+        runtime.pause()
+    assert caught.value.ranks == (1,)
+    runtime.step()
+
+
+class HalfWritten:
+    """Weights that were checked, and then cannot be written."""
+
+    shared_digest = ""
+
+    def __init__(self, *errors: Exception) -> None:
+        self.errors = list(errors)
+
+    def apply(self) -> None:
+        if self.errors:
+            raise self.errors.pop()
+
+
+@pytest.mark.parametrize("where", ["here", "on rank 1"])
+def test_weights_that_were_half_written_end_every_ranks_runtime(where: str) -> None:
+    told = []
+
+    def peer(mine: list[Any]) -> list[Any]:
+        told.append(mine[1])
+        there = len(told) == 2 and where == "on rank 1"
+        return [mine[0], "OSError: cut short" if there else None, ""]
+
+    runtime = one_of_two(peer)
+    update = HalfWritten(*([OSError("cut short")] if where == "here" else []))
+    runtime.engine.prepare_weights = lambda _: update
+    with pytest.raises(RankError, match="writing new weights was refused by .*OSError: cut short"):
+        runtime.update_weights([])
+    assert told == [None, "OSError: cut short" if where == "here" else None]
+    with pytest.raises(StepFailed, match="this runtime has failed, close it; .*cut short"):
+        runtime.step()
 
 
 def test_stats_add_up_and_are_plain_numbers() -> None:

@@ -5,6 +5,7 @@ Most of it on a device that computes nothing (`tests.fake_device`), a part on th
 
 from __future__ import annotations
 
+import json
 from functools import cache, partial
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import pytest
 
 from runtime import Runtime
 from runtime.scheduler import SchedulerConfig
+from tests import soak_day
 from tests.cpu.twins import load_micro, micro_checkpoint
 from tests.fake_device import FakeConfig, FakeDevice, FakeModel, answer
 from tests.serving import Request, serve
@@ -39,7 +41,7 @@ def test_a_hundred_thousand_steps(
     config = SchedulerConfig(reservation, prefix_cache, budget, AGEING_STEPS)
     runtime = Runtime(device, config)  # type: ignore[arg-type]
     answers = partial(answer, vocab=FakeModel.vocab_size)
-    soak = Soak(runtime, answers, seed=5, arrivals=0.1, max_prompt=40, max_new=56)
+    soak = Soak(runtime, answers, 5, arrivals=0.1, added=0.5, max_prompt=40, max_new=56)
     soak.run(steps)
     stats = runtime.stats()
     print(stats, dict(sorted(soak.seen.items())), soak.longest_life)
@@ -50,6 +52,40 @@ def test_a_hundred_thousand_steps(
     assert bool(stats.preemptions) == lazy
     assert (stats.prefix_hits > 0) == (stats.prefix_evictions > 0) == prefix_cache
     assert not device.phase.any(), "a row lives on the device alone"
+
+
+@pytest.mark.slow
+def test_a_stream_of_add_starves_nobody_in_the_queue() -> None:
+    """More than rows can take, nearly all of it by `add`; the queue is served all the same."""
+    ageing = 16
+    device = FakeDevice(FakeConfig(num_pages=25), "1,2,4,8,8+16")
+    runtime = Runtime(device, SchedulerConfig(ageing_steps=ageing))  # type: ignore[arg-type]
+    answers = cache(partial(answer, vocab=FakeModel.vocab_size))
+    soak = Soak(
+        runtime,
+        answers,
+        seed=6,
+        arrivals=0.9,
+        added=0.99,
+        max_prompt=40,
+        max_new=30,
+        most_waiting=1000,
+        num_prompts=30,
+    )
+    soak.run(2000)
+    assert soak.seen["add refused for the queue's sake"]
+    # The lowest priority that comes is one level down, `add` one up, the highest five; then a few
+    # requests of 32 steps at most are before it.
+    assert runtime.stats().longest_wait_steps <= 7 * ageing + 3 * 32
+
+
+def test_the_command_of_the_whole_day(tmp_path: Path) -> None:
+    out = tmp_path / "day.json"
+    assert soak_day.main(["--device", "fake", "--steps", "200", "--out", str(out)]) == 0
+    record = json.loads(out.read_text())
+    assert record["stats"]["submitted"] == sum(record["stats"]["finished"].values())
+    assert len(record["parts"]) >= 4
+    assert record["steps"] == 200
 
 
 @pytest.mark.slow

@@ -13,8 +13,9 @@ from tests.gpu.conftest import Load
 from tests.gpu.models import LADDERS, options_of
 from tests.serving import Request, alone, make_requests, serve
 
-# One is longer than an attention split (1,024 tokens), others end at and around page boundaries.
-LENGTHS = (1100, 1, 37, 63, 64, 65, 200, 7, 300, 128)
+# One takes five attention splits (of 256 tokens here), one comes to its second while it decodes;
+# others end at and around page boundaries.
+LENGTHS = (1100, 1, 37, 63, 64, 65, 250, 7, 300, 128)
 TOKENS = (24, 31, 20)
 
 
@@ -50,6 +51,22 @@ def test_bits_do_not_depend_on_company_row_key_or_chunking(
                 differ = [n for n, a, b in zip(LENGTHS, got, want, strict=True) if a != b]
                 assert not differ, f"ladder {ladder}, {how}: prompts of {differ} tokens differ"
     assert len(set(want)) == len(want)
+
+
+@pytest.mark.parametrize("attention", ["triton", "flashinfer"])
+def test_bits_where_no_row_can_have_a_second_split(
+    attention: str, load: Load, needs_flashinfer: Callable[[str], None]
+) -> None:
+    """There is no merge then, and attention may leave padded tokens as they were."""
+    if attention == "flashinfer":
+        needs_flashinfer("wide")
+    rng = np.random.default_rng(5)
+    requests = make_requests(rng, (1, 37, 64, 200, 100), 2048, TOKENS)
+    with load("wide", attention=attention, max_seq_len=256, prefix_cache=False) as runtime:
+        assert runtime.engine.config.splits == 1
+        want = [a.bits for a in alone(runtime, requests)]
+        assert [a.bits for a in serve(runtime, requests)] == want
+        assert [a.bits for a in serve(runtime, requests[::-1])][::-1] == want
 
 
 def test_bits_do_not_depend_on_the_process_memory_or_number_of_pages(load: Load) -> None:

@@ -14,14 +14,12 @@ from typing import Any
 import pytest
 import torch
 
-from graphs.candidates import OTHER_PLANS
 from kernels.triton import (
     activation,
     grouped,
     linear,
     mla_absorb,
     mla_decode,
-    mla_merge,
     mla_plan,
     mla_prep,
     mla_query,
@@ -218,29 +216,12 @@ def norm_of_experts(seed: int, tokens: int) -> Arguments:
 
 
 def absorb_v(seed: int, tokens: int) -> Arguments:
-    """Tokens of 1 to 5 splits, one of none; NaN wherever attention writes nothing."""
-    splits = 5
-    used = torch.arange(tokens) % splits + 1
-    kv_len = (used * CUT - torch.arange(tokens) % CUT).to(I32)
-    if tokens > PADDED:
-        kv_len[PADDED] = 0
-    o_latent = randn(seed, tokens, HEADS, LATENT)
+    o_latent, kv_len = randn(seed, tokens, HEADS, LATENT), ids(seed, 500, tokens) + 1
+    kv_len[PADDED : PADDED + 1] = 0
     o_latent[kv_len == 0] = float("nan")
-    o_latent[used > 1] = float("nan")
-    part_o = randn(seed + 1, tokens, splits, HEADS, LATENT)
-    part_lse = randn(seed + 2, tokens, splits, HEADS, dtype=F32) * 4
-    absent = torch.arange(splits) >= used[:, None]
-    part_o[absent], part_lse[absent] = float("nan"), float("nan")
-    return {
-        "o_latent": o_latent,
-        "kv_len": kv_len,
-        "part_o": part_o,
-        "part_lse": part_lse,
-        "w_uv": randn(3, HEADS, VALUE, LATENT, std=LATENT**-0.5),
-        "cut": CUT,
-        "out": zeros(tokens, HEADS * VALUE),
-        **quantised(tokens, HEADS * VALUE),
-    }
+    w_uv = randn(3, HEADS, VALUE, LATENT, std=LATENT**-0.5)
+    out = zeros(tokens, HEADS * VALUE)
+    return {"o_latent": o_latent, "kv_len": kv_len, "w_uv": w_uv, "out": out}
 
 
 def decode(seed: int, tokens: int) -> Arguments:
@@ -263,15 +244,6 @@ def decode(seed: int, tokens: int) -> Arguments:
         "part_o": zeros(tokens, splits, HEADS, LATENT, dtype=F32),
         "part_lse": zeros(tokens, splits, HEADS, dtype=F32),
     }
-
-
-def decode_and_merge(
-    launch: Launcher, *, part_o: torch.Tensor, part_lse: torch.Tensor, **rest: Any
-) -> None:
-    """Attention as the oracle leaves it in `out`; in a step `absorb_v` adds up the splits."""
-    mla_decode.mla_decode(launch, **rest, part_o=part_o, part_lse=part_lse)
-    options = {"cut": rest["cut"], "out": rest["out"]}
-    mla_merge.merge(launch, rest["kv_len"], part_o, part_lse, **options)
 
 
 def plan(seed: int, tokens: int) -> Arguments:
@@ -319,22 +291,6 @@ def route_of_parts(seed: int, tokens: int) -> Arguments:
     # Sixteenths, so that every order of additions gives the same sum.
     logits = (randn(seed, parts, tokens, EXPERTS, dtype=F32, std=0.3) * 16).round() / 16
     return route(seed, tokens) | {"logits": logits}
-
-
-def route_with_lists(seed: int, tokens: int) -> Arguments:
-    few = 16
-    chosen = {"num_groups": 4, "topk_groups": 2, "top_k": 4, "shared_id": few}
-    return route_of_parts(seed, tokens) | {
-        "logits": route_of_parts(seed, tokens)["logits"][..., :few].contiguous(),
-        "bias": randn(3, few, dtype=F32, std=0.1),
-        **chosen,
-        "out_ids": zeros(tokens, 5, dtype=I32),
-        "out_weights": zeros(tokens, 5, dtype=F32),
-        "offsets": zeros(few + 2, dtype=I32),
-        "pairs": zeros(tokens * 5, dtype=I32),
-        "slots": torch.full((tokens, routing.list_width(few + 1)), 3, dtype=torch.int8),
-        "arrivals": zeros(1, dtype=I32),
-    }
 
 
 def combine(seed: int, tokens: int) -> Arguments:
@@ -466,21 +422,13 @@ CASES: dict[str, Case] = {
         {"kv_cache": 2**-7, "out": 2**-7, "out_scale": 2**-7, "out_q": 2**-3},
     ),
     "absorb_q": Case(mla_absorb.absorb_q, mla_absorb.absorb_q_ref, absorb_q, {"out": 2**-7}),
-    # The sum over splits is rounded to bf16 before the product.
-    "absorb_v": Case(
-        mla_absorb.absorb_v, mla_absorb.absorb_v_ref, absorb_v,
-        {"out": 2**-6, "out_scale": 2**-6, "out_q": 2**-3},
-    ),
+    "absorb_v": Case(mla_absorb.absorb_v, mla_absorb.absorb_v_ref, absorb_v, {"out": 2**-7}),
     # Probabilities are rounded to bf16 before they meet the values.
-    "mla_decode": Case(decode_and_merge, mla_decode.mla_decode_ref, decode, {"out": 2**-6}),
+    "mla_decode": Case(mla_decode.mla_decode, mla_decode.mla_decode_ref, decode, {"out": 2**-6}),
     "mla_plan": Case(mla_plan.mla_plan, mla_plan.mla_plan_ref, plan, {"ws": 0}),
     "route": Case(routing.route, routing.route_ref, route, {"out_ids": 0, "out_weights": 1e-5}),
     "route_of_parts": Case(
         routing.route, routing.route_ref, route_of_parts, {"out_ids": 0, "out_weights": 1e-5}
-    ),
-    "route_with_lists": Case(
-        routing.route, routing.route_ref, route_with_lists,
-        {"out_ids": 0, "out_weights": 1e-5, "offsets": 0, "pairs": 0, "arrivals": 0},
     ),
     "align": Case(routing.align, routing.align_ref, align, {"offsets": 0, "pairs": 0}),
     "combine": Case(routing.combine, routing.combine_ref, combine, {"out": 2**-7}),
@@ -700,45 +648,6 @@ def test_a_plan_gives_every_token_its_bits(plan: linear.LinearPlan, launcher: La
     assert torch.equal(bits(other["out"]), bits(seen[-1]))
 
 
-@pytest.mark.parametrize("tokens", [1, 17, 33, 130])
-@pytest.mark.parametrize("name", OTHER_PLANS)
-def test_every_plan_gives_the_same_bits(name: str, tokens: int, launcher: Launcher) -> None:
-    case = CASES[name]
-    arguments = case.make(0, tokens)
-    want = run(case, launcher, copied(case, arguments))
-    for chosen in OTHER_PLANS[name]:
-        got = run(case, launcher, copied(case, arguments) | {"plan": chosen})
-        for output in case.outputs:
-            assert torch.equal(bits(got[output]), bits(want[output])), f"{chosen}: {output}"
-
-
-@pytest.mark.parametrize("dtype", [BF16, F32])
-@pytest.mark.parametrize("splits", [1, 2, 3, 16, 64])
-def test_absorb_v_adds_up_splits_as_merge_does(
-    splits: int, dtype: torch.dtype, launcher: Launcher
-) -> None:
-    """What a token's splits add up to is stored on the way, where `merge` would have put it."""
-    tokens = 35
-    arguments = on_device(absorb_v(0, tokens))
-    used = torch.arange(tokens, device=DEVICE) % (splits + 1)
-    kv_len = (used * CUT).to(I32)
-    part_o = torch.randn(tokens, splits, HEADS, LATENT, device=DEVICE).to(dtype)
-    part_lse = torch.randn(tokens, splits, HEADS, device=DEVICE) * 4
-    absent = torch.arange(splits, device=DEVICE) >= used[:, None]
-    part_o[absent], part_lse[absent] = float("nan"), float("nan")
-    o_latent = torch.randn(tokens, HEADS, LATENT, device=DEVICE).to(BF16)
-    parts = {"kv_len": kv_len, "part_o": part_o, "part_lse": part_lse}
-    want = o_latent.clone()
-    mla_merge.merge(launcher, **parts, cut=CUT, out=want)
-    mla_absorb.absorb_v(launcher, **(arguments | parts | {"o_latent": o_latent}))
-    here = used > 0
-    assert torch.equal(bits(o_latent[here]), bits(want[here]))
-    assert not arguments["out"][~here].any()
-    got, heads = arguments["out"].view(tokens, HEADS, VALUE), want.float()
-    exact = torch.einsum("thc,hvc->thv", heads, arguments["w_uv"].float())[here]
-    torch.testing.assert_close(got[here].float(), exact, rtol=2**-7, atol=2**-7)
-
-
 @pytest.mark.parametrize("experts", [32, 64, 256, 384])
 def test_the_router_loses_nothing_and_goes_by_the_token_alone(
     experts: int, launcher: Launcher
@@ -754,7 +663,8 @@ def test_the_router_loses_nothing_and_goes_by_the_token_alone(
     whole = run(130)
     exact = x.double() @ w.double().T
     error = (whole.double().sum(0) - exact).norm() / exact.norm()
-    assert error < 3e-7, f"{float(error):.1e}: an fp32 product has about 1e-7"
+    # Tensor cores cut sums off where fp32 rounds them: 3e-7, against 1e-7 of IEEE additions.
+    assert error < 6e-7, f"{float(error):.1e}"
     for tokens in (1, 2, 8, 15, 16, 17, 32, 33, 64, 65, 129):
         assert torch.equal(bits(run(tokens)), bits(whole[:, :tokens])), f"{tokens} tokens"
     default = router.router_plan(experts, HIDDEN)
@@ -768,7 +678,6 @@ def test_the_router_loses_nothing_and_goes_by_the_token_alone(
 def test_a_tokens_choice_goes_by_the_token_alone(
     experts: int, groups: int, kept: int, launcher: Launcher
 ) -> None:
-    """The lists are made, or not, by the number of tokens: the choice must not notice."""
     parts = randn(0, 56, 130, experts, dtype=F32, std=0.1).to(DEVICE)
     bias = randn(1, experts, dtype=F32, std=0.1).to(DEVICE)
 
@@ -776,31 +685,17 @@ def test_a_tokens_choice_goes_by_the_token_alone(
         made = {"dtype": I32, "device": DEVICE}
         ids = torch.zeros(tokens, 9, **made)
         weights = torch.zeros(tokens, 9, device=DEVICE)
-        lists = {}
-        if routing.lists_fit(tokens, experts + 1):
-            lists = {"pairs": torch.zeros(9 * tokens, **made), "arrivals": torch.zeros(1, **made)}
-            lists["offsets"] = torch.zeros(experts + 2, **made)
-            width = routing.list_width(experts + 1)
-            lists["slots"] = torch.zeros(tokens, width, dtype=torch.int8, device=DEVICE)
-        for _ in range(3):
-            routing.route(
-                launcher,
-                parts[:, :tokens].contiguous(),
-                bias,
-                torch.arange(tokens, **made),
-                **{"num_groups": groups, "topk_groups": kept, "top_k": 8, "normalize": True},
-                scaling=2.5,
-                shared_id=experts,
-                out_ids=ids,
-                out_weights=weights,
-                **lists,
-            )
-        if lists:
-            offsets, pairs = lists["offsets"].clone(), lists["pairs"].clone()
-            routing.align(launcher, ids, expert_start=0, offsets=offsets, pairs=pairs)
-            assert torch.equal(offsets, lists["offsets"])
-            assert torch.equal(pairs, lists["pairs"])
-            assert int(lists["arrivals"]) == 0
+        routing.route(
+            launcher,
+            parts[:, :tokens].contiguous(),
+            bias,
+            torch.arange(tokens, **made),
+            **{"num_groups": groups, "topk_groups": kept, "top_k": 8, "normalize": True},
+            scaling=2.5,
+            shared_id=experts,
+            out_ids=ids,
+            out_weights=weights,
+        )
         return ids, weights
 
     whole = run(130)

@@ -1,8 +1,8 @@
 """Rows of 128k and 160k tokens, and eight of 32k, at DeepSeek-V3's shapes in a captured step.
 
 Two layers (one dense, one with experts) over a random cache on scattered pages. Limits: a weight of
-the softmax, a partial result and the result are rounded to bf16, each by at most 2^-9 and 2^-9 / √3
-on average; half as much again as the three together is allowed, and no token may be left out.
+the softmax, a partial result and the result are rounded to bf16, each by at most 2^-8 of it, hence
+by 2^-8 / √3 on average and all three by 2^-8. A page left out is seen there, a token by itself.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from tests.gpu.long_context import LongRows, attention_of, oracle_step
 LONGEST, MID, EIGHT = 163840, 131072, 32768
 # Around the ends of pages and of splits, beside a row of the greatest length.
 UNEVEN = (20000, 1, LONGEST, 65, EIGHT, 16384, 16385, 4097)
-BF16 = 2.0**-9  # largest relative error of one rounding
+BF16 = 2.0**-8  # largest relative error of one rounding
 FP8 = 2.0**-4
 OVERRIDES = (
     "first_k_dense_replace=1",
@@ -36,7 +36,7 @@ OVERRIDES = (
 NUM_PAGES = 4200  # eight rows of 32k tokens take 4,096
 # Root mean square of the logits' error over that of the logits: a rounding of an activation may
 # fall to the other side, in bf16 or in e4m3.
-LOGITS = {"plain": 0.02, "fp8": 0.08}
+LOGITS = {"plain": 0.03, "fp8": 0.1}
 
 
 @pytest.fixture(scope="module", params=["flashinfer fp8", "triton fp8", "triton none"])
@@ -71,7 +71,7 @@ def long(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         store=str(tmp_path_factory.mktemp("long")),
     ) as runtime:
         assert runtime.config.attention == attention
-        assert runtime.config.cut == default_cut(LONGEST)
+        assert runtime.config.cut == default_cut(8, LONGEST)
         yield runtime
 
 
@@ -91,9 +91,9 @@ def close(got: torch.Tensor, want: torch.Tensor, what: str) -> None:
     error = (got.double() - want).abs()
     rms = want.square().mean(-1, keepdim=True).sqrt()
     average = float((error.square().mean(-1, keepdim=True).sqrt() / rms).max())
-    assert average < 1.5 * BF16, f"{what}: error {average / BF16:.2f} roundings on average"
+    assert average < BF16, f"{what}: error {average / BF16:.2f} roundings on average"
     excess = float(((error - 2 * BF16 * want.abs()) / rms).max())
-    assert excess < 8 * BF16, f"{what}: an element is {excess / BF16:.1f} roundings off"
+    assert excess < 6 * BF16, f"{what}: an element is {excess / BF16:.1f} roundings off"
 
 
 @pytest.mark.parametrize("lengths", [(LONGEST,), (MID,), (EIGHT,) * 8, UNEVEN], ids=str)

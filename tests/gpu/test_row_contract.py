@@ -61,6 +61,23 @@ def test_everything_has_the_same_bits_in_any_company_ladder_and_run(name: str, l
     assert len({repr(bits) for bits in want}) == len(asks)
 
 
+@pytest.mark.parametrize("name", ["bf16", "fp8"])
+def test_everything_has_the_same_bits_alone_and_among_255_others(name: str, load: Load) -> None:
+    asks = everything(VOCAB, longest=200)
+    others = [
+        Ask(prompt(1 + 7 * i % 90, 1000 + i), params(temperature=0.5 + i % 3, seed=i))
+        for i in range(256 - len(asks))
+    ]
+    rows = {"bs": 256, "ladder": "1,8,256,256+512", "logits_rows": len(asks)}
+    with load(name, **rows) as runtime:
+        want = [one(runtime, ask).bits for ask in asks]
+        first, last = asks[::2], asks[1::2]
+        got = [answer.bits for answer in ask_all(runtime, [*first, *others, *last], ahead=2)]
+    got = got[: len(first)] + got[-len(last) :]
+    for ask, a, b in zip(first + last, got, want[::2] + want[1::2], strict=True):
+        assert a == b, f"{ask.params}"
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_rows_leave_nothing_behind_for_their_next_owner(seed: int, load: Load) -> None:
     asks = everything(VOCAB, longest=100)

@@ -1,0 +1,170 @@
+"""The graphs of a restored ladder: the first at once, the others in two threads.
+
+    builder   nodes, edges ─► instantiate, upload ─► nodes, edges ─► instantiate, upload ─► …
+    reader                    read the next key                      read the next key
+
+Instantiation is the driver's own time and lets Python's lock go: the reader's work falls into it,
+one key at a time, so that the builder never waits for that lock. A key that is wanted before the
+builder has come to it is built at once, by who wants it; no other key takes its place.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from capture_cache.bundle import Golden, Graph
+from capture_cache.bundle_files import BundleFiles
+from capture_cache.errors import CorruptBundle, CudaError
+from capture_cache.restore import Parts, Prepared, build_graph, prepare_graph
+from capture_cache.restore_code import Code
+from capture_cache.restore_driver import Driver
+from graphs.keys import GraphKey, Ladder, NotCaptured
+
+# Before the threads begin: a step that follows the load at once is not disturbed.
+PAUSE_S = 0.03
+
+
+class Keys:
+    """The graphs of a ladder, each rebuilt when it is wanted or when the thread comes to it.
+
+    Args:
+        decoded: graphs that have been read already.
+
+    Attributes:
+        seconds: from where a key is taken up to where it can be launched.
+        parts: what `seconds` went into, all keys together.
+        ahead: the same of what the reader did meanwhile.
+    """
+
+    def __init__(
+        self,
+        driver: Driver,
+        code: Code,
+        files: BundleFiles,
+        symbols: NDArray[np.uint64],
+        stream: int,
+        ladder: Ladder,
+        decoded: Mapping[GraphKey, Graph],
+    ) -> None:
+        self._driver, self._code, self._files = driver, code, files
+        self._symbols, self._stream, self._ladder = symbols, stream, ladder
+        self._graphs: dict[GraphKey, int] = {}
+        self._decoded = dict(decoded)
+        self._prepared: dict[GraphKey, Prepared] = {}  # by the reader, for the builder
+        self._lock = threading.Lock()
+        self._stop = threading.Event()
+        self._turns = threading.Semaphore(0)  # keys that the reader may read
+        self._threads: list[threading.Thread] = []
+        self._failure: Exception | None = None
+        self.seconds: dict[GraphKey, float] = {}
+        self.parts, self.ahead = Parts(), Parts()
+
+    def exec_of(self, key: GraphKey) -> int:
+        """The key's CUgraphExec; waits for it where it is not built yet.
+
+        Raises:
+            NotCaptured: no such key.
+            CorruptBundle, CudaError: it cannot be built.
+        """
+        graph = self._graphs.get(key)
+        return self._build(key) if graph is None else graph
+
+    def golden(self, key: GraphKey) -> Golden:
+        """The key's golden step; raises CorruptBundle."""
+        return self._files.golden_of(key.tokens, key.rows)
+
+    def build_rest(self, pause_s: float = PAUSE_S) -> None:
+        """Build what is missing in threads, which begin after `pause_s` seconds."""
+        missing = [key for key in self._ladder.keys if key not in self._graphs]
+        # The builder takes its first key itself, so as not to wait for the reader.
+        for run, arguments in (
+            (self._run, (missing, pause_s)),
+            (self._read_ahead, (missing[1:],)),
+        ):
+            thread = threading.Thread(target=run, args=arguments, daemon=True)
+            self._threads.append(thread)
+            thread.start()
+
+    def wait(self) -> None:
+        """Wait until every key is built; raises what went wrong."""
+        for thread in self._threads:
+            thread.join()
+        self._prepared.clear()
+        self.check()
+
+    def check(self) -> None:
+        """Raises what went wrong in the thread."""
+        if self._failure is not None:
+            raise self._failure
+
+    def close(self) -> None:
+        """Stop building and drop all graphs. Idempotent."""
+        self._stop.set()
+        self._turns.release()
+        for thread in self._threads:
+            thread.join()
+        self._prepared.clear()
+        while self._graphs:
+            self._driver.drop_exec(self._graphs.popitem()[1])
+
+    def _run(self, keys: Sequence[GraphKey], pause_s: float) -> None:
+        try:
+            self._stop.wait(pause_s)
+            self._driver.make_current()
+            for key in keys:
+                if self._stop.is_set():
+                    return
+                self.exec_of(key)
+        except Exception as e:  # told by `check`, and again by the step that wants the key
+            self._failure = e
+            self._stop.set()
+        finally:
+            self._turns.release()  # the reader must not wait for a builder that has ended
+
+    def _read_ahead(self, keys: Sequence[GraphKey]) -> None:
+        try:
+            self._driver.make_current()
+            for key in keys:
+                self._turns.acquire()
+                if self._stop.is_set():
+                    return
+                if key not in self._graphs:
+                    self._prepared[key] = self._prepare(key, self.ahead)
+        except (CorruptBundle, CudaError):
+            return  # who builds that key reads it again, and tells
+
+    def _prepare(self, key: GraphKey, parts: Parts) -> Prepared:
+        parts.start()
+        graph = self._decoded.pop(key, None)
+        if graph is None:
+            graph = self._files.graph_of(key.tokens, key.rows)
+            parts.end("decode")
+        prepared = prepare_graph(self._driver, self._code, graph, self._symbols)
+        parts.end("lay out")
+        return prepared
+
+    def _build(self, key: GraphKey) -> int:
+        if key not in self._ladder.keys:
+            raise NotCaptured(
+                f"key {key} was not captured (ladder {self._ladder}); add it with --ladder"
+            )
+        with self._lock:
+            graph = self._graphs.get(key)
+            if graph is not None:  # the other thread was quicker
+                return graph
+            start = time.perf_counter()
+            prepared = self._prepared.pop(key, None) or self._prepare(key, self.parts)
+            shown = f"the graph of key {key}"
+            turn = self._turns.release
+            graph = build_graph(self._driver, self._code, prepared, shown, self.parts, turn)
+            self._driver.upload_graph(graph, self._stream)
+            self.parts.end("upload")
+            self.seconds[key] = time.perf_counter() - start
+            self._graphs[key] = graph
+            self._prepared.pop(key, None)  # the reader may have come to it meanwhile
+            return graph

@@ -1,0 +1,114 @@
+"""Wrong arguments to any call: one sentence with what was expected, what came and what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from kernels.triton.state import mask_words
+from runtime import Runtime, SamplingParams
+from runtime.scheduler import SchedulerConfig
+from tests.fake_device import FakeConfig, FakeDevice, FakeModel
+
+WORDS = mask_words(FakeModel.vocab_size)
+FLAT = "a prompt is a non-empty list of token ids, got"
+IDS = "token ids must be whole numbers below 97, got"
+ROW = r"a row is a whole number, got .*; add\(\) returns it"
+ID = r"a request's id is a whole number, got .*; submit\(\) returns it"
+WEIGHTS = r"expected \(name, array\) pairs, got .*; pass state_dict.items\(\) or a checkpoint"
+Call = Callable[[Any], Any]
+
+WRONG: dict[str, tuple[Call, type[Exception], str]] = {
+    "ragged prompt": (
+        lambda rt: rt.submit([[1], [2, 3]]),
+        ValueError,
+        rf"{FLAT} list \[\[1\], \[2, 3\]\]; give several prompts one by one",
+    ),
+    "two prompts": (lambda rt: rt.submit(np.ones((2, 3), int)), ValueError, rf"{FLAT} shape \(2, "),
+    "no prompt": (lambda rt: rt.add(None), ValueError, f"{FLAT} NoneType None; give at least one"),
+    "a number": (lambda rt: rt.add(5), ValueError, f"{FLAT} int 5"),
+    "text": (lambda rt: rt.submit("abc"), ValueError, f"{FLAT} text; tokenise it"),
+    "a set": (lambda rt: rt.submit({1, 2}), ValueError, FLAT),
+    "texts": (lambda rt: rt.submit(["a"]), ValueError, IDS),
+    "a hole": (lambda rt: rt.submit([1, None]), ValueError, rf"{IDS} list \[1, None\]"),
+    "a huge id": (lambda rt: rt.submit([2**70]), ValueError, IDS),
+    "a negative id": (lambda rt: rt.submit([3, -1]), ValueError, "token id -1 at position 1"),
+    "cancel: text": (lambda rt: rt.cancel("x"), TypeError, ROW),
+    "cancel: none": (lambda rt: rt.cancel(None), TypeError, ROW),
+    "cancel: beyond": (lambda rt: rt.cancel(8), ValueError, r"row must be in \[0, 8\), got 8; req"),
+    "cancel by id: text": (lambda rt: rt.cancel_request("x"), TypeError, ID),
+    "cancel by id: later": (
+        lambda rt: rt.cancel_request(9),
+        ValueError,
+        "9 has never been taken",
+    ),
+    "id of: text": (lambda rt: rt.request_id("x"), TypeError, ROW),
+    "seed: below": (lambda rt: rt.seed_of(-1), ValueError, r"row must be in \[0, 8\), got -1"),
+    "seed: never taken": (lambda rt: rt.seed_of(7), ValueError, "row 7 has had no request"),
+    "seed by id: list": (lambda rt: rt.seed_of_request([1]), TypeError, ID),
+    "seed by id: real": (lambda rt: rt.seed_of_request(0.0), TypeError, ID),
+    "seed by id: later": (lambda rt: rt.seed_of_request(9), ValueError, r"\(ids so far: below 1\)"),
+    "mask: ragged": (
+        lambda rt: rt.set_token_mask(0, [[1], [2, 3]]),
+        TypeError,
+        f"one array of {WORDS} int32 words on the host, got list; xgrammar's allocate",
+    ),
+    "mask: list": (lambda rt: rt.set_token_mask(0, [1] * WORDS), TypeError, "words, got int64; xg"),
+    "mask: text": (lambda rt: rt.set_token_mask(0, "x"), TypeError, "words, got <U1; xgrammar"),
+    "mask: short": (
+        lambda rt: rt.set_token_mask(0, np.zeros(WORDS - 1, np.int32)),
+        ValueError,
+        rf"has {WORDS} words of 32 bits, got shape \({WORDS - 1},\); xgrammar",
+    ),
+    "mask by id: text": (lambda rt: rt.set_request_mask("x", None), TypeError, ID),
+    "drain": (lambda rt: rt.drain(waiting=3), TypeError, "waiting must be True or False, got 3"),
+    "occupy: text": (lambda rt: rt.occupy("x", 3, 3), TypeError, "num_rows must be a whole"),
+    "occupy: below": (lambda rt: rt.occupy(-1, 3, 3), ValueError, "num_rows must be at least 0"),
+    "occupy: two limits": (
+        lambda rt: rt.occupy(1, 3, 3, SamplingParams(max_tokens=5)),
+        ValueError,
+        "max_tokens is 3 and that of params 5",
+    ),
+    "ladder": (lambda rt: setattr(rt, "ladder", "1,2"), TypeError, "a ladder is a graphs.keys"),
+    "profile": (
+        lambda _: SamplingParams.profile(["x"]),
+        ValueError,
+        "profile must be one of production_generate",
+    ),
+    "profile's setting": (
+        lambda _: SamplingParams.profile("rl_sample", warmth=1),
+        TypeError,
+        "no such setting: warmth; there are max_tokens, temperature",
+    ),
+    "ageing": (lambda _: SchedulerConfig(ageing_steps="x"), ValueError, "at least 1 step, got 'x'"),
+    "budget": (
+        lambda _: SchedulerConfig(prefill_budget="x"),
+        ValueError,
+        "token a step, got 'x'",
+    ),
+    "cache": (lambda _: SchedulerConfig(prefix_cache="no"), TypeError, "True or False, got 'no'"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_call_is_told_so_and_changes_nothing(name: str) -> None:
+    call, error, message = WRONG[name]
+    runtime = Runtime(FakeDevice(FakeConfig(), "1,2,4,8,8+16"))
+    runtime.add([1, 2, 3], SamplingParams(max_tokens=5))
+    before = runtime.stats()
+    with pytest.raises(error, match=message):
+        call(runtime)
+    assert runtime.stats() == before
+    while runtime.num_running:
+        assert len(runtime.step()) == 1
+
+
+@pytest.mark.parametrize("source", [None, 5, b"x", {"model.norm.weight": 1}, [("a",)], [None]])
+def test_what_is_no_list_of_weights(source: Any) -> None:
+    from graphs.weight_update import _named_tensors
+
+    with pytest.raises(ValueError, match=WEIGHTS):
+        _named_tensors(source)
