@@ -252,6 +252,7 @@ def _mlp_scratch(
     yield entry("topk_ids", (tokens, top_k), "int32")
     yield entry("topk_weights", (tokens, top_k), "float32")
     yield entry("offsets", (cfg.num_experts // step.ep_size + joins + 1,), "int32")
+    yield entry("ready", (cfg.num_experts // step.ep_size + joins,), "int32")
     yield entry("pairs", (pairs,), "int32")
     yield from activation("expert_h", pairs, cfg.moe_intermediate_size, plain=False)
     yield entry("expert_y", (pairs, cfg.hidden_size), cfg.act_dtype)

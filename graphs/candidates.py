@@ -16,7 +16,7 @@ import torch
 from graphs.calls import Call, Hook
 from graphs.ops import Ops
 from kernels.triton.grouped import DOWN_PLAN, GATE_UP_PLAN, GroupedPlan
-from kernels.triton.linear import PAIRED_N, LinearPlan, linear_plan
+from kernels.triton.linear import LinearPlan, linear_plan
 from kernels.triton.router import RouterPlan, router_plan
 from kernels.triton.tiles import FP8_GROUP
 
@@ -32,6 +32,8 @@ TORCH_MM = "torch.mm"
 # Programs that a product is cut into by tiles of 64 rows and splits, of at least four blocks of K:
 # one, one and a third, and two for each SM of a Hopper chip, whatever the chip is.
 PROGRAMS = (132, 176, 264)
+# Experts whose programs of `grouped_down`, two an SM, are on a Hopper chip at once: 264 of 56 each.
+FIRST_EXPERTS = 5
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ class Candidate:
         router's tiles the height, for it decides the tensor cores' instruction."""
         bits = "one order"
         if isinstance(plan, LinearPlan):
-            bits = plan.order
+            bits = f"splits={plan.splits}"
         elif isinstance(plan, RouterPlan):
             bits = f"block_k={plan.block_k} {'low' if plan.block_n < 64 else 'tall'} tiles"
         return cls(plan_name(plan), bits, plan=plan)
@@ -145,7 +147,7 @@ def _linear_plans(call: Call) -> list[LinearPlan]:
     the step has settled how many."""
     w, out = call.args[1 if call.op == "linear" else 2], call.kwargs.get("out")
     n, k = w.shape
-    default = linear_plan(n, k, elem_bytes=w.element_size())
+    default = linear_plan(n, k, elem_bytes=w.element_size(), tokens=call.args[0].shape[0])
     plans = _fp32_plans(default, k) if w.element_size() == 4 else _narrow_plans(default, call, n, k)
     if out is not None and out.ndim == 3:
         plans = [p for p in plans if p.splits == out.shape[0]]
@@ -168,12 +170,6 @@ def _narrow_plans(default: LinearPlan, call: Call, n: int, k: int) -> list[Linea
     plans = [default, replace(default, per_sm=1)]
     for splits in (default.splits, *(s for s in counts if s == 1 or blocks // s >= 4)):
         plans += [LinearPlan(64, splits, unroll=unroll) for unroll in unrolls]
-    if call.op == "linear_fp8":
-        # Two tiles at once: a turn of the loop has four times the bytes of a tile of 64 rows.
-        fills = max(1, round(PROGRAMS[0] / -(-n // PAIRED_N)))
-        for splits in dict.fromkeys((default.splits, fills)):
-            if splits == 1 or blocks // splits >= 4:
-                plans += [LinearPlan(PAIRED_N, splits, per_sm=per_sm) for per_sm in (1, 2)]
     return plans
 
 
@@ -192,7 +188,8 @@ def _grouped_plans(call: Call) -> list[GroupedPlan]:
         *(replace(default, per_sm=per_sm) for per_sm in (1, 2, 3)),
         replace(default, block_n=64),
         *(replace(default, prefetch=blocks) for blocks in (0, 1, 2)),
-        *(replace(default, walk=walk, per_sm=per_sm) for walk in (0, 1) for per_sm in (1, 2, 3)),
+        replace(default, pairs=16),
+        *(replace(default, chain=FIRST_EXPERTS, prefetch=blocks) for blocks in (0, 1)),
     ]
     return [p for p in dict.fromkeys(plans) if _fits(p, call)]
 

@@ -362,7 +362,8 @@ class DecodeStep:
         """This rank's experts over the received rows; `expert_y` gets a line per (row, choice)."""
         w, h = self.weights, Activation.of(b, "expert_h")
         name += "all_" if self.shared_joins else "experts_"
-        self.ops.align(received.ids, expert_start=0, offsets=b["offsets"], pairs=b["pairs"])
+        lists = {field: b[field] for field in ("offsets", "pairs", "ready")}
+        self.ops.align(received.ids, expert_start=0, **lists)
         hidden = h.plain if h.q is None else h.q
         self.ops.grouped_gate_up(
             received.x,
@@ -374,6 +375,7 @@ class DecodeStep:
             top_k=received.ids.shape[1],
             out=hidden,
             out_scale=h.scale,
+            ready=b["ready"],
         )
         self.ops.grouped_down(
             hidden,
@@ -384,6 +386,7 @@ class DecodeStep:
             b["pairs"],
             top_k=received.ids.shape[1],
             out=b["expert_y"],
+            ready=b["ready"],
         )
 
     def _sample(self, b: Buffers) -> None:

@@ -19,14 +19,15 @@ import triton
 import triton.language as tl
 
 from kernels.triton.grouped_parts import expert_of, gather_rows, store_hidden, store_pairs
-from kernels.triton.grouped_walk import down_walk_kernel, gate_up_walk_kernel
 from kernels.triton.launch import Arg, Launcher, TensorMap
 from kernels.triton.overlap import (
     OFF,
+    await_inputs_first,
     await_inputs_streaming,
     overlap,
     prefetch_rows,
     release_dependents,
+    release_first,
 )
 from kernels.triton.tiles import (
     BLOCK_K_BYTES,
@@ -47,7 +48,7 @@ from kernels.triton.tiles import (
 
 BLOCK_N = 128  # weight rows of a tile; one quantisation group of the experts' hidden activation
 PAIR_BLOCKS = (16, 32, 64)  # pairs of a tile; an expert's own count chooses, on the device
-WALK_PAIRS = 32  # of the tallest tile of programs that walk: an expert with more is several items
+POLLS = 1 << 20  # of an expert's counter, the better part of a second, before its result is NaN
 FP8_MAX = 448.0
 FP8_MIN_AMAX = 1e-4
 
@@ -60,19 +61,29 @@ class GroupedPlan:
         block_n: weight rows of a tile: 64 or 128; FP8 gate_up takes 128, a quantisation group.
         per_sm: programs that are to share an SM; decides how deep each is pipelined.
         prefetch: blocks of K whose weights are asked for before the inputs are there: 0, 1, 2 or 4.
-        walk: 1: as many programs as the chip holds walk from tile to tile; 0: one for each tile.
+        pairs: the most of a tile: 16, 32 or 64. An expert with more has several, and its weights
+            are read again, from L2 where that happens at the same time.
+        chain: of down: programs of so many experts, the first ones, wait for their own expert's
+            hidden activation instead of for all of gate_up, and so fill its tail; about as many
+            experts as have programs on the chip at once. Of gate_up: not 0 lets down's programs
+            start as soon as there is room for them. Takes `ready`; few pairs go without.
     """
 
     block_n: int = BLOCK_N
     per_sm: int = 2
     prefetch: int = 0
-    walk: int = 0
+    pairs: int = PAIR_BLOCKS[-1]
+    chain: int = 0
 
     def __post_init__(self) -> None:
         if self.block_n not in (64, 128) or self.per_sm not in BUDGET_BYTES:
             raise ValueError(f"expected block_n 64 or 128 and 1 to 3 programs, got {self}")
-        if self.prefetch not in (0, 1, 2, 4) or self.walk not in (0, 1):
-            raise ValueError(f"expected prefetch 0, 1, 2 or 4 and walk 0 or 1, got {self}")
+        if self.prefetch not in (0, 1, 2, 4):
+            raise ValueError(f"expected prefetch 0, 1, 2 or 4, got {self}")
+        if self.pairs not in PAIR_BLOCKS or self.chain < 0:
+            raise ValueError(
+                f"expected tiles of at most 16, 32 or 64 pairs, chain >= 0, got {self}"
+            )
 
 
 GATE_UP_PLAN = GroupedPlan()
@@ -152,6 +163,7 @@ def _gate_up_kernel(
     pairs,  # i32 [T*TOP_K]
     out,  # act or e4m3 [T*TOP_K, INTER]
     out_scale,  # f32 [T*TOP_K, INTER/128]
+    ready,  # i32 [E], or unused
     E: tl.constexpr,
     E_POW2: tl.constexpr,
     COMPACT: tl.constexpr,
@@ -170,6 +182,8 @@ def _gate_up_kernel(
     STAGES_32: tl.constexpr,
     STAGES_64: tl.constexpr,
     PREFETCH: tl.constexpr,
+    COUNTS: tl.constexpr,
+    CHAIN: tl.constexpr,
     PDL: tl.constexpr,
 ):
     # How many pairs an expert has is known on the device only: one kernel holds several heights.
@@ -182,7 +196,11 @@ def _gate_up_kernel(
         row = up_end - INTER + n_tile * BLOCK_N
         prefetch_rows(w_rows, row, 0, up_end, K, K, BLOCK_N, PREFETCH * BLOCK_K)
         prefetch_rows(w_rows, row - INTER, 0, up_end - INTER, K, K, BLOCK_N, PREFETCH * BLOCK_K)
-    await_inputs_streaming(PDL)
+    if COUNTS:
+        # Whoever looks at `ready` starts after its reset, which this waits for.
+        await_inputs_first(PDL, CHAIN)
+    else:
+        await_inputs_streaming(PDL)
     expert, first, end = expert_of(offsets, slot, E, E_POW2, COMPACT)
     if HIGHEST == 16 or end - first <= 16:
         _gate_up_tiles(
@@ -202,6 +220,23 @@ def _gate_up_kernel(
             TOP_K, INTER, K, X_PITCH, 64, BLOCK_N, BLOCK_K, FP8, W_TMA, EVEN_N, EVEN_K,
             STAGES_64, PDL,
         )  # fmt: skip
+    if COUNTS:
+        # Pairs with the acquire in `_await_hidden`; releases what all threads have stored.
+        tl.debug_barrier()
+        columns = tl.minimum(INTER - n_tile * BLOCK_N, BLOCK_N)
+        tl.atomic_add(ready + expert, columns, sem="release", scope="gpu")
+
+
+@triton.jit
+def _await_hidden(ready, expert, K: tl.constexpr, POLLS: tl.constexpr):
+    """Whether the expert's hidden activation is there; false after so many polls."""
+    # Pairs with the release at the end of `_gate_up_kernel`.
+    columns = tl.atomic_add(ready + expert, 0, sem="acquire", scope="gpu")
+    polls = 0
+    while (columns < K) & (polls < POLLS):
+        columns = tl.atomic_add(ready + expert, 0, sem="acquire", scope="gpu")
+        polls += 1
+    return columns >= K
 
 
 @triton.jit
@@ -216,6 +251,7 @@ def _down_tiles(
     n_tile,
     first,
     end,
+    there,
     N: tl.constexpr,
     K: tl.constexpr,
     H_PITCH: tl.constexpr,
@@ -227,6 +263,7 @@ def _down_tiles(
     EVEN_N: tl.constexpr,
     EVEN_K: tl.constexpr,
     STAGES: tl.constexpr,
+    CHAIN: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """One weight tile of an expert against all its pairs, BLOCK_P at a time."""
@@ -254,6 +291,8 @@ def _down_tiles(
             else:
                 acc = tl.dot(wt, ht, acc, input_precision="ieee")
         release_dependents(PDL)
+        if CHAIN > 0:
+            acc = tl.where(there, acc, float("nan"))
         store_pairs(out, acc, pair, live, n, N)
 
 
@@ -267,6 +306,7 @@ def _down_kernel(
     offsets,  # i32 [E+1]
     pairs,  # i32 [P]
     out,  # act [P, N]
+    ready,  # i32 [E], or unused
     E: tl.constexpr,
     E_POW2: tl.constexpr,
     COMPACT: tl.constexpr,
@@ -284,6 +324,8 @@ def _down_kernel(
     STAGES_32: tl.constexpr,
     STAGES_64: tl.constexpr,
     PREFETCH: tl.constexpr,
+    CHAIN: tl.constexpr,  # slots of the grid that wait for their own expert only
+    POLLS: tl.constexpr,
     PDL: tl.constexpr,
 ):
     # How many pairs an expert has is known on the device only: one kernel holds several heights.
@@ -295,22 +337,30 @@ def _down_kernel(
         row_end = (slot + 1) * N
         row = row_end - N + n_tile * BLOCK_N
         prefetch_rows(w_rows, row, 0, row_end, K, K, BLOCK_N, PREFETCH * BLOCK_K)
-    await_inputs_streaming(PDL)
+    there = slot >= 0
+    if CHAIN > 0 and tl.program_id(1) < CHAIN:
+        release_first(PDL)
+        there = _await_hidden(ready, slot, K, POLLS)
+    else:
+        await_inputs_streaming(PDL)
     expert, first, end = expert_of(offsets, slot, E, E_POW2, COMPACT)
     if HIGHEST == 16 or end - first <= 16:
         _down_tiles(
-            h, h_scale, w, w_scale, pairs, out, expert, n_tile, first, end,
-            N, K, H_PITCH, 16, BLOCK_N, BLOCK_K, FP8, W_TMA, EVEN_N, EVEN_K, STAGES_16, PDL,
+            h, h_scale, w, w_scale, pairs, out, expert, n_tile, first, end, there,
+            N, K, H_PITCH, 16, BLOCK_N, BLOCK_K, FP8, W_TMA, EVEN_N, EVEN_K, STAGES_16,
+            CHAIN, PDL,
         )  # fmt: skip
     elif HIGHEST == 32 or end - first <= 32:
         _down_tiles(
-            h, h_scale, w, w_scale, pairs, out, expert, n_tile, first, end,
-            N, K, H_PITCH, 32, BLOCK_N, BLOCK_K, FP8, W_TMA, EVEN_N, EVEN_K, STAGES_32, PDL,
+            h, h_scale, w, w_scale, pairs, out, expert, n_tile, first, end, there,
+            N, K, H_PITCH, 32, BLOCK_N, BLOCK_K, FP8, W_TMA, EVEN_N, EVEN_K, STAGES_32,
+            CHAIN, PDL,
         )  # fmt: skip
     else:
         _down_tiles(
-            h, h_scale, w, w_scale, pairs, out, expert, n_tile, first, end,
-            N, K, H_PITCH, 64, BLOCK_N, BLOCK_K, FP8, W_TMA, EVEN_N, EVEN_K, STAGES_64, PDL,
+            h, h_scale, w, w_scale, pairs, out, expert, n_tile, first, end, there,
+            N, K, H_PITCH, 64, BLOCK_N, BLOCK_K, FP8, W_TMA, EVEN_N, EVEN_K, STAGES_64,
+            CHAIN, PDL,
         )  # fmt: skip
 
 
@@ -326,6 +376,7 @@ def grouped_gate_up(
     top_k: int,
     out: torch.Tensor,
     out_scale: torch.Tensor | None,
+    ready: torch.Tensor | None = None,
     plan: GroupedPlan = GATE_UP_PLAN,
 ) -> None:
     """out[p] = silu(x[t] @ gate.T) * (x[t] @ up.T) for every pair p of each expert, t = p // top_k.
@@ -342,6 +393,8 @@ def grouped_gate_up(
         pairs: int32 [T*top_k]; what lies past offsets[E] is not read.
         out: e4m3 or act dtype [T*top_k, I].
         out_scale: fp32 [T*top_k, ceil(I/128)].
+        ready: int32 [E], zero before: gets I for each expert that is done, with or without pairs,
+            unless there are fewer pairs than experts. For `grouped_down`, right behind.
         plan: for measurements and pinned choices.
     Raises:
         ValueError: shapes or dtypes that do not fit.
@@ -359,9 +412,10 @@ def grouped_gate_up(
         check_scale("x_scale", x_scale, (x.shape[0], groups))
         check_scale("w_scale", w_scale, (num_experts, 2 * rows, groups))
         check_scale("out_scale", out_scale, (num_pairs, rows))
+    _check_ready(ready, num_experts, plan)
     tiles = _Tiles.of(launch, plan, w, inter, 2, num_pairs, x.shape[0], fp8=fp8)
     launch(
-        gate_up_walk_kernel if plan.walk else _gate_up_kernel,
+        _gate_up_kernel,
         tiles.grid,
         x,
         _or(x_scale, x),
@@ -372,6 +426,9 @@ def grouped_gate_up(
         pairs,
         out,
         _or(out_scale, out),
+        _or(ready, offsets),
+        COUNTS=ready is not None and not tiles.compact,
+        CHAIN=plan.chain > 0,
         TOP_K=top_k,
         INTER=inter,
         X_PITCH=x.stride(0),
@@ -393,6 +450,7 @@ def grouped_down(
     *,
     top_k: int = 1,
     out: torch.Tensor,
+    ready: torch.Tensor | None = None,
     plan: GroupedPlan = DOWN_PLAN,
 ) -> None:
     """out[p] = h[p] @ w[e].T for every pair p of each expert e.
@@ -406,6 +464,8 @@ def grouped_down(
         pairs: int32 [P]; what lies past offsets[E] is not read.
         top_k: choices of a token, for the height of tiles.
         out: act dtype [P, N].
+        ready: int32 [E], what `grouped_gate_up`, the launch right before, counts in; a plan that
+            chains needs it. An expert that is not ready in time gets NaN.
         plan: for measurements and pinned choices.
     Raises:
         ValueError: shapes or dtypes that do not fit.
@@ -421,9 +481,10 @@ def grouped_down(
         check_fp8("h", h)
         check_scale("h_scale", h_scale, (num_pairs, groups))
         check_scale("w_scale", w_scale, (num_experts, triton.cdiv(n, FP8_GROUP), groups))
+    _check_ready(ready, num_experts, plan)
     tiles = _Tiles.of(launch, plan, w, n, 1, num_pairs, num_pairs // top_k, fp8=fp8)
     launch(
-        down_walk_kernel if plan.walk else _down_kernel,
+        _down_kernel,
         tiles.grid,
         h,
         _or(h_scale, h),
@@ -433,6 +494,9 @@ def grouped_down(
         offsets,
         pairs,
         out,
+        _or(ready, offsets),
+        CHAIN=0 if tiles.compact else min(plan.chain, num_experts),
+        POLLS=POLLS,
         N=n,
         H_PITCH=h.stride(0),
         **tiles.constexprs,
@@ -447,7 +511,8 @@ class _Tiles:
     """How the experts' weights are cut, and how the kernel reads them."""
 
     w: Arg
-    grid: tuple[int, ...]
+    grid: tuple[int, int]
+    compact: bool
     constexprs: dict[str, Any]
     stages: int
     num_warps: int
@@ -481,8 +546,7 @@ class _Tiles:
         bulk = isinstance(source, TensorMap)
         highest = next((h for h in PAIR_BLOCKS if h >= most), PAIR_BLOCKS[-1]) if bulk else 16
         per_sm = plan.per_sm if fp8 else 2
-        if plan.walk:
-            highest = min(highest, WALK_PAIRS)
+        highest = min(highest, plan.pairs)
         if fp8 and halves == 2 and highest > 32:
             per_sm = 1  # two tall fp32 accumulators and a partial product take all registers
         budget = BUDGET_BYTES[per_sm]
@@ -491,12 +555,10 @@ class _Tiles:
             for height in PAIR_BLOCKS
         }
         compact = num_pairs < num_experts
-        across = triton.cdiv(rows, block_n)
-        # No more experts can have pairs than there are pairs: idle programs cost a step, too.
-        slots = min(num_experts, num_pairs)
         constexprs = {
             "E": num_experts,
             "E_POW2": triton.next_power_of_2(num_experts),
+            "COMPACT": compact,
             "K": k,
             "BLOCK_N": block_n,
             "BLOCK_K": block_k,
@@ -504,20 +566,16 @@ class _Tiles:
             "W_TMA": bulk,
             "EVEN_N": rows % block_n == 0,
             "EVEN_K": k % block_k == 0,
+            "HIGHEST": highest,
+            **{f"STAGES_{height}": stages[height] for height in PAIR_BLOCKS},
             # Which expert a slot of a compact grid takes is known only once the lists are there.
             "PREFETCH": plan.prefetch if bulk and not compact and launch.pdl != OFF else 0,
         }
-        if plan.walk:
-            chunks = slots + num_pairs // highest  # at most: a last one of each expert, full ones
-            grid: tuple[int, ...] = (min(across * chunks, per_sm * launch.num_sms),)
-            constexprs |= {"BLOCK_P": highest, "STAGES": stages[highest]}
-        else:
-            grid = (across, slots)
-            constexprs |= {"COMPACT": compact, "HIGHEST": highest}
-            constexprs |= {f"STAGES_{height}": stages[height] for height in PAIR_BLOCKS}
         return cls(
             w=source,
-            grid=grid,
+            # No more experts can have pairs than there are pairs: idle programs cost a step, too.
+            grid=(triton.cdiv(rows, block_n), min(num_experts, num_pairs)),
+            compact=compact,
             constexprs=constexprs,
             stages=stages[highest],
             num_warps=max(4, block_n * halves // 32),  # a warp group for each tile of 128 rows
@@ -556,6 +614,16 @@ def _check_lists(
             )
 
 
+def _check_ready(ready: torch.Tensor | None, num_experts: int, plan: GroupedPlan) -> None:
+    if ready is None:
+        if plan.chain:
+            raise ValueError(f"{plan} chains by `ready`, int32 [{num_experts}], and got None")
+    elif ready.dtype != torch.int32 or tuple(ready.shape) != (num_experts,):
+        raise ValueError(
+            f"ready must be int32 [{num_experts}], got {ready.dtype} {list(ready.shape)}"
+        )
+
+
 def _check_out(out: torch.Tensor, shape: tuple[int, int], dtype: torch.dtype | None) -> None:
     if tuple(out.shape) != shape or not out.is_contiguous() or dtype not in (None, out.dtype):
         raise ValueError(
@@ -575,8 +643,11 @@ def grouped_gate_up_ref(
     top_k: int,
     out: torch.Tensor,
     out_scale: torch.Tensor | None,
+    ready: torch.Tensor | None = None,
 ) -> None:
     """Oracle of `grouped_gate_up`: fp32 throughout, one rounding (or quantisation) at the end."""
+    if ready is not None and pairs.shape[0] >= w.shape[0]:
+        ready += w.shape[1] // 2
     for expert, listed in _busy_experts(offsets, pairs):
         rows = _widen(x, x_scale, listed // top_k)
         if w_scale is None:
@@ -606,6 +677,7 @@ def grouped_down_ref(
     *,
     top_k: int = 1,
     out: torch.Tensor,
+    ready: torch.Tensor | None = None,
 ) -> None:
     """Oracle of `grouped_down`: fp32 throughout, one rounding."""
     for expert, listed in _busy_experts(offsets, pairs):

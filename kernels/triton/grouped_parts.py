@@ -31,35 +31,6 @@ def expert_of(offsets, slot, E: tl.constexpr, E_POW2: tl.constexpr, COMPACT: tl.
 
 
 @triton.jit
-def _chunks(offsets, ids, E: tl.constexpr, BLOCK_P: tl.constexpr):
-    """How many tiles of BLOCK_P the pairs of each expert fill."""
-    begins = tl.load(offsets + ids, mask=ids < E, other=0)
-    ends = tl.load(offsets + ids + 1, mask=ids < E, other=0)
-    return (ends - begins + BLOCK_P - 1) // BLOCK_P
-
-
-@triton.jit
-def num_chunks(offsets, E: tl.constexpr, E_POW2: tl.constexpr, BLOCK_P: tl.constexpr):
-    """How many tiles of BLOCK_P the pairs of all experts fill."""
-    return tl.sum(_chunks(offsets, tl.arange(0, E_POW2), E, BLOCK_P), 0)
-
-
-@triton.jit
-def chunk_at(offsets, slot, E: tl.constexpr, E_POW2: tl.constexpr, BLOCK_P: tl.constexpr):
-    """Expert and pairs [first, end) of a chunk, counted from the first expert on."""
-    ids = tl.arange(0, E_POW2)
-    chunks = _chunks(offsets, ids, E, BLOCK_P)
-    before = tl.cumsum(chunks, 0) - chunks
-    mine = (before <= slot) & (slot < before + chunks)
-    # One reduction for both: E_POW2 is a power of two.
-    found = tl.sum(tl.where(mine, (slot - before) * E_POW2 + ids, 0), 0)
-    expert = found % E_POW2
-    first = tl.load(offsets + expert) + found // E_POW2 * BLOCK_P
-    end = tl.minimum(first + BLOCK_P, tl.load(offsets + expert + 1))
-    return expert, first, end
-
-
-@triton.jit
 def gather_rows(
     x,  # [rows, K], pitch X_PITCH
     rows,  # i64 [BLOCK_P]

@@ -16,7 +16,6 @@ import triton
 import triton.language as tl
 
 from kernels.triton.launch import Arg, Launcher, TensorMap
-from kernels.triton.linear_runs import linear_fp8_runs_kernel, run_parts
 from kernels.triton.overlap import (
     OFF,
     await_inputs,
@@ -44,8 +43,6 @@ from kernels.triton.tiles import (
 
 TOKEN_BLOCKS = (16, 32, 64, 128)
 FP32_TOKEN_BLOCKS = (16, 32)
-TILE_N = 128  # weight rows of the largest tile
-PAIRED_N = 2 * TILE_N  # of a program that takes two tiles at once
 # The plan must be the same on every chip, so it counts on a fixed number of SMs.
 MIN_PROGRAMS = 120
 UNSPLIT_PROGRAMS = 112
@@ -191,47 +188,31 @@ def _linear_fp8_kernel(
     n0 = tl.program_id(1) * BLOCK_N
     split = tl.program_id(2)
     blocks: tl.constexpr = (K + 127) // 128
-    # A block of 256 rows is two tiles, each with its own scale: one turn's waits serve both.
-    PAIRED: tl.constexpr = BLOCK_N == 256
-    TILE_N: tl.constexpr = 128 if PAIRED else BLOCK_N
-    n1 = n0 + TILE_N
-    scale_row = n0 // 128
-    next_scale_row = tl.minimum(scale_row + 1, (N + 127) // 128 - 1)
     t = t0 + tl.arange(0, BLOCK_T)
     begin, end = _split_range(split, blocks, SPLITS)
     if PREFETCH > 0:
         prefetch_rows(w_rows, n0, begin * 128, N, K, W_PITCH, BLOCK_N, PREFETCH * 128)
     await_inputs_streaming(PDL)
-    acc = tl.zeros([TILE_N, BLOCK_T], tl.float32)
-    if PAIRED:
-        acc1 = tl.zeros([TILE_N, BLOCK_T], tl.float32)
+    acc = tl.zeros([BLOCK_N, BLOCK_T], tl.float32)
     for first in tl.range(begin, end, UNROLL, num_stages=STAGES):
         for i in tl.static_range(UNROLL):
             kb = first + i
             if UNROLL > 1:
                 kb = tl.minimum(kb, end - 1)
             k = kb * 128
-            token_scale = load_scale(x_scale, t, t < num_tokens, kb, blocks, SCALE_PITCH, BLOCK_T)
-            scale = token_scale * tl.load(w_scale + scale_row * blocks + kb)
+            scale = load_scale(x_scale, t, t < num_tokens, kb, blocks, SCALE_PITCH, BLOCK_T)
+            scale *= tl.load(w_scale + (n0 // 128) * blocks + kb)
             if UNROLL > 1:
                 # A turn that is not full takes the last block again, and adds nothing.
                 scale *= tl.where(first + i < end, 1.0, 0.0)
-            wt = load_tile(w, n0, k, N, K, W_PITCH, TILE_N, 128, W_TMA, EVEN_N, EVEN_K)
+            wt = load_tile(w, n0, k, N, K, W_PITCH, BLOCK_N, 128, W_TMA, EVEN_N, EVEN_K)
             xt = load_tile(x, t0, k, num_tokens, K, X_PITCH, BLOCK_T, 128, X_TMA, False, EVEN_K)
             acc += tl.dot(wt, tl.trans(xt)) * scale[None, :]
-            if PAIRED:
-                scale1 = token_scale * tl.load(w_scale + next_scale_row * blocks + kb)
-                if UNROLL > 1:
-                    scale1 *= tl.where(first + i < end, 1.0, 0.0)
-                wt1 = load_tile(w, n1, k, N, K, W_PITCH, TILE_N, 128, W_TMA, EVEN_N, EVEN_K)
-                acc1 += tl.dot(wt1, tl.trans(xt)) * scale1[None, :]
     release_dependents(PDL)
-    n = n0 + tl.arange(0, TILE_N)
+    n = n0 + tl.arange(0, BLOCK_N)
     if SPLITS > 1:
         dst += tl.cast(split, tl.int64) * num_tokens * N
     store_tokens_major(dst, acc, n, t, num_tokens, N, OUT_PITCH)
-    if PAIRED:
-        store_tokens_major(dst, acc1, n + TILE_N, t, num_tokens, N, OUT_PITCH)
 
 
 @triton.jit
@@ -287,15 +268,11 @@ class LinearPlan:
     """How a product is cut; the number of tokens has no say in it.
 
     Attributes:
-        block_n: weight rows of a program: 64 or 128, with FP8 weights also 256, with fp32 ones 32
-            or 64.
+        block_n: weight rows of a tile: 64 or 128; of fp32 weights 32 or 64.
         splits: parts that K is cut into, added up in order. The one choice that changes bits.
         unroll: blocks of K that one turn of the loop takes (FP8 only).
         per_sm: programs that are to share an SM; decides how deep each is pipelined.
         prefetch: blocks of K whose weights are asked for before the inputs are there.
-        programs: 0, or so many take equal runs of (tile, block of K) (FP8 only); then `splits` is
-            the number of parts that this makes of a tile (`linear_runs.run_parts`), and both change
-            bits.
     """
 
     block_n: int
@@ -303,29 +280,20 @@ class LinearPlan:
     unroll: int = 1
     per_sm: int = 2
     prefetch: int = 4
-    programs: int = 0
 
     def __post_init__(self) -> None:
-        if self.block_n not in (32, 64, 128, PAIRED_N) or min(self.splits, self.unroll) < 1:
+        if self.block_n not in (32, 64, 128) or min(self.splits, self.unroll) < 1:
             raise ValueError(
-                "expected block_n 32 (fp32 weights), 64, 128 or 256 (FP8 weights) and at least one "
-                f"split and block, got {self}"
+                "expected block_n 32 (fp32 weights), 64 or 128 and at least one split and block, "
+                f"got {self}"
             )
         if self.per_sm not in BUDGET_BYTES:
             raise ValueError(f"expected 1 to 3 programs an SM, got {self}")
         if self.prefetch & (self.prefetch - 1):
             raise ValueError(f"prefetch must be 0 or a power of two, got {self.prefetch}")
-        if self.programs and (self.block_n > TILE_N or self.unroll > 1 or self.splits == 1):
-            raise ValueError(f"runs take block_n 64 or 128, unroll 1 and at least 2 parts: {self}")
-
-    @property
-    def order(self) -> str:
-        """Of additions: equal for plans that give the same bits."""
-        runs = f" in {self.programs} runs of {self.block_n} rows" if self.programs else ""
-        return f"splits={self.splits}{runs}"
 
 
-def linear_plan(n: int, k: int, *, elem_bytes: int) -> LinearPlan:
+def linear_plan(n: int, k: int, *, elem_bytes: int, tokens: int | None = None) -> LinearPlan:
     """The plan for a weight's shape and format.
 
     Wide weights fill the chip by themselves. Narrow ones are cut along K, unless tiles of half the
@@ -334,7 +302,10 @@ def linear_plan(n: int, k: int, *, elem_bytes: int) -> LinearPlan:
 
     Args:
         elem_bytes: of the weight: 1 (e4m3), 2 or 4.
+        tokens: if they are known, tiles may suit them; they have no say in the splits.
     """
+    if elem_bytes == 1 and tokens is not None and tokens <= FEW_TOKENS and (n, k) in MEASURED_FEW:
+        return MEASURED_FEW[n, k]
     if elem_bytes == 1 and (n, k) in MEASURED:
         return MEASURED[n, k]
     if elem_bytes == 4:
@@ -368,6 +339,9 @@ MEASURED = {
     (36864, 7168): LinearPlan(64, 1, unroll=2),
     (7168, 18432): LinearPlan(64, 2, unroll=2),
 }
+# The same where tiles of at most so many tokens are enough.
+FEW_TOKENS = 32
+MEASURED_FEW = {(36864, 7168): LinearPlan(128, 1, per_sm=3)}
 
 
 def linear(
@@ -396,8 +370,6 @@ def linear(
     if w.dtype not in (x.dtype, torch.float32) or x.element_size() == 1:
         raise ValueError(f"linear takes w of x's dtype {x.dtype} or float32, got {w.dtype}")
     plan = plan or linear_plan(w.shape[0], w.shape[1], elem_bytes=w.element_size())
-    if plan.block_n > TILE_N or plan.programs:
-        raise ValueError(f"{w.dtype} weights take block_n up to {TILE_N} and no runs, got {plan}")
     if w.dtype == torch.float32:
         tiles = _Tiles.of(x, w, plan, token_blocks=FP32_TOKEN_BLOCKS, bulk=False)
         kernel, sources = _linear_fp32_kernel, {}
@@ -457,16 +429,10 @@ def linear_fp8(
     groups = triton.cdiv(w.shape[1], FP8_GROUP)
     check_scale("xs", xs, (xq.shape[0], groups), pitched=True)
     check_scale("ws", ws, (triton.cdiv(w.shape[0], FP8_GROUP), groups))
-    tiles = _Tiles.of(xq, w, plan or linear_plan(w.shape[0], w.shape[1], elem_bytes=1))
+    tiles = _Tiles.of(xq, w, plan or linear_plan(*w.shape, elem_bytes=1, tokens=xq.shape[0]))
     dst = tiles.destination(out, workspace)
-    constexprs = tiles.constexprs(dst, launch)
-    if tiles.plan.programs:
-        del constexprs["OUT_PITCH"]
-        constexprs["PROGRAMS"] = tiles.plan.programs
-    else:
-        constexprs["UNROLL"] = tiles.unroll
     launch(
-        linear_fp8_runs_kernel if tiles.plan.programs else _linear_fp8_kernel,
+        _linear_fp8_kernel,
         tiles.grid,
         tiles.x,
         xs,
@@ -475,8 +441,9 @@ def linear_fp8(
         w,
         dst,
         xq.shape[0],
-        **constexprs,
+        **tiles.constexprs(dst, launch),
         **tiles.sources,
+        UNROLL=tiles.unroll,
         SCALE_PITCH=xs.stride(0),
         num_warps=tiles.num_warps,
         num_stages=tiles.stages,
@@ -497,7 +464,6 @@ class _Tiles:
     x_pitch: int
     w_pitch: int
     plan: LinearPlan
-    block_n: int
     fp32: bool  # weights without tensor cores: more warps hide more latency
     unroll: int
     block_t: int
@@ -515,48 +481,42 @@ class _Tiles:
         bulk: bool = True,
     ) -> _Tiles:
         num_tokens, (n, k) = x.shape[0], w.shape
-        if plan.programs:
-            parts = run_parts(n, k, block_n=plan.block_n, programs=plan.programs)
-            if parts != plan.splits:
-                raise ValueError(f"{n}x{k} falls into {parts} parts, not those of {plan}")
         block_t = next((b for b in token_blocks if b >= num_tokens), token_blocks[-1])
         block_k = BLOCK_K_BYTES // w.element_size()
-        # The tallest tile takes the registers of two: no neighbour, second block or second tile.
+        # The tallest tile takes the registers of two: neither a neighbour nor a second block.
         budget = BUDGET_BYTES[plan.per_sm if block_t < 128 else 1]
         unroll = plan.unroll if block_t < 128 else 1
-        block_n = plan.block_n if block_t < 128 else min(plan.block_n, TILE_N)
         return cls(
             x=tile_source(x, (block_t, block_k)) if bulk else x,
-            w=tile_source(w, (min(block_n, TILE_N), block_k)) if bulk else w,
+            w=tile_source(w, (plan.block_n, block_k)) if bulk else w,
             num_tokens=num_tokens,
             n=n,
             k=k,
             x_pitch=x.stride(0),
             w_pitch=w.stride(0),
             plan=plan,
-            block_n=block_n,
             fp32=w.dtype == torch.float32,
             unroll=unroll,
             block_t=block_t,
             block_k=block_k,
-            stages=max(2, pipeline_stages(block_n, block_t, budget) // unroll),
+            stages=max(2, pipeline_stages(plan.block_n, block_t, budget) // unroll),
         )
 
     @property
     def grid(self) -> tuple[int, int, int]:
         # Token tiles first: programs that share a weight tile run together, and HBM is read once.
-        across = triton.cdiv(self.num_tokens, self.block_t)
-        if self.plan.programs:
-            return across, self.plan.programs, 1
-        return across, triton.cdiv(self.n, self.block_n), self.plan.splits
+        return (
+            triton.cdiv(self.num_tokens, self.block_t),
+            triton.cdiv(self.n, self.plan.block_n),
+            self.plan.splits,
+        )
 
     @property
     def num_warps(self) -> int:
-        # A warp group for each 64 rows of a tile; of two tiles each takes its rows of both.
-        return 8 if self.fp32 else min(self.block_n, TILE_N) // 16
+        return 8 if self.fp32 else self.plan.block_n // 16  # a warp group for each 64 weight rows
 
     def constexprs(self, dst: torch.Tensor, launch: Launcher) -> dict[str, Any]:
-        block_n, splits = self.block_n, self.plan.splits
+        block_n, splits = self.plan.block_n, self.plan.splits
         return {
             "N": self.n,
             "K": self.k,

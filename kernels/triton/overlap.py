@@ -10,6 +10,12 @@ so all earlier kernels are complete, too, and a dependent may be let go as early
 Kernels that are launched in the ordinary way (other libraries', the transports') wait for the
 completion of what comes before them, and what comes after them waits for theirs.
 
+The one exception: the first programs of `grouped_down` wait for counters of `grouped_gate_up`, the
+kernel right before, that say that their own input is whole. It lets them start only after it has
+waited for its own inputs, `await_inputs_first`: so the counters' reset, and whatever came before,
+are complete by then; its programs have all begun, so those that are waited for will end; and
+`grouped_down` is complete only when every one of them has counted.
+
 The mode is a constexpr of every kernel: OFF also serves the interpreter and chips before sm_90.
 """
 
@@ -57,6 +63,26 @@ def await_inputs_streaming(PDL: tl.constexpr):
         gdc_launch_dependents()
     if PDL != 0:
         gdc_wait()
+
+
+@triton.jit
+def await_inputs_first(PDL: tl.constexpr, EAGER: tl.constexpr):
+    """As `await_inputs_streaming`, for kernels whose dependents may look at their counters.
+
+    No dependent starts before the inputs are complete; `EAGER` lets them start then in mode LATE,
+    too.
+    """
+    if PDL != 0:
+        gdc_wait()
+    if PDL != 0 and (EAGER or PDL == _EARLY):
+        gdc_launch_dependents()
+
+
+@triton.jit
+def release_first(PDL: tl.constexpr):
+    """What `await_inputs_streaming` does before it waits, for programs that wait otherwise."""
+    if PDL == _EARLY:
+        gdc_launch_dependents()
 
 
 @triton.jit

@@ -208,15 +208,19 @@ def _align(
     ids,  # int32 [N]
     offsets,  # int32 [E+1]
     pairs,  # int32 [N]
+    ready,  # int32 [E], or unused
     N,
     expert_start,
     BLOCK: tl.constexpr,
     NUM_BLOCKS: tl.constexpr,
+    RESETS: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """CTA e reads all ids twice, so that it needs nothing from its neighbours."""
     await_inputs(PDL)
     e = tl.program_id(0)
+    if RESETS:
+        tl.store(ready + e, 0)
     lane = tl.arange(0, BLOCK)
     lower = tl.zeros([BLOCK], tl.int32)
     equal = tl.zeros([BLOCK], tl.int32)
@@ -393,6 +397,7 @@ def align(
     expert_start: int,
     offsets: torch.Tensor,
     pairs: torch.Tensor,
+    ready: torch.Tensor | None = None,
 ) -> None:
     """List the pairs of each local expert: pairs[offsets[e]:offsets[e+1]], ascending.
 
@@ -401,11 +406,13 @@ def align(
         expert_start: id of local expert 0.
         offsets: int32 [E_local+1].
         pairs: int32 [T*K]; pair ids t*K + k. Entries from offsets[E_local] on are not written.
+        ready: int32 [E_local], is set to zero, for the experts' products; may be left out.
     Raises:
         ValueError: ids strided, or pairs too short.
     Capture-safe.
     """
     _check_align(ids, pairs)
+    _check_ready(ready, offsets.shape[0] - 1)
     num_pairs = ids.numel()
     block = min(ALIGN_BLOCK, max(128, triton.next_power_of_2(num_pairs)))
     launch(
@@ -414,20 +421,29 @@ def align(
         ids,
         offsets,
         pairs,
+        ids if ready is None else ready,
         num_pairs,
         expert_start,
         BLOCK=block,
         NUM_BLOCKS=triton.cdiv(num_pairs, block),
+        RESETS=ready is not None,
         num_warps=max(1, min(8, block // 256)),
         **overlap(launch),
     )
 
 
 def align_ref(
-    ids: torch.Tensor, *, expert_start: int, offsets: torch.Tensor, pairs: torch.Tensor
+    ids: torch.Tensor,
+    *,
+    expert_start: int,
+    offsets: torch.Tensor,
+    pairs: torch.Tensor,
+    ready: torch.Tensor | None = None,
 ) -> None:
     """`align` in plain torch."""
     _check_align(ids, pairs)
+    if ready is not None:
+        ready.zero_()
     num_local = offsets.shape[0] - 1
     local = ids.flatten().long() - expert_start
     local = torch.where((local < 0) | (local >= num_local), num_local, local)
@@ -533,6 +549,11 @@ def _check_route(
                 f"got {list(t.shape)}, strides {t.stride()}"
             )
     return int(size)
+
+
+def _check_ready(ready: torch.Tensor | None, experts: int) -> None:
+    if ready is not None and (tuple(ready.shape), ready.dtype) != ((experts,), torch.int32):
+        raise ValueError(f"ready must be int32 [{experts}], got {ready.dtype} {list(ready.shape)}")
 
 
 def _check_align(ids: torch.Tensor, pairs: torch.Tensor) -> None:

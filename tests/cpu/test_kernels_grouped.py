@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import product
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from kernels.triton.grouped import (
     grouped_gate_up,
     grouped_gate_up_ref,
 )
-from kernels.triton.launch import JitLauncher, Launcher
+from kernels.triton.launch import Arg, JitLauncher, Launcher
 from tests.cpu.test_kernels_linear import (
     BF16,
     F16,
@@ -31,8 +32,7 @@ from tests.cpu.test_kernels_linear import (
 )
 
 LAUNCH = JitLauncher()
-NARROW = JitLauncher(num_sms=1)  # so that programs that walk have several tiles each
-GRID, WALK = GroupedPlan(), GroupedPlan(walk=1)
+PLAN, LOW = GroupedPlan(), GroupedPlan(pairs=16)
 I32 = torch.int32
 pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")
 # Pairs of each expert: none, one, and one less and one more than every tile height.
@@ -96,8 +96,7 @@ def _gate_up(
     if isinstance(run, str):
         grouped_gate_up_ref(*args, top_k=r.top_k, out=out, out_scale=scale)
     else:
-        launch = NARROW if run.walk else LAUNCH
-        grouped_gate_up(launch, *args, top_k=r.top_k, out=out, out_scale=scale, plan=run)
+        grouped_gate_up(LAUNCH, *args, top_k=r.top_k, out=out, out_scale=scale, plan=run)
     return out, scale
 
 
@@ -110,7 +109,7 @@ def _down(
     if isinstance(run, str):
         grouped_down_ref(*args, out=out)
     else:
-        grouped_down(NARROW if run.walk else LAUNCH, *args, out=out, plan=run)
+        grouped_down(LAUNCH, *args, out=out, plan=run)
     return out
 
 
@@ -129,7 +128,7 @@ def _same_codes(got: torch.Tensor, want: torch.Tensor) -> None:
 
 
 def _check(
-    r: Routing, inter: int, hidden: int, dtype: torch.dtype, plan: GroupedPlan = GRID
+    r: Routing, inter: int, hidden: int, dtype: torch.dtype, plan: GroupedPlan = PLAN
 ) -> None:
     w = Experts.random(len(r.counts), inter, hidden, dtype)
     x, xs = _input(r.tokens, hidden, dtype)
@@ -156,7 +155,7 @@ def _check(
         (F32, 130, 101),
     ],
 )
-@pytest.mark.parametrize("plan", [GRID, WALK], ids=["grid", "walk"])
+@pytest.mark.parametrize("plan", [PLAN, LOW], ids=["any", "low"])
 def test_counts_around_every_tile_height(
     dtype: torch.dtype, inter: int, hidden: int, plan: GroupedPlan
 ) -> None:
@@ -174,7 +173,7 @@ def test_counts_around_every_tile_height(
     ],
     ids=["one expert", "idle", "compact", "single"],
 )
-@pytest.mark.parametrize("plan", [GRID, WALK], ids=["grid", "walk"])
+@pytest.mark.parametrize("plan", [PLAN, LOW], ids=["any", "low"])
 def test_skewed_routing(routing: Routing, dtype: torch.dtype, plan: GroupedPlan) -> None:
     if routing.listed.numel():
         _check(routing, 128, 128, dtype, plan)
@@ -200,7 +199,7 @@ def test_a_pairs_bits_do_not_depend_on_its_company(dtype: torch.dtype) -> None:
     xs = torch.rand(1, 3)
     seen = []
     cases = ((1, 1), (17, 20), (33, 40), (70, 80))
-    for (count, tokens), plan in product(cases, (GRID, WALK)):
+    for (count, tokens), plan in product(cases, (PLAN, LOW)):
         r = Routing((count,), top_k=1, tokens=tokens)
         mine = int(r.listed[count - 1])
         x = exact_in_tiles(tokens, hidden, seed=count)
@@ -218,6 +217,67 @@ def test_a_pairs_bits_do_not_depend_on_its_company(dtype: torch.dtype) -> None:
         assert torch.equal(h, seen[0][0])
         assert torch.equal(y, seen[0][1])
         assert hs is None or torch.equal(hs, seen[0][2])
+
+
+class Impatient(JitLauncher):
+    """Polls a counter three times."""
+
+    def __call__(
+        self, kernel: Any, grid: tuple[int, ...], *args: Arg, pdl: bool = False, **options: Any
+    ) -> None:
+        if "POLLS" in options:
+            options["POLLS"] = 3
+        super().__call__(kernel, grid, *args, pdl=pdl, **options)
+
+
+def test_down_begins_with_experts_whose_hidden_activation_is_there() -> None:
+    inter, hidden, chain = 256, 300, GroupedPlan(chain=2)
+    r = Routing((3, 0, 17, 5), top_k=2, tokens=20)
+    w = Experts.random(4, inter, hidden, FP8)
+    x, xs = quantized(r.tokens, hidden, 3)
+    ready, out = torch.zeros(4, dtype=I32), torch.ones(r.num_pairs, inter).to(FP8)
+    scale = torch.ones(r.num_pairs, 2)
+    args = (x, xs, w.gate_up, w.gate_up_scale, r.offsets, r.pairs)
+    grouped_gate_up(
+        LAUNCH, *args, top_k=2, out=out, out_scale=scale, ready=ready, plan=GroupedPlan(chain=1)
+    )
+    assert ready.tolist() == [inter] * 4  # the expert without pairs as well
+    counted = torch.zeros(4, dtype=I32)
+    grouped_gate_up_ref(*args, top_k=2, out=out, out_scale=scale, ready=counted)
+    assert torch.equal(counted, ready)
+
+    def down(launch: Launcher, plan: GroupedPlan) -> torch.Tensor:
+        y = torch.full((r.num_pairs, hidden), 7.0)
+        h = (out, scale, w.down, w.down_scale, r.offsets, r.pairs)
+        grouped_down(launch, *h, top_k=2, out=y, ready=ready, plan=plan)
+        return y
+
+    want = down(LAUNCH, PLAN)
+    assert torch.equal(down(LAUNCH, chain), want)
+    ready[2] = ready[0] = inter - 1  # of the last two, which chain, and of one that does not
+    late = down(Impatient(), chain)
+    mine = r.pairs[3:20].long()
+    assert late[mine].isnan().all()
+    others = torch.ones(r.num_pairs, dtype=torch.bool)
+    others[mine] = False
+    assert torch.equal(late[others], want[others])
+
+
+def test_few_pairs_are_not_chained() -> None:
+    r, w = Routing((0, 1, 0), top_k=1, tokens=1), Experts.random(3, 128, 128, F16)
+    ready, out = torch.zeros(3, dtype=I32), torch.ones(1, 128).half()
+    x = (rand(1, 128).half(), None, w.gate_up, None, r.offsets, r.pairs)
+    plan = GroupedPlan(chain=3)
+    grouped_gate_up(LAUNCH, *x, top_k=1, out=out, out_scale=None, ready=ready, plan=plan)
+    y = torch.empty(1, 128).half()
+    h = (out, None, w.down, None, r.offsets, r.pairs)
+    grouped_down(Impatient(), *h, out=y, ready=ready, plan=plan)
+    assert not ready.any()
+    assert not y.isnan().any()
+    with pytest.raises(ValueError, match=r"chains by `ready`, int32 \[3\], and got None"):
+        grouped_down(LAUNCH, *h, out=y, plan=plan)
+    with pytest.raises(ValueError, match=r"ready must be int32 \[3\], got torch.int32 \[2\]"):
+        grouped_down(LAUNCH, *h, out=y, ready=ready[:2])
 
 
 def test_oracle_follows_the_definition() -> None:
@@ -277,7 +337,6 @@ def test_real_shapes_compile_without_spills() -> None:
     assert {b["arch"] for b in built} == {90, 100}
     assert not [b for b in built if b["stack_bytes"] or b["shared_bytes"] > 227 * 1024]
     assert all(b["mma"] for b in built)
-    assert {"gate_up_walk_kernel", "down_walk_kernel"} <= {b["kernel"] for b in built}
 
 
 def _launch(
@@ -289,7 +348,7 @@ def _launch(
     top_k: int,
     *,
     fp8: bool,
-    plan: GroupedPlan = GRID,
+    plan: GroupedPlan = PLAN,
 ) -> None:
     dtype = FP8 if fp8 else BF16
     pairs, groups = tokens * top_k, lambda n: -(-n // 128)
@@ -317,10 +376,6 @@ def _launch(
 def _real_shapes(launch: Launcher) -> None:
     _launch(launch, 256, 32, 2048, 7168, 8, fp8=True)  # DeepSeek-V3 on 8 ranks
     _launch(launch, 32, 64, 1408, 2048, 6, fp8=False)  # Moonlight
-    walk = GroupedPlan(per_sm=1, prefetch=2, walk=1)
-    for tokens in (1, 32):  # tiles of 16 and 32 pairs
-        _launch(launch, tokens, 33, 2048, 7168, 9, fp8=True, plan=walk)
-    _launch(launch, 32, 64, 1408, 2048, 6, fp8=False, plan=walk)
 
 
 if __name__ == "__main__":

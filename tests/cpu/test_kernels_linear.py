@@ -17,6 +17,7 @@ import torch
 
 from kernels.triton.launch import Arg, JitLauncher, Launcher, TensorMap, kernel_spec
 from kernels.triton.linear import (
+    FEW_TOKENS,
     LinearPlan,
     linear,
     linear_fp8,
@@ -25,7 +26,6 @@ from kernels.triton.linear import (
     linear_ref,
     linear_workspace_elems,
 )
-from kernels.triton.linear_runs import run_parts
 from kernels.triton.tiles import sum_parts, tile_source
 
 F32, BF16, F16, FP8 = torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn
@@ -211,9 +211,7 @@ def test_k_splits_can_be_left_to_the_reader(fp8: bool) -> None:
         linear(LAUNCH, rand(5, k).half(), rand(n, k).half(), out=short)
 
 
-@pytest.mark.parametrize(
-    ("unroll", "per_sm", "block_n"), [(2, 2, 64), (1, 3, 64), (3, 1, 128), (1, 1, 256), (2, 2, 256)]
-)
+@pytest.mark.parametrize(("unroll", "per_sm", "block_n"), [(2, 2, 64), (1, 3, 64), (3, 1, 128)])
 @pytest.mark.parametrize("n", [70, 300])
 def test_a_plan_of_the_same_splits_gives_the_same_bits(
     unroll: int, per_sm: int, block_n: int, n: int
@@ -226,63 +224,26 @@ def test_a_plan_of_the_same_splits_gives_the_same_bits(
         results.append(torch.empty(17, n))
         linear_fp8(LAUNCH, xq, xs, wq, ws, out=results[-1], workspace=space, plan=plan)
     torch.testing.assert_close(*results, rtol=1e-6, atol=1e-4)
-    with pytest.raises(ValueError, match=r"64, 128 or 256 \(FP8 weights\) and at least one"):
+    with pytest.raises(ValueError, match="64 or 128 and at least one"):
         LinearPlan(48, 1)
     with pytest.raises(ValueError, match="1 to 3 programs"):
         LinearPlan(64, 1, per_sm=4)
 
 
-@pytest.mark.parametrize("programs", [3, 7, 11, 44])
-@pytest.mark.parametrize(("t", "n", "k"), [(17, 300, 1100), (40, 128, 1152), (1, 70, 1100)])
-def test_equal_runs_leave_parts_that_add_up(t: int, n: int, k: int, programs: int) -> None:
-    x, w = quantized(t, k, 0), weight(n, k)
-    want = torch.empty(t, n)
-    linear_fp8_ref(*x, *w, out=want)
-    units = -(-n // 64) * -(-k // 128)
-    if programs > units:
-        with pytest.raises(ValueError, match=f"has {units} units for {programs} programs"):
-            run_parts(n, k, block_n=64, programs=programs)
-        return
-    plan = LinearPlan(64, run_parts(n, k, block_n=64, programs=programs), programs=programs)
-    parts = torch.full((plan.splits, t, n), POISON)
-    linear_fp8(LAUNCH, *x, *w, out=parts, plan=plan)
-    torch.testing.assert_close(sum_parts(parts, F32), want, rtol=1e-5, atol=1e-3)
-    summed, space = torch.empty(t, n), torch.empty(parts.numel())
-    linear_fp8(LAUNCH, *x, *w, out=summed, workspace=space, plan=plan)
-    assert torch.equal(summed, sum_parts(parts, F32))
-
-
-def test_where_runs_end_does_not_depend_on_the_tokens() -> None:
-    n, k = 130, 1100
-    plan = LinearPlan(64, run_parts(n, k, block_n=64, programs=5), programs=5)
-    w, ws = exact_in_tiles(n, k, seed=1).to(FP8), weight(n, k)[1]
-    row = exact_in_tiles(1, k, seed=99).to(FP8)
-    xs = torch.rand(130, 9, generator=torch.Generator().manual_seed(3)) + 0.1
-    seen = []
-    for t in (1, 17, 40, 130):
-        x = exact_in_tiles(t, k, seed=t).to(FP8)
-        x[:1] = row
-        parts = torch.full((plan.splits, t, n), POISON)
-        linear_fp8(LAUNCH, x, xs[:t], w, ws, out=parts, plan=plan)
-        seen.append(parts[:, 0])
-    assert all(torch.equal(parts, seen[0]) for parts in seen)
-    assert plan.order != LinearPlan(64, plan.splits).order
-
-
-def test_equal_runs_refuse_what_they_cannot_do() -> None:
-    x, w = quantized(2, 1100, 0), weight(70, 1100)
-    out = torch.empty(9, 2, 70)
-    with pytest.raises(ValueError, match="70x1100 falls into 2 parts, not those of"):
-        linear_fp8(LAUNCH, *x, *w, out=out, plan=LinearPlan(64, 9, programs=4))
-    with pytest.raises(ValueError, match="runs take block_n 64 or 128, unroll 1 and at least 2"):
-        LinearPlan(64, 3, unroll=2, programs=4)
-    with pytest.raises(ValueError, match="weights take block_n up to 128 and no runs"):
-        linear(LAUNCH, rand(2, 600), rand(70, 600), out=out, plan=LinearPlan(64, 3, programs=4))
-
-
 def test_output_is_rounded_once() -> None:
     x, w = rand(5, 600).half(), rand(70, 600, seed=1).half()
     assert torch.equal(_plain(x, w, F16), _plain(x, w).half())
+
+
+def test_tiles_may_suit_the_tokens_and_splits_may_not() -> None:
+    for n, k in FP8_SHAPES:
+        plans = [linear_plan(n, k, elem_bytes=1, tokens=t) for t in (1, FEW_TOKENS, 64, None)]
+        assert len({p.splits for p in plans}) == 1
+        assert plans[-1] == plans[-2]
+    few, many = (
+        linear_plan(36864, 7168, elem_bytes=1, tokens=t) for t in (FEW_TOKENS, FEW_TOKENS + 1)
+    )
+    assert few != many
 
 
 @pytest.mark.parametrize(("n", "k"), [*FP8_SHAPES, *PLAIN_SHAPES, ROUTER, (576, 2048), (16, 64)])
@@ -313,8 +274,6 @@ def test_misuse_is_named() -> None:
         linear(LAUNCH, x, w[:, :599], out=out)
     with pytest.raises(ValueError, match="last stride of 1"):
         linear(LAUNCH, rand(600, 4).T, w, out=out)
-    with pytest.raises(ValueError, match="weights take block_n up to 128 and no runs"):
-        linear(LAUNCH, x, w, out=out, plan=LinearPlan(256, 1))
     (xq, xs), (wq, ws) = quantized(4, 600, 0), weight(70, 600)
     with pytest.raises(ValueError, match=r"xs must be float32 \[4, 5\]"):
         linear_fp8(LAUNCH, xq, xs[:, :4], wq, ws, out=out)
@@ -330,7 +289,6 @@ def test_real_shapes_compile_without_spills() -> None:
             "_linear_kernel",
             "_linear_fp8_kernel",
             "_linear_fp32_kernel",
-            "linear_fp8_runs_kernel",
         )
         for arch in (90, 100)
     }
@@ -441,11 +399,6 @@ def _real_shapes(launch: Launcher) -> None:
         xs, ws = meta(t, k // 128), meta(-(-n // 128), k // 128)
         x, w = meta(t, k, dtype=FP8), meta(n, k, dtype=FP8)
         linear_fp8(launch, x, xs, w, ws, out=meta(t, n, dtype=BF16), workspace=space)
-        paired = LinearPlan(256, 4, per_sm=1)
-        linear_fp8(launch, x, xs, w, ws, out=meta(4, t, n), plan=paired)
-        parts = run_parts(n, k, block_n=128, programs=132)
-        runs = LinearPlan(128, parts, per_sm=1, programs=132)
-        linear_fp8(launch, x, xs, w, ws, out=meta(parts, t, n), plan=runs)
     for (n, k), t in zip(PLAIN_SHAPES, (32, 64, 128), strict=True):
         x, w = meta(t, k, dtype=BF16), meta(n, k, dtype=BF16)
         linear(launch, x, w, out=meta(t, n), workspace=space)

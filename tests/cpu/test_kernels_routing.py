@@ -197,7 +197,9 @@ def test_route_refuses_impossible_counts(router: tuple[int, int, int, int], matc
 def _align(fn: Any, ids: torch.Tensor, start: int, local: int) -> tuple[list[int], torch.Tensor]:
     offsets = torch.full((local + 1,), -7, dtype=I32)
     pairs = torch.full((ids.numel() + 3,), -7, dtype=I32)
-    fn(ids, expert_start=start, offsets=offsets, pairs=pairs)
+    ready = torch.full((local + 1,), 5, dtype=I32)
+    fn(ids, expert_start=start, offsets=offsets, pairs=pairs, ready=ready[:-1])
+    assert ready.tolist() == [0] * local + [5]
     return offsets.tolist(), pairs
 
 

@@ -79,7 +79,9 @@ def test_early_lets_dependents_go_and_late_does_so_after_the_stream(
         for kernel in listed[mode]:
             if kernel["name"] in ("_linear_fp8_kernel", "_gate_up_kernel", "_down_kernel"):
                 assert kernel["releases"], kernel["name"]
-                assert kernel["release_first"] is first, (mode, kernel["name"])
+                # Down looks at gate_up's counters: it may not start before their reset is complete.
+                counted = kernel["name"] == "_gate_up_kernel"
+                assert kernel["release_first"] is (first and not counted), (mode, kernel["name"])
 
 
 def test_before_the_wait_only_what_no_step_writes_is_loaded() -> None:

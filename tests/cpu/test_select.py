@@ -284,9 +284,9 @@ def test_a_name_is_a_plan_whether_listed_or_not() -> None:
     ("name", "message"),
     [
         ("cutlass", "expected words such as block_n=128, got 'cutlass'"),
-        ("block_n=128", "expected all of block_n, per_sm, prefetch, programs, splits, unroll"),
-        ("block_n=100 splits=1", "expected block_n 32 (fp32 weights), 64, 128 or 256"),
-        ("block_n=128 splits=0", "FP8 weights) and at least one split"),
+        ("block_n=128", "expected all of block_n, per_sm, prefetch, splits, unroll"),
+        ("block_n=100 splits=1", "expected block_n 32 (fp32 weights), 64 or 128"),
+        ("block_n=128 splits=0", "64 or 128 and at least one split"),
         ("block_n=128 splits=1 stages=9", "got 'stages=9'"),
     ],
 )

@@ -31,6 +31,7 @@ from kernels.triton import (
     settle,
 )
 from kernels.triton.launch import Launcher
+from kernels.triton.tiles import sum_parts
 from tests.row_state import Device, random_steps
 
 DEVICE = "cuda"
@@ -552,6 +553,99 @@ def test_a_tokens_bits_do_not_depend_on_how_many_there_are(name: str, launcher: 
         some = whole | {k: whole[k][:tokens].contiguous() for k in by_token}
         got = run(case, launcher, copied(case, some))["out"].cpu()
         assert torch.equal(bits(got), bits(want[:tokens].clone())), f"{tokens} tokens"
+
+
+class Experts:
+    """Lists, gate_up and down as a step launches them, over buffers that stay where they are."""
+
+    def __init__(self, experts: int, top_k: int, tokens: int) -> None:
+        made, rows = {"device": DEVICE}, tokens * top_k
+        self.top_k = top_k
+        self.x = torch.zeros(tokens, HIDDEN, **made).to(FP8)
+        self.x_scale = torch.ones(tokens, HIDDEN // 128, **made)
+        self.ids = torch.zeros(tokens, top_k, dtype=I32, **made)
+        self.gate_up = torch.randn(experts, 2 * INTER, HIDDEN, **made).to(FP8)
+        self.down = torch.randn(experts, HIDDEN, INTER, **made).to(FP8)
+        self.scales = [
+            torch.rand(experts, n // 128, k // 128, **made) / k**0.5
+            for n, k in ((2 * INTER, HIDDEN), (HIDDEN, INTER))
+        ]
+        self.h = torch.zeros(rows, INTER, **made).to(FP8)
+        self.h_scale = torch.zeros(rows, INTER // 128, **made)
+        self.y = torch.zeros(rows, HIDDEN, dtype=BF16, **made)
+        self.lists = {"offsets": torch.zeros(experts + 1, dtype=I32, **made)}
+        self.lists["pairs"] = torch.zeros(rows, dtype=I32, **made)
+        self.ready = torch.zeros(experts, dtype=I32, **made)
+
+    def run(self, launch: Launcher, plans: tuple[grouped.GroupedPlan, ...]) -> None:
+        routing.align(launch, self.ids, expert_start=0, ready=self.ready, **self.lists)
+        common = {**self.lists, "top_k": self.top_k, "ready": self.ready}
+        grouped.grouped_gate_up(
+            launch, self.x, self.x_scale, self.gate_up, self.scales[0],
+            **common, out=self.h, out_scale=self.h_scale, plan=plans[0],
+        )  # fmt: skip
+        grouped.grouped_down(
+            launch, self.h, self.h_scale, self.down, self.scales[1],
+            **common, out=self.y, plan=plans[1],
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize(("experts", "tokens"), [(12, 32), (3, 64), (24, 4)])
+def test_down_may_begin_before_gate_up_has_ended(
+    experts: int, tokens: int, launcher: Launcher
+) -> None:
+    torch.manual_seed(0)
+    layer = Experts(experts, 3, tokens)
+    plain = (grouped.GroupedPlan(), grouped.GroupedPlan())
+    chained = (grouped.GroupedPlan(chain=1), grouped.GroupedPlan(chain=5, prefetch=1))
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    with torch.cuda.stream(stream):
+        layer.run(launcher, plain)
+        layer.run(launcher, chained)
+        stream.synchronize()
+        with torch.cuda.graph(graph, stream=stream):
+            for _ in range(8):  # one behind the other: counters of the one before are still full
+                layer.h.view(torch.uint8).fill_(0xFF)  # NaN
+                layer.run(launcher, chained)
+    for seed in range(20):
+        torch.manual_seed(seed)
+        layer.x.copy_(torch.randn(tokens, HIDDEN, device=DEVICE).to(FP8))
+        layer.ids.copy_(torch.randint(-1, experts - seed % 2, layer.ids.shape, dtype=I32))
+        torch.cuda.synchronize()
+        with torch.cuda.stream(stream):
+            layer.run(launcher, plain)
+            want = layer.y.clone()
+            layer.y.fill_(float("nan"))
+            graph.replay()
+        stream.synchronize()
+        used = layer.lists["pairs"][: int(layer.lists["offsets"][-1])].long()
+        assert torch.equal(bits(layer.y[used]), bits(want[used])), f"seed {seed}"
+
+
+O_PROJECTION = (HIDDEN, HEADS * VALUE)
+LINEAR_PLANS = [
+    linear.LinearPlan(64, 4, unroll=2),
+    linear.LinearPlan(128, 2, per_sm=3),
+]
+
+
+@pytest.mark.parametrize("plan", LINEAR_PLANS, ids=str)
+def test_a_plan_gives_every_token_its_bits(plan: linear.LinearPlan, launcher: Launcher) -> None:
+    whole = fp8_linear(*O_PROJECTION)(0, 130)
+    wanted = torch.empty(130, HIDDEN, dtype=BF16)
+    linear.linear_fp8_ref(whole["xq"], whole["xs"], whole["w"], whole["ws"], out=wanted)
+    seen = []
+    for tokens in (130, 1, 2, 15, 17, 33, 64, 65, 129):
+        some = {"xq": whole["xq"][:tokens], "xs": whole["xs"][:tokens].contiguous()}
+        parts = torch.full((plan.splits, tokens, HIDDEN), float("nan"))
+        some |= {"w": whole["w"], "ws": whole["ws"], "out": parts}
+        case = Case(linear.linear_fp8, linear.linear_fp8_ref, lambda *_: {}, {"out": 0})
+        seen.append(run(case, launcher, some | {"plan": plan})["out"].cpu())
+        assert torch.equal(bits(seen[-1]), bits(seen[0][:, :tokens])), f"{tokens} tokens"
+    assert_close("out", sum_parts(seen[0], BF16), wanted, 2**-7)
+    same = linear.LinearPlan(128, plan.splits)
+    other = run(case, launcher, some | {"plan": same, "out": torch.zeros_like(parts)})
+    assert torch.equal(bits(other["out"]), bits(seen[-1]))
 
 
 @pytest.mark.parametrize("experts", [32, 64, 256, 384])
