@@ -29,7 +29,6 @@ from bench.ops_alternatives import alternative
 from bench.ops_contenders import OTHERS, OURS, Contender, Unable, contenders, missing
 from bench.ops_machine import ROUTINGS, Machine, Setting
 from bench.ops_specs import (
-    LISTS,
     UNCHECKED,
     Result,
     prefix,
@@ -404,7 +403,7 @@ class OpsBench:
         if other is None:
             return None
         again, lines = other
-        moved = [Result(r.name, r.value[lines]) for r in got if r.name != LISTS]
+        moved = [Result(r.name, r.value[lines]) for r in got]
         if not _same(_outcome(again, who), moved):
             return False
         alone = prefix(call, 1)

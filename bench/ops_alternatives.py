@@ -236,10 +236,7 @@ def _route(call: Call) -> list[Result]:
         weights[t, :top_k] = wide / total * call["scaling"]
         if call.kwargs.get("shared_id") is not None:
             ids[t, top_k], weights[t, top_k] = call["shared_id"], 1.0
-    found = [Result("out_ids", ids), Result("out_weights", weights)]
-    if call.kwargs.get("offsets") is not None:
-        found.append(Result("lists", torch.tensor([1, 0], dtype=torch.int32)))
-    return found
+    return [Result("out_ids", ids), Result("out_weights", weights)]
 
 
 def _align(call: Call) -> list[Result]:

@@ -22,7 +22,6 @@ from graphs.capture import CudaBackend
 from graphs.compile import KernelCompiler, compile_all
 from graphs.keys import GraphKey
 from graphs.ops import Ops
-from graphs.step import LISTS
 from graphs.timing import GraphTimer, HostTimer, Timer
 from runtime.assemble import list_kernels, make_step
 from runtime.build import build
@@ -147,11 +146,6 @@ class Machine:
                 self._route(call, routing)
             visit(call)
             getattr(self.ops, call.op)(*call.args, **call.kwargs)
-            if call.op == "route" and call.kwargs.get("offsets") is not None:
-                # What it does in one, also apart; the lists are then those of the routing.
-                alone, lists = _apart(call)
-                visit(alone)
-                hook(lists)
 
         engine = self.engine
         ops = RecordingOps(self.ops, hook)
@@ -194,8 +188,6 @@ class Machine:
 
     def label(self, call: Call) -> str:
         """The operation, and the weight that it is for."""
-        if call.op == "route" and call.kwargs.get("offsets") is not None:
-            return "route with lists"
         names = [
             self.weights[t.data_ptr()] for _, t in call.tensors() if t.data_ptr() in self.weights
         ]
@@ -210,10 +202,3 @@ class Machine:
         self.engine.close()
         if self.on_device:
             torch.cuda.empty_cache()
-
-
-def _apart(call: Call) -> tuple[Call, Call]:
-    """The choice of experts alone, and the lists of their pairs alone."""
-    kwargs = {k: v for k, v in call.kwargs.items() if k not in LISTS}
-    lists = {"offsets": call.kwargs["offsets"], "pairs": call.kwargs["pairs"], "expert_start": 0}
-    return Call("route", call.args, kwargs), Call("align", (call.kwargs["out_ids"],), lists)

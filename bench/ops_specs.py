@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 
 from graphs.calls import Call
-from kernels.triton.routing import align_ref
 from kernels.triton.tiles import dequantize_rows, sum_parts
 
 # They change the state of rows and host words: the proof of a capture checks these.
@@ -27,7 +26,7 @@ BY_TOKEN: dict[str, tuple[int | str, ...]] = {
     "quantize": (0, "out_q", "out_scale"),
     "silu_mul": (0, "out", "out_q", "out_scale"),
     "absorb_q": (0, 2, 3, "out"),
-    "absorb_v": (0, 1, "out", "out_q", "out_scale"),
+    "absorb_v": (0, "out", "out_q", "out_scale"),
     "latent_query": (0, 1, 5, 6, "out"),
     "mla_decode": (0, 3, 4, "out"),
     "route": (0, 2, "out_ids", "out_weights"),
@@ -35,13 +34,11 @@ BY_TOKEN: dict[str, tuple[int | str, ...]] = {
     "grouped_gate_up": (0, 1),
     "grouped_down": (),
 }
-PREFIXED = ("linear", "linear_fp8", "router", "latent_query", "absorb_v")
 PAIRED: dict[str, tuple[int | str, ...]] = {
     "combine": (0,),
     "grouped_gate_up": ("out", "out_scale"),
     "grouped_down": (0, 1, "out"),
 }
-LISTS = "lists"  # a result of `route` as a whole
 NAMED_RESULTS = {"advance": ("kv_slot", "kv_len"), "align": ("offsets",)}
 
 
@@ -85,19 +82,7 @@ def results(call: Call) -> list[Result]:
         if value is not None:
             quantised = tensor.dtype == torch.float8_e4m3fn
             found.append(Result("out_q" if quantised else str(key), value))
-    if call.op == "route" and call.kwargs.get("offsets") is not None:
-        found.append(Result(LISTS, _lists_agree(call)))
     return _live(call, found)
-
-
-def _lists_agree(call: Call) -> torch.Tensor:
-    """int32 [2]: whether the lists are those of the ids that were chosen; the count left behind."""
-    ids, offsets, pairs = (call.kwargs[n].cpu() for n in ("out_ids", "offsets", "pairs"))
-    want_offsets, want_pairs = offsets.clone(), pairs.clone()
-    align_ref(ids, expert_start=0, offsets=want_offsets, pairs=want_pairs)
-    live = int(want_offsets[-1])
-    same = torch.equal(offsets, want_offsets) and torch.equal(pairs[:live], want_pairs[:live])
-    return torch.tensor([same, int(call.kwargs["arrivals"])], dtype=torch.int32)
 
 
 def _value(call: Call, name: str, tensor: torch.Tensor) -> torch.Tensor | None:
@@ -186,23 +171,28 @@ def rotated(
     return [call, *(call.replaced(dict(c)) for c in copied)]
 
 
+# Arguments with a line for each token, of operations that treat every token alone; of a result
+# in parts, [S, T, N], tokens are the second dimension.
+FIRST_TOKENS: dict[str, tuple[int, ...]] = {
+    "linear": (0,),
+    "linear_fp8": (0, 1),
+    "router": (0,),
+    "latent_query": (0, 1, 5, 6),
+    "absorb_v": (0, 1),
+}
+
+
 def prefix(call: Call, tokens: int) -> Call | None:
     """The call for its first tokens only, where that has a meaning; None where it has not."""
-    if call.op not in PREFIXED:
+    places = FIRST_TOKENS.get(call.op)
+    if places is None:
         return None
-    new: dict[int | str, torch.Tensor] = {}
-    for key in BY_TOKEN[call.op]:
-        whole: torch.Tensor | None = (
-            call.kwargs.get(key) if isinstance(key, str) else call.args[key]
-        )
-        if whole is None:
-            continue
-        if isinstance(key, int):
-            new[key] = whole[:tokens]
-        else:
-            # Of a result in parts, [S, T, N], tokens are the second dimension.
-            parts = call.op != "latent_query" and whole.ndim == 3
-            new[key] = torch.empty_like(whole[:, :tokens] if parts else whole[:tokens])
+    new: dict[int | str, torch.Tensor] = {i: call.args[i][:tokens] for i in places}
+    parts = call.op in ("linear", "linear_fp8", "router") and call.kwargs["out"].ndim == 3
+    for name in ("out", "out_q", "out_scale"):
+        whole = call.kwargs.get(name)
+        if whole is not None:
+            new[name] = torch.empty_like(whole[:, :tokens] if parts else whole[:tokens])
     return call.replaced(dict(new))
 
 
@@ -217,10 +207,6 @@ def turned(call: Call) -> tuple[Call, torch.Tensor] | None:
     device = call.args[0].device
     order = torch.arange(tokens - 1, -1, -1, device=device)
     new = {key: _lines(call, key, order) for key in BY_TOKEN[call.op]}
-    if call.op == "route":
-        new |= dict.fromkeys(
-            ("offsets", "pairs", "slots", "arrivals")
-        )  # lists have no lines by token
     if call.op not in PAIRED:
         return call.replaced(dict(new)), order
     top_k = call.args[1].shape[1] if call.op == "combine" else call["top_k"]
@@ -246,8 +232,8 @@ def _lines(call: Call, key: int | str, order: torch.Tensor) -> torch.Tensor | No
     made = torch.empty_strided(given.shape, given.stride(), dtype=given.dtype, device=given.device)
     if isinstance(key, int):
         same = torch.uint8 if given.element_size() == 1 else given.dtype  # e4m3 has no indexing
-        parts = call.op == "route" and given.ndim == 3  # of logits, [S, T, E]
-        made.view(same).copy_(given.view(same).index_select(1 if parts else 0, order))
+        in_parts = call.op == "route" and given.ndim == 3
+        made.view(same).copy_(given.view(same).index_select(int(in_parts), order))
     return made
 
 

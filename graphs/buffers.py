@@ -25,7 +25,6 @@ from kernels.triton.draw_pipeline import row_tensors, scratch_tensors
 from kernels.triton.linear import linear_plan, linear_workspace_elems
 from kernels.triton.mla_query import fuses_query
 from kernels.triton.router import router_parts
-from kernels.triton.routing import list_width
 from kernels.triton.sample import num_chunks
 from kernels.triton.state import (
     INT_PARAMS,
@@ -136,7 +135,6 @@ def _rows(cfg: ModelConfig, step: StepConfig) -> Iterator[Entry]:
     yield Entry("rows", "begin_ns", (1,), "int64")
     yield Entry("rows", "fault", (1,), "int32")
     yield Entry("rows", "poison", (1,), "int32")
-    yield Entry("rows", "arrivals", (1,), "int32")
     yield Entry("rows", "stamps", (STAMPS,), "int64")
 
 
@@ -255,8 +253,6 @@ def _mlp_scratch(
     yield entry("topk_weights", (tokens, top_k), "float32")
     yield entry("offsets", (cfg.num_experts // step.ep_size + joins + 1,), "int32")
     yield entry("pairs", (pairs,), "int32")
-    if step.transport == "local":
-        yield entry("slots", (tokens, list_width(cfg.num_experts + joins)), "int8")
     yield from activation("expert_h", pairs, cfg.moe_intermediate_size, plain=False)
     yield entry("expert_y", (pairs, cfg.hidden_size), cfg.act_dtype)
     if cfg.num_shared_experts and not joins:

@@ -21,7 +21,6 @@ from graphs.model_config import ModelConfig
 from graphs.ops import Ops
 from graphs.step_config import StepConfig
 from graphs.weights import shared_joins
-from kernels.triton.routing import lists_fit
 from kernels.triton.rows import RowState
 
 Buffers = Mapping[str, torch.Tensor]
@@ -29,7 +28,6 @@ Stamp = Callable[[str], None]
 
 
 LAYER_PARTS = ("attention", "mlp")
-LISTS = ("offsets", "pairs", "slots", "arrivals")  # of the pairs of each expert
 
 
 def _no_stamp(_: str) -> None:
@@ -340,14 +338,8 @@ class DecodeStep:
             shared_id=cfg.num_experts if self.shared_joins else None,
             out_ids=b["topk_ids"],
             out_weights=b["topk_weights"],
-            **({n: b[n] for n in LISTS} if self._lists_early(b) else {}),
         )
         return x
-
-    def _lists_early(self, b: Buffers) -> bool:
-        """Whether the choice of experts lists their pairs, too: no token comes or goes between."""
-        local = self.config.transport == "local"
-        return local and lists_fit(b["topk_ids"].shape[0], b["offsets"].shape[0] - 1)
 
     def _shared(self, b: Buffers, name: str, x: Activation, *, ops: Ops, workspace: str) -> None:
         name += "shared_"
@@ -370,8 +362,7 @@ class DecodeStep:
         """This rank's experts over the received rows; `expert_y` gets a line per (row, choice)."""
         w, h = self.weights, Activation.of(b, "expert_h")
         name += "all_" if self.shared_joins else "experts_"
-        if not self._lists_early(b):
-            self.ops.align(received.ids, expert_start=0, offsets=b["offsets"], pairs=b["pairs"])
+        self.ops.align(received.ids, expert_start=0, offsets=b["offsets"], pairs=b["pairs"])
         hidden = h.plain if h.q is None else h.q
         self.ops.grouped_gate_up(
             received.x,

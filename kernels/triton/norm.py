@@ -133,7 +133,8 @@ def _add_rmsnorm(
         tl.store(out + t * out_pitch + col, y, mask=col < H)
     if HAS_Q:
         q, scale = quantize_groups(y.to(tl.float32))
-        tl.store(out_q + t * q_pitch + col, q, mask=col < H)
+        # By 8, as y: by 16 bytes, all would be computed twice, once for each way of dealing it out.
+        tl.store(out_q + t * q_pitch + tl.max_contiguous(col, [1, 8]), q, mask=col < H)
         tl.store(out_scale + t * scale_pitch + group, scale, mask=group * 128 < H)
 
 

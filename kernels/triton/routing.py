@@ -16,7 +16,6 @@ from kernels.triton.overlap import await_inputs, overlap
 from kernels.triton.tiles import num_parts, sigmoid_rows, sum_parts
 
 ALIGN_BLOCK = 2048
-LIST_ELEMS = 8192  # tokens times experts that one program lists the pairs of
 PART_ELEMS = 16384  # of the router's parts that a program of eight warps has in flight
 FULL_SPAN = 128  # experts that a warp takes side by side: four a lane, 16 bytes
 COMBINE_BLOCK = 512  # 4 elements a thread: the rows of all K choices are in flight at once
@@ -53,6 +52,13 @@ def _key_value(key):
 
 
 @triton.jit
+def _ranks(key):
+    """int32 [N]: how many of the keys [N] are larger. All at once: no choice waits for another."""
+    larger = tl.expand_dims(key, 0) > tl.expand_dims(key, 1)
+    return tl.sum(larger.to(tl.int32), axis=1)
+
+
+@triton.jit
 def _keep_groups(
     key,  # int64 [G2, S2] sort keys of the choices, _LOWEST where there is no expert
     GROUPS: tl.constexpr,
@@ -66,10 +72,7 @@ def _keep_groups(
     if SIZE > 1:
         score += _key_value(tl.max(tl.where(key == best[:, None], _LOWEST, key), axis=1))
     group = tl.arange(0, G2)
-    left = tl.where(group < GROUPS, _sort_key(score, group, GROUPS), _LOWEST)
-    for _ in tl.static_range(TOPK_GROUPS):
-        left = tl.where(left == tl.max(left, axis=0), _LOWEST, left)
-    return (left == _LOWEST) & (group < GROUPS)
+    return _ranks(tl.where(group < GROUPS, _sort_key(score, group, GROUPS), _LOWEST)) < TOPK_GROUPS
 
 
 @triton.jit
@@ -110,59 +113,19 @@ def _spread(
 
 
 @triton.jit
-def _best_of_few(choice, expert, real, open, E: tl.constexpr, K: tl.constexpr, K2: tl.constexpr):
-    """(int32 [K2] ids by descending choice, int32 [H, L] which of them an expert is, or -1)."""
-    key = tl.where(real & open, _sort_key(choice, expert, E), _LOWEST)
-    k = tl.arange(0, K2)
-    ids = tl.zeros([K2], tl.int32)
-    slot = tl.full(choice.shape, -1, tl.int32)
-    for i in tl.static_range(K):
-        best = tl.max(tl.max(key, axis=0), axis=0)
-        slot = tl.where(key == best, i, slot)
-        key = tl.where(key == best, _LOWEST, key)
-        ids = tl.where(k == i, (E - 1 - (best & 0xFFFFFFFF)).to(tl.int32), ids)
-    return ids, slot
+def _best_of_many(choice, expert, open, E: tl.constexpr, K: tl.constexpr):
+    """int32 [H, L]: rank of the K best among open experts, -1 for the others; `_ranks` for many.
 
-
-@triton.jit
-def _best_of_many(choice, expert, real, open, E: tl.constexpr, K: tl.constexpr, K2: tl.constexpr):
-    """As `_best_of_few`, for experts across all lanes: a warp reduces int32 in one instruction."""
-    order = tl.where(real & open, _order(choice), _LOWEST32)
-    k = tl.arange(0, K2)
-    ids = tl.zeros([K2], tl.int32)
+    They lie across all lanes, so a warp reduces int32 in one instruction.
+    """
+    order = tl.where(open, _order(choice), _LOWEST32)
     slot = tl.full(choice.shape, -1, tl.int32)
     for i in tl.static_range(K):
         best = tl.max(tl.max(order, axis=0), axis=0)
         index = tl.min(tl.min(tl.where(order == best, expert, E), axis=0), axis=0)
         slot = tl.where(expert == index, i, slot)
         order = tl.where(expert == index, _LOWEST32, order)
-        ids = tl.where(k == i, index, ids)
-    return ids, slot
-
-
-@triton.jit
-def _list_pairs(
-    slots,  # int8 [T, E2]: which of a token's choices the expert is; -1 for none
-    offsets,  # int32 [E+1]
-    pairs,  # int32 [T * COLS]
-    num_tokens,
-    E: tl.constexpr,
-    E2: tl.constexpr,
-    T2: tl.constexpr,
-    COLS: tl.constexpr,
-):
-    """As `_align`, by one program: every (token, expert) at once, and its place is a sum."""
-    t = tl.arange(0, T2)[:, None]
-    e = tl.arange(0, E2)
-    slot = tl.load(slots + t * E2 + e[None, :], mask=t < num_tokens, other=-1).to(tl.int32)
-    found = (slot >= 0) & (e < E)[None, :]  # past E nobody writes
-    rank = tl.cumsum(found.to(tl.int32), axis=0)
-    count = tl.sum(found.to(tl.int32), axis=0)
-    end = tl.cumsum(count, axis=0)
-    tl.store(offsets + e, end - count, mask=e < E)
-    tl.store(offsets + E, tl.sum(count, axis=0))
-    at = (end - count)[None, :] + rank - 1
-    tl.store(pairs + at, t * COLS + slot, mask=found)
+    return slot
 
 
 @triton.jit
@@ -172,10 +135,6 @@ def _route(
     tok_row,  # int32 [T]
     out_ids,  # int32 [T, COLS]
     out_weights,  # fp32 [T, COLS]
-    offsets,  # int32 [LISTED+1], or unused
-    pairs,  # int32 [T * COLS], or unused
-    slots,  # int8 [T, LISTED2], or unused
-    arrivals,  # int32 [1], zero before and after, or unused
     logits_pitch,
     part_stride,
     scaling,
@@ -194,9 +153,6 @@ def _route(
     PARTS: tl.constexpr,
     CHUNK: tl.constexpr,  # parts that are loaded at once
     SPAN: tl.constexpr,  # experts that lie across the lanes of a warp
-    LISTED: tl.constexpr,  # experts whose pairs are listed as well; 0 for none
-    LISTED2: tl.constexpr,
-    T2: tl.constexpr,
     PDL: tl.constexpr,
 ):
     # [E2 / SPAN, SPAN], row-major the same as [G2, S2].
@@ -220,36 +176,31 @@ def _route(
     choice = score
     if HAS_BIAS:
         choice += shift
-    open = real
+    key = tl.where(real, _sort_key(choice, expert, E), _LOWEST)
     if TOPK_GROUPS < GROUPS:
-        key = tl.reshape(tl.where(real, _sort_key(choice, expert, E), _LOWEST), [G2, S2])
-        kept = tl.broadcast_to(_keep_groups(key, GROUPS, SIZE, G2, TOPK_GROUPS)[:, None], [G2, S2])
-        open = tl.reshape(kept, [G2 * S2 // SPAN, SPAN])
+        grouped = tl.reshape(key, [G2, S2])
+        kept = _keep_groups(grouped, GROUPS, SIZE, G2, TOPK_GROUPS)
+        key = tl.reshape(tl.where(kept[:, None], grouped, _LOWEST), key.shape)
     if SPAN < _FULL_SPAN:
-        ids, slot = _best_of_few(choice, expert, real, open, E, K, K2)
+        rank = _ranks(tl.reshape(key, [SPAN]))
+        slot = tl.where(rank < K, rank, -1)
+        expert, score = tl.reshape(expert, [SPAN]), tl.reshape(score, [SPAN])
+        real = tl.reshape(real, [SPAN])
     else:
-        ids, slot = _best_of_many(choice, expert, real, open, E, K, K2)
+        # Places behind a group have the numbers of the next group's experts.
+        expert = tl.where(real, expert, E)
+        slot = _best_of_many(choice, expert, key != _LOWEST, E, K)
+    factor = scaling
+    if NORMALIZE:  # one division a token: a product may be an ulp off the quotient
+        factor = tl.div_rn(scaling, tl.sum(tl.where(slot >= 0, score, 0.0)) + _EPSILON)
+    chosen = live & (slot >= 0)
+    tl.store(out_ids + t * COLS + slot, expert, mask=chosen)
+    tl.store(out_weights + t * COLS + slot, score * factor, mask=chosen)
+    # The shared expert's column; of a padded token, all.
     k = tl.arange(0, K2)
-    # The scores without bias.
-    weight = tl.gather(tl.reshape(score, [G2 * S2]), ids // SIZE * S2 + ids % SIZE, 0)
-    if NORMALIZE:
-        weight = tl.div_rn(weight, tl.sum(tl.where(k < K, weight, 0.0), axis=0) + _EPSILON)
-    ids = tl.where(live, tl.where(k < K, ids, SHARED_ID), -1)
-    weight = tl.where(live, tl.where(k < K, weight * scaling, 1.0), 0.0)
-    tl.store(out_ids + t * COLS + k, ids, mask=k < COLS)
-    tl.store(out_weights + t * COLS + k, weight, mask=k < COLS)
-    if LISTED > 0:
-        slot = tl.where(live, slot, -1)
-        tl.store(slots + t * LISTED2 + expert, slot.to(tl.int8), mask=real)
-        if LISTED > E:
-            tl.store(slots + t * LISTED2 + E, tl.where(live, K, -1).to(tl.int8))
-        # The last program to arrive has all slots before it: its add acquires what the others' adds
-        # released, each for all threads of its program. Whoever that is, the lists are the same.
-        tl.debug_barrier()
-        num_tokens = tl.num_programs(0)
-        if tl.atomic_add(arrivals, 1, sem="acq_rel", scope="gpu") == num_tokens - 1:
-            tl.store(arrivals, 0)
-            _list_pairs(slots, offsets, pairs, num_tokens, LISTED, LISTED2, T2, COLS)
+    rest = (k < COLS) & ((k >= K) | (live == 0))
+    tl.store(out_ids + t * COLS + k, tl.where(live, SHARED_ID, -1) + k * 0, mask=rest)
+    tl.store(out_weights + t * COLS + k, tl.where(live, 1.0, 0.0) + k * 0.0, mask=rest)
 
 
 @triton.jit
@@ -334,10 +285,6 @@ def route(
     shared_id: int | None = None,
     out_ids: torch.Tensor,
     out_weights: torch.Tensor,
-    offsets: torch.Tensor | None = None,
-    pairs: torch.Tensor | None = None,
-    slots: torch.Tensor | None = None,
-    arrivals: torch.Tensor | None = None,
 ) -> None:
     """Choose top_k experts a token by sigmoid score plus bias, among the best groups of experts.
 
@@ -355,10 +302,6 @@ def route(
         shared_id: of an expert that every real token goes to as well, with weight 1 and last.
         out_ids: int32 [T, top_k], by descending choice; with shared_id [T, top_k + 1].
         out_weights: fp32, as out_ids.
-        offsets, pairs: given, the pairs of each expert are listed as by `align` from expert 0 on;
-            for sizes that `lists_fit` accepts.
-        slots: int8 [T, list_width(experts)], given with them; its contents are lost.
-        arrivals: int32 [1], given with them: zero before and after.
     Raises:
         ValueError: counts that do not divide or do not suffice, or shapes that do not fit.
     Capture-safe.
@@ -366,7 +309,6 @@ def route(
     """
     columns = top_k + (shared_id is not None)
     size = _check_route(logits, bias, num_groups, topk_groups, top_k, columns, out_ids, out_weights)
-    listed = _check_lists(logits, shared_id, out_ids, offsets, pairs, slots, arrivals)
     num_tokens, experts = logits.shape[-2:]
     parts, groups2, size2 = (
         max(1, num_parts(logits)),
@@ -382,10 +324,6 @@ def route(
         tok_row,
         out_ids,
         out_weights,
-        out_ids if offsets is None else offsets,
-        out_ids if pairs is None else pairs,
-        out_ids if slots is None else slots,
-        out_ids if arrivals is None else arrivals,
         logits.stride(-2),
         logits.stride(0) if parts > 1 else 0,
         float(scaling),
@@ -404,9 +342,6 @@ def route(
         PARTS=parts,
         CHUNK=chunk,
         SPAN=min(tile, FULL_SPAN),
-        LISTED=listed,
-        LISTED2=list_width(listed),
-        T2=triton.next_power_of_2(num_tokens) if listed else 1,
         # The order in which parts are added goes by the warps: they must not go by the tokens.
         num_warps=max(1, min(8, chunk * tile // 256)),
         **overlap(launch),
@@ -426,15 +361,10 @@ def route_ref(
     shared_id: int | None = None,
     out_ids: torch.Tensor,
     out_weights: torch.Tensor,
-    offsets: torch.Tensor | None = None,
-    pairs: torch.Tensor | None = None,
-    slots: torch.Tensor | None = None,
-    arrivals: torch.Tensor | None = None,
 ) -> None:
     """`route` in plain torch."""
     columns = top_k + (shared_id is not None)
     size = _check_route(logits, bias, num_groups, topk_groups, top_k, columns, out_ids, out_weights)
-    _check_lists(logits, shared_id, out_ids, offsets, pairs, slots, arrivals)
     scores = sigmoid_rows(sum_parts(logits, torch.float32))
     choice = scores if bias is None else scores + bias
     grouped = choice.view(-1, num_groups, size)
@@ -454,19 +384,6 @@ def route_ref(
     padded = (tok_row < 0)[:, None]
     out_ids.copy_(ids.masked_fill(padded, -1))
     out_weights.copy_(weights.masked_fill(padded, 0.0))
-    if offsets is not None and pairs is not None:
-        align_ref(out_ids, expert_start=0, offsets=offsets, pairs=pairs)
-
-
-def lists_fit(num_tokens: int, num_experts: int) -> bool:
-    """Whether `route` lists so many pairs faster than a kernel of its own (`align`) does."""
-    tile = triton.next_power_of_2(num_tokens) * list_width(num_experts)
-    return bool(tile <= LIST_ELEMS)
-
-
-def list_width(num_experts: int) -> int:
-    """Slots of a token, one for each expert, in whole 16 bytes."""
-    return max(16, int(triton.next_power_of_2(num_experts)))
 
 
 def align(
@@ -616,46 +533,6 @@ def _check_route(
                 f"got {list(t.shape)}, strides {t.stride()}"
             )
     return int(size)
-
-
-def _check_lists(
-    logits: torch.Tensor,
-    shared_id: int | None,
-    ids: torch.Tensor,
-    offsets: torch.Tensor | None,
-    pairs: torch.Tensor | None,
-    slots: torch.Tensor | None,
-    arrivals: torch.Tensor | None,
-) -> int:
-    """Experts whose pairs are to be listed; 0 for no lists."""
-    given = (offsets, pairs, slots, arrivals)
-    if offsets is None or pairs is None or slots is None or arrivals is None:
-        if any(tensor is not None for tensor in given):
-            raise ValueError("expected offsets, pairs, slots and arrivals together, or none")
-        return 0
-    _check_align(ids, pairs)
-    routed, rows = logits.shape[-1], ids.shape[0]
-    experts = routed + (shared_id is not None)
-    if offsets.shape[0] != experts + 1 or shared_id not in (None, routed):
-        raise ValueError(
-            f"lists are of all {routed} experts and a shared one behind them, got {offsets.shape} "
-            f"offsets and shared_id {shared_id}; use align for other lists"
-        )
-    if not lists_fit(rows, experts):
-        raise ValueError(
-            f"expected at most {LIST_ELEMS} tokens times experts, each rounded up to a power of "
-            f"two, got {rows} and {experts}; use align for more"
-        )
-    if (
-        tuple(slots.shape) != (rows, list_width(experts))
-        or not slots.is_contiguous()
-        or (slots.dtype, arrivals.dtype) != (torch.int8, torch.int32)
-    ):
-        raise ValueError(
-            f"expected slots int8 {(rows, list_width(experts))} and arrivals int32, "
-            f"got {slots.dtype} {tuple(slots.shape)} and {arrivals.dtype}"
-        )
-    return int(experts)
 
 
 def _check_align(ids: torch.Tensor, pairs: torch.Tensor) -> None:

@@ -185,69 +185,6 @@ def test_route_adds_up_what_the_router_left_in_parts(
         assert torch.equal(alone[1][0], _route(_kernel, split, bias, router)[1][t])
 
 
-@pytest.mark.parametrize("fn", [_kernel, routing.route_ref])
-@pytest.mark.parametrize(
-    ("tokens", "experts", "shared"), [(1, 16, None), (5, 16, 16), (33, 60, 60), (64, 7, None)]
-)
-def test_route_lists_the_pairs_of_every_expert(
-    fn: Any, tokens: int, experts: int, shared: int | None
-) -> None:
-    columns = 4 + (shared is not None)
-    row = torch.arange(tokens, dtype=I32)
-    row[1::3] = -1
-    arrivals, pairs = torch.zeros(1, dtype=I32), torch.full((tokens * columns + 3,), -7, dtype=I32)
-    listed = experts + (shared is not None)
-    offsets = torch.full((listed + 2,), -7, dtype=I32)
-    slots = torch.full((tokens, routing.list_width(listed)), 3, dtype=torch.int8)
-    ids, weights = torch.zeros(tokens, columns, dtype=I32), torch.zeros(tokens, columns)
-    for seed in range(2):  # the count of arrivals is ready for the next step
-        fn(
-            _rand(3, tokens, experts, seed=seed),
-            None,
-            row,
-            **{"num_groups": 1, "topk_groups": 1, "top_k": 4, "normalize": True, "scaling": 2.5},
-            shared_id=shared,
-            out_ids=ids,
-            out_weights=weights,
-            offsets=offsets[:-1],
-            pairs=pairs,
-            slots=slots,
-            arrivals=arrivals,
-        )
-        want_offsets, want_pairs = _align(routing.align_ref, ids, 0, len(offsets) - 2)
-        assert offsets.tolist() == [*want_offsets, -7]
-        assert torch.equal(pairs[: offsets[-2]], want_pairs[: offsets[-2]])
-        assert (pairs[(row >= 0).sum() * columns :] == -7).all()
-        assert int(arrivals) == 0
-
-
-def test_route_refuses_lists_it_cannot_make() -> None:
-    def run(tokens: int, experts: int, **lists: torch.Tensor) -> None:
-        ids, weights = torch.zeros(tokens, 2, dtype=I32), torch.zeros(tokens, 2)
-        options = {"num_groups": 1, "topk_groups": 1, "top_k": 2, "normalize": True, "scaling": 1.0}
-        logits, row = _rand(tokens, experts), torch.arange(tokens, dtype=I32)
-        outs = {"out_ids": ids, "out_weights": weights}
-        routing.route(LAUNCH, logits, None, row, **options, **outs, **lists)
-
-    whole = {"offsets": torch.zeros(9, dtype=I32), "pairs": torch.zeros(2000, dtype=I32)}
-    with pytest.raises(ValueError, match="offsets, pairs, slots and arrivals together"):
-        run(4, 8, **whole)
-    whole["arrivals"] = torch.zeros(1, dtype=I32)
-    whole["slots"] = torch.zeros(4, 16, dtype=torch.int8)
-    run(4, 8, **whole)
-    most = routing.LIST_ELEMS // 16
-    assert routing.lists_fit(most, 8)
-    assert not routing.lists_fit(most + 1, 8)
-    with pytest.raises(ValueError, match=f"{most + 1} and 8; use align for more"):
-        run(most + 1, 8, **whole)
-    with pytest.raises(ValueError, match="all 8 experts and a shared one"):
-        run(4, 8, **whole | {"offsets": torch.zeros(8, dtype=I32)})
-    with pytest.raises(ValueError, match=r"slots int8 \(4, 16\)"):
-        run(4, 8, **whole | {"slots": torch.zeros(4, 8, dtype=torch.int8)})
-    with pytest.raises(ValueError, match="pairs hold 8"):
-        run(4, 8, **whole | {"pairs": torch.zeros(7, dtype=I32)})
-
-
 @pytest.mark.parametrize(
     ("router", "match"),
     [((10, 3, 1, 1), "must divide"), ((8, 4, 5, 1), "must divide"), ((8, 4, 2, 5), "1 to 4")],
@@ -365,11 +302,6 @@ def _real_shapes(launch: Launcher) -> None:
         *((256, 8, 4, t) for t in (1, 8, 128)),
         (384, 1, 1, 32),
     ):
-        lists = {}
-        if routing.lists_fit(rows, experts + 1):
-            lists = {name: meta(4096, dtype=I32) for name in ("pairs", "arrivals")}
-            lists["slots"] = meta(rows, routing.list_width(experts + 1), dtype=torch.int8)
-            lists["offsets"] = meta(experts + 2, dtype=I32)
         routing.route(
             launch,
             meta(56, rows, experts),
@@ -379,7 +311,6 @@ def _real_shapes(launch: Launcher) -> None:
             **{"normalize": True, "scaling": 2.5, "shared_id": experts},
             out_ids=meta(rows, 9, dtype=I32),
             out_weights=meta(rows, 9),
-            **lists,
         )
 
 

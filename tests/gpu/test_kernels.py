@@ -292,22 +292,6 @@ def route_of_parts(seed: int, tokens: int) -> Arguments:
     return route(seed, tokens) | {"logits": logits}
 
 
-def route_with_lists(seed: int, tokens: int) -> Arguments:
-    few = 16
-    chosen = {"num_groups": 4, "topk_groups": 2, "top_k": 4, "shared_id": few}
-    return route_of_parts(seed, tokens) | {
-        "logits": route_of_parts(seed, tokens)["logits"][..., :few].contiguous(),
-        "bias": randn(3, few, dtype=F32, std=0.1),
-        **chosen,
-        "out_ids": zeros(tokens, 5, dtype=I32),
-        "out_weights": zeros(tokens, 5, dtype=F32),
-        "offsets": zeros(few + 2, dtype=I32),
-        "pairs": zeros(tokens * 5, dtype=I32),
-        "slots": torch.full((tokens, routing.list_width(few + 1)), 3, dtype=torch.int8),
-        "arrivals": zeros(1, dtype=I32),
-    }
-
-
 def combine(seed: int, tokens: int) -> Arguments:
     chosen = ids(seed, EXPERTS, tokens, TOP_K)
     chosen[PADDED : PADDED + 1] = -1
@@ -444,10 +428,6 @@ CASES: dict[str, Case] = {
     "route": Case(routing.route, routing.route_ref, route, {"out_ids": 0, "out_weights": 1e-5}),
     "route_of_parts": Case(
         routing.route, routing.route_ref, route_of_parts, {"out_ids": 0, "out_weights": 1e-5}
-    ),
-    "route_with_lists": Case(
-        routing.route, routing.route_ref, route_with_lists,
-        {"out_ids": 0, "out_weights": 1e-5, "offsets": 0, "pairs": 0, "arrivals": 0},
     ),
     "align": Case(routing.align, routing.align_ref, align, {"offsets": 0, "pairs": 0}),
     "combine": Case(routing.combine, routing.combine_ref, combine, {"out": 2**-7}),
@@ -589,7 +569,8 @@ def test_the_router_loses_nothing_and_goes_by_the_token_alone(
     whole = run(130)
     exact = x.double() @ w.double().T
     error = (whole.double().sum(0) - exact).norm() / exact.norm()
-    assert error < 3e-7, f"{float(error):.1e}: an fp32 product has about 1e-7"
+    # Tensor cores cut sums off where fp32 rounds them: 3e-7, against 1e-7 of IEEE additions.
+    assert error < 6e-7, f"{float(error):.1e}"
     for tokens in (1, 2, 8, 15, 16, 17, 32, 33, 64, 65, 129):
         assert torch.equal(bits(run(tokens)), bits(whole[:, :tokens])), f"{tokens} tokens"
     default = router.router_plan(experts, HIDDEN)
@@ -603,7 +584,6 @@ def test_the_router_loses_nothing_and_goes_by_the_token_alone(
 def test_a_tokens_choice_goes_by_the_token_alone(
     experts: int, groups: int, kept: int, launcher: Launcher
 ) -> None:
-    """The lists are made, or not, by the number of tokens: the choice must not notice."""
     parts = randn(0, 56, 130, experts, dtype=F32, std=0.1).to(DEVICE)
     bias = randn(1, experts, dtype=F32, std=0.1).to(DEVICE)
 
@@ -611,31 +591,17 @@ def test_a_tokens_choice_goes_by_the_token_alone(
         made = {"dtype": I32, "device": DEVICE}
         ids = torch.zeros(tokens, 9, **made)
         weights = torch.zeros(tokens, 9, device=DEVICE)
-        lists = {}
-        if routing.lists_fit(tokens, experts + 1):
-            lists = {"pairs": torch.zeros(9 * tokens, **made), "arrivals": torch.zeros(1, **made)}
-            lists["offsets"] = torch.zeros(experts + 2, **made)
-            width = routing.list_width(experts + 1)
-            lists["slots"] = torch.zeros(tokens, width, dtype=torch.int8, device=DEVICE)
-        for _ in range(3):
-            routing.route(
-                launcher,
-                parts[:, :tokens].contiguous(),
-                bias,
-                torch.arange(tokens, **made),
-                **{"num_groups": groups, "topk_groups": kept, "top_k": 8, "normalize": True},
-                scaling=2.5,
-                shared_id=experts,
-                out_ids=ids,
-                out_weights=weights,
-                **lists,
-            )
-        if lists:
-            offsets, pairs = lists["offsets"].clone(), lists["pairs"].clone()
-            routing.align(launcher, ids, expert_start=0, offsets=offsets, pairs=pairs)
-            assert torch.equal(offsets, lists["offsets"])
-            assert torch.equal(pairs, lists["pairs"])
-            assert int(lists["arrivals"]) == 0
+        routing.route(
+            launcher,
+            parts[:, :tokens].contiguous(),
+            bias,
+            torch.arange(tokens, **made),
+            **{"num_groups": groups, "topk_groups": kept, "top_k": 8, "normalize": True},
+            scaling=2.5,
+            shared_id=experts,
+            out_ids=ids,
+            out_weights=weights,
+        )
         return ids, weights
 
     whole = run(130)
