@@ -144,6 +144,32 @@ def _mla_decode(
 
 
 @triton.jit
+def _load_split(
+    part_o,  # fp32 or act [T, SPLITS, H, DC]
+    part_lse,  # fp32 [T, SPLITS, H]
+    part,  # int64 [BLOCK_H, 1]: the split's lines
+    c,
+    inside,  # i1: whether the token has this split; where not, it weighs nothing
+    h_mask,
+    mask,
+    DC: tl.constexpr,
+):
+    """fp32 ([BLOCK_H, 1], [BLOCK_H, BLOCK_C]): log2 of its sum, and its result."""
+    lse = tl.load(part_lse + part, mask=h_mask & inside, other=float("-inf"))
+    o = tl.load(part_o + part * DC + c, mask=mask & inside, other=0.0)
+    return lse, o.to(tl.float32)
+
+
+@triton.jit
+def _add_split(high, total, acc, lse, o):
+    """The running maximum, sum of weights and weighted sum, with one more split."""
+    new_high = tl.maximum(high, lse)
+    decay = tl.exp2(high - new_high)
+    weight = tl.exp2(lse - new_high)
+    return new_high, total * decay + weight, acc * decay + o * weight
+
+
+@triton.jit
 def _merge(
     kv_len,  # int32 [T]
     part_o,  # fp32 or act [T, SPLITS, H, DC]
@@ -183,16 +209,17 @@ def _merge(
     weight_1 = tl.exp2(lse_1 - high)
     acc = o_0 * weight_0 + o_1 * weight_1
     total = weight_0 + weight_1
-    for s in tl.range(2, used):
-        part = (t * SPLITS + s) * H + h
-        lse = tl.load(part_lse + part, mask=h < H, other=0.0)
-        o = tl.load(part_o + part * DC + c, mask=mask, other=0.0).to(tl.float32)
-        new_high = tl.maximum(high, lse)
-        decay = tl.exp2(high - new_high)
-        weight = tl.exp2(lse - new_high)
-        acc = acc * decay + o * weight
-        total = total * decay + weight
-        high = new_high
+    # Four are loaded at a time: one after the other they would take a latency each.
+    for s in tl.range(2, used, 4):
+        at = first + s * H
+        l_a, o_a = _load_split(part_o, part_lse, at, c, s < used, h < H, mask, DC)
+        l_b, o_b = _load_split(part_o, part_lse, at + H, c, s + 1 < used, h < H, mask, DC)
+        l_c, o_c = _load_split(part_o, part_lse, at + 2 * H, c, s + 2 < used, h < H, mask, DC)
+        l_d, o_d = _load_split(part_o, part_lse, at + 3 * H, c, s + 3 < used, h < H, mask, DC)
+        high, total, acc = _add_split(high, total, acc, l_a, o_a)
+        high, total, acc = _add_split(high, total, acc, l_b, o_b)
+        high, total, acc = _add_split(high, total, acc, l_c, o_c)
+        high, total, acc = _add_split(high, total, acc, l_d, o_d)
     o = tl.where(used > 0, acc / total, 0.0)
     tl.store(out + t * out_pitch + h * DC + c, o, mask=mask)
 

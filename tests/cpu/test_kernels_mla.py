@@ -353,19 +353,20 @@ def test_decode_of_a_chunk_is_decode_of_its_tokens() -> None:
 @pytest.mark.parametrize("dtype", [F32, BF16])
 def test_merge_adds_only_used_splits(dtype: torch.dtype, cut: int) -> None:
     torch.manual_seed(0)
-    length, heads, dc = _i32(0, 1, cut, cut + 1, 2 * cut, 3 * cut + 4), 5, 24
-    part_o = torch.randn(6, 4, heads, dc).to(dtype)
-    part_lse = torch.randn(6, 4, heads) * 20
-    for t, used in enumerate([0, 0, 0, 2, 2, 4]):  # a single split writes no part
+    length, heads, dc = _i32(0, 1, cut, cut + 1, 2 * cut, 3 * cut + 4, 7 * cut, 11 * cut), 5, 24
+    part_o = torch.randn(8, 11, heads, dc).to(dtype)
+    part_lse = torch.randn(8, 11, heads) * 20
+    for t, used in enumerate([0, 0, 0, 2, 2, 4, 7, 11]):  # a single split writes no part
         part_o[t, used:], part_lse[t, used:] = NAN, NAN
-    got, want = torch.full((2, 6, heads, dc), 3.0)
+    got, want = torch.full((2, 8, heads, dc), 3.0)
     merge(LAUNCH, length, part_o, part_lse, cut=cut, out=got)
     merge_ref(length, part_o, part_lse, cut=cut, out=want)
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
     assert (got[0] == 0.0).all()
     assert (got[1:3] == 3.0).all()
-    by_hand = torch.softmax(part_lse[5].double() * math.log(2), 0)[..., None] * part_o[5].double()
-    torch.testing.assert_close(got[5].double(), by_hand.sum(0), rtol=1e-5, atol=1e-6)
+    share = torch.softmax(part_lse[7].double() * math.log(2), 0)[..., None]
+    by_hand = (share * part_o[7].double()).sum(0)
+    torch.testing.assert_close(got[7].double(), by_hand, rtol=1e-5, atol=1e-6)
 
 
 def test_decode_refuses_a_cut_across_tiles() -> None:

@@ -15,7 +15,7 @@ from bench import ops
 from bench.ops_alternatives import FORMULATIONS, alternative
 from bench.ops_contenders import OURS, Contender, Unable
 from bench.ops_machine import Machine, Setting
-from bench.ops_specs import BY_TOKEN, LISTS, UNCHECKED, Floors, prefix, results, rotated, turned
+from bench.ops_specs import BY_TOKEN, UNCHECKED, Floors, prefix, results, rotated, turned
 from graphs.calls import Call, op_names
 from graphs.candidates import candidates
 from graphs.ops import Ops
@@ -192,7 +192,7 @@ def test_a_turned_call_gives_every_token_its_bits(tmp_path: Path, op: str) -> No
     call, operations = _recorded(tmp_path, op, overrides if fused else ())
     run_op = getattr(operations, op)
     run_op(*call.args, **call.kwargs)
-    before = [r for r in results(call) if r.name != LISTS]
+    before = results(call)
     other = turned(call)
     assert other is not None
     again, lines = other
