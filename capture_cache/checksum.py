@@ -29,19 +29,24 @@ _SEGMENT_WORDS = 1 << 19  # of one thread block: 4 MiB
 _THREADS = 512
 _SOURCE = r"""
 typedef unsigned long long u64;
-// segments: u64 [grid, 3]: address (16-byte aligned), words (even), index of the first word.
+// segments: u64 [grid, 3]: address (8-byte aligned), words, index of the first word.
 // sums: u64 [grid].
 extern "C" __global__ void __launch_bounds__(512) sum64(const u64* segments, u64* sums) {
     __shared__ u64 parts[16];
     const u64* segment = segments + 3ull * blockIdx.x;
-    const ulonglong2* data = reinterpret_cast<const ulonglong2*>(segment[0]);
-    const u64 pairs = segment[1] / 2, first = segment[2];
+    const u64* words = reinterpret_cast<const u64*>(segment[0]);
+    const u64 count = segment[1], first = segment[2];
+    // 16 bytes a load where they lie so; scales of small experts may not.
+    const u64 pairs = segment[0] % 16 ? 0 : count / 2;
+    const ulonglong2* data = reinterpret_cast<const ulonglong2*>(words);
     u64 sum = 0;
     for (u64 i = threadIdx.x; i < pairs; i += blockDim.x) {
         const ulonglong2 x = data[i];
         const u64 factor = 2 * (first + 2 * i) + 1;
         sum += x.x * factor + x.y * (factor + 2);
     }
+    for (u64 i = 2 * pairs + threadIdx.x; i < count; i += blockDim.x)
+        sum += words[i] * (2 * (first + i) + 1);
     for (int step = 16; step; step /= 2) sum += __shfl_down_sync(0xffffffffu, sum, step);
     if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = sum;
     __syncthreads();
@@ -103,7 +108,7 @@ def segments_of(places: Sequence[tuple[int, int]]) -> tuple[NDArray[np.uint64], 
     """Work of the thread blocks: uint64 [n, 3] (address, words, first word), and whose it is [n].
 
     Args:
-        places: (address, bytes), both multiples of 16.
+        places: (address, bytes), both multiples of 8.
     """
     rows, owners = [], []
     for owner, (address, nbytes) in enumerate(places):

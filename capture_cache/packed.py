@@ -23,6 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from capture_cache.checksum import WORD_BYTES
 from capture_cache.errors import CorruptBundle, FingerprintMismatch, LayoutError
 from capture_cache.files import open_dir, read_file, unsafe
 from capture_cache.fingerprint import Fingerprint, diff
@@ -66,7 +67,7 @@ def parts_of(place: Place) -> list[ArenaPart]:
     (graphs.weights.stored_table).
 
     Raises:
-        LayoutError: joined tensors that are not whole words of 16 bytes.
+        LayoutError: joined tensors of which the second does not begin on a word of the sums.
     """
     entry = place.entry
     layer, joined, leaf = entry.name.rpartition(".all_")
@@ -76,14 +77,16 @@ def parts_of(place: Place) -> list[ArenaPart]:
         return [ArenaPart(entry.name, entry.shape, place.offset, padded)]
     count, shape = entry.shape[0] - 1, entry.shape[1:]
     each = entry.nbytes // entry.shape[0]
-    if each % 16:
+    if count * each % WORD_BYTES:
         raise LayoutError(
-            f"arena entry {entry.name!r}: expected experts of whole 16 bytes, got {each}; sums are "
-            "made of such words"
+            f"arena entry {entry.name!r}: expected experts of whole {WORD_BYTES} bytes in all, got "
+            f"{count} of {each}; sums are made of such words: load this model's checkpoint instead "
+            "of packed weights"
         )
+    whole = -(-each // WORD_BYTES) * WORD_BYTES  # the rest of its last word is padding
     return [
         ArenaPart(f"{layer}.experts_{leaf}", (count, *shape), place.offset, count * each),
-        ArenaPart(f"{layer}.shared_{leaf}", shape, place.offset + count * each, each),
+        ArenaPart(f"{layer}.shared_{leaf}", shape, place.offset + count * each, whole),
     ]
 
 

@@ -41,6 +41,8 @@ class Pick:
         us: its time; None where nothing was measured.
         runner_up, runner_up_us: the best of the others; None where there was none.
         exact: bits of a token do not depend on how many tokens there are.
+        default_us: time of the first candidate of the order, which stands where whole steps are not
+            faster for another.
     """
 
     kernel: str
@@ -48,6 +50,7 @@ class Pick:
     runner_up: str | None = None
     runner_up_us: float | None = None
     exact: bool = True
+    default_us: float | None = None
 
 
 @dataclass(frozen=True)

@@ -109,7 +109,8 @@ def _fastest(
         us, best = own.us, default
     others = [(t, c) for t, _, c, _ in ranked if c is not best]
     runner_up, runner_up_us = (others[0][1].name, others[0][0]) if others else (None, None)
-    return Pick(best.name, us, runner_up, runner_up_us, best.exact)
+    default_us = None if own is None else own.us
+    return Pick(best.name, us, runner_up, runner_up_us, best.exact, default_us)
 
 
 def confirm(
@@ -152,8 +153,8 @@ def _with_defaults(
         pick = site.tokens[count]
         if not pick.exact or pick.kernel == defaults[name]:
             continue
-        us = pick.runner_up_us if pick.runner_up == defaults[name] else None
-        plain = Pick(defaults[name], us, pick.kernel, pick.us)
+        us = pick.default_us
+        plain = Pick(defaults[name], us, pick.kernel, pick.us, default_us=us)
         sites[name] = SiteChoice(site.bits, {**site.tokens, count: plain})
     return replace(choices, sites=sites)
 

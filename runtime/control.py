@@ -64,7 +64,7 @@ class Control(Submission):
         Raises:
             RuntimeError: paused.
             OutOfPages: as `launch`. Make room and call it again, on this rank alone: it goes on
-                where it was, and returns what it had, too.
+                where it was, and returns what it had, too (of requests cancelled since, as well).
             RankError: a rank did not come within the deadline, or is at another step.
         """
         if not isinstance(waiting, bool):

@@ -171,6 +171,24 @@ class Soak:
         owed = self.owed.pop(request)
         self.longest_life = max(self.longest_life, self.runtime._next_step - owed.came)
 
+    def drain(self) -> None:
+        """Drain, making room for rows of `add` that cannot all go on."""
+        gone: dict[int, Owed] = {}
+        while True:
+            try:
+                outputs = self.runtime.drain()
+                break
+            except OutOfPages:
+                self.seen["drain out of pages"] += 1
+                before = dict(self.owed)
+                self.cancel_one()
+                gone |= {r: owed for r, owed in before.items() if r not in self.owed}
+        self.owed |= gone  # what they had got before is returned, too
+        for out in outputs:
+            self.take(out)
+        for request in gone:
+            del self.owed[request]
+
     def cancel_one(self) -> None:
         if not self.owed:
             return
@@ -195,8 +213,7 @@ class Soak:
         what = self.rng.integers(40)
         if what == 0:
             self.seen["drained"] += 1
-            for out in self.runtime.drain():
-                self.take(out)
+            self.drain()
         elif what == 1:
             self.seen["paused"] += 1
             self.runtime.pause()

@@ -34,6 +34,7 @@ from tests.serving import Request, serve
 from tests.soak import Answers, Soak, happenings
 
 PARTS = 10  # of the day, each with its own times and memory
+FULL = 100_000  # steps in which everything must have happened
 MAX_NEW = 30
 AGEING_STEPS = 64
 # 24 wait at most, each needs 40 steps at most; five levels of priority, one down, one for `add`.
@@ -115,6 +116,7 @@ def run_day(device: str, steps: int, seed: int) -> dict[str, Any]:
             answers,
             seed,
             arrivals,
+            added=0.5,
             max_prompt=40,
             max_new=MAX_NEW,
             num_prompts=400,
@@ -122,10 +124,8 @@ def run_day(device: str, steps: int, seed: int) -> dict[str, Any]:
         began = time.perf_counter()
         day.start(steps)
         stats = runtime.stats()
-        missing = [what for what in happenings(lazy=True) if not day.seen[what]]
-        assert steps < 50_000 or not missing, f"never happened: {missing}"
-        assert stats.longest_wait_steps <= LONGEST_WAIT, stats.longest_wait_steps
         return {
+            "never_happened": [what for what in happenings(lazy=True) if not day.seen[what]],
             "seconds": round(time.perf_counter() - began, 1),
             "stats": stats.to_json(),
             "tokens_compared": day.given,
@@ -163,7 +163,12 @@ def main(argv: list[str]) -> int:
     if args.out is not None:
         args.out.write_text(json.dumps(record, indent=1) + "\n")
     print(json.dumps(record))
-    return 0
+    short = args.steps >= FULL and record["never_happened"]
+    starved = record["stats"]["longest_wait_steps"] > LONGEST_WAIT
+    for failed, what in ((short, f"never happened: {short}"), (starved, "a wait past its bound")):
+        if failed:
+            print(f"FAILED: {what}", file=sys.stderr)
+    return int(bool(short) or starved)
 
 
 if __name__ == "__main__":

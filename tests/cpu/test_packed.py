@@ -22,18 +22,18 @@ from safetensors import safe_open
 from capture_cache.arena import HostArena
 from capture_cache.checksum import segments_of, sum64, sum64_code
 from capture_cache.cubin import kernel_facts
-from capture_cache.errors import CorruptBundle, FingerprintMismatch, StoreError
+from capture_cache.errors import CorruptBundle, FingerprintMismatch, LayoutError, StoreError
 from capture_cache.files import Files
 from capture_cache.layout import ArenaLayout, Entry
 from capture_cache.manifest import seal, unseal
-from capture_cache.packed import PackedWeights, Run
+from capture_cache.packed import PackedWeights, Run, parts_of
 from capture_cache.packed_index import INDEX, SHARED, Index
 from capture_cache.restore_driver import Driver
 from capture_cache.store import Store
 from capture_cache.weights_io import DeviceLane, HostLane, copy_runs, load_packed
 from graphs.checkpoint import load_checkpoint, random_weights
 from graphs.devices import bind_views
-from graphs.model_config import ModelConfig
+from graphs.model_config import ModelConfig, parse_overrides
 from graphs.model_source import ModelSource, model_digest, resolve_model
 from graphs.presets import PRESETS
 from graphs.weights import weight_table
@@ -646,6 +646,32 @@ def test_a_runtime_uses_what_the_store_holds_and_what_it_is_given(tmp_path: Path
     shutil.rmtree(path)
     assert model_digest(moved) == digest
     same(load_micro(moved, **options), f"packed, {moved}")
+
+
+@pytest.mark.parametrize("overrides", [(), ("hidden_size=128", "moe_intermediate_size=128")])
+def test_scales_of_small_experts_need_not_fill_16_bytes(
+    tmp_path: Path, overrides: tuple[str, ...]
+) -> None:
+    """All experts' scales lie in one entry, those of the shared one behind the others'."""
+    overrides = ("quantization=fp8", *overrides)
+    pack(*resolve_model("tiny", layers=2, overrides=parse_overrides(overrides)), tmp_path / "p")
+    weights = []
+    for given in (None, str(tmp_path / "p")):
+        with Runtime.load(
+            "tiny", layers=2, overrides=overrides, bs=1, max_seq_len=64, ladder="1",
+            device="cpu", store=str(tmp_path / "s"), weights=given, verify=False,
+        ) as runtime:  # fmt: skip
+            step = runtime.engine.graphs.step
+            weights.append({n: v.clone().view(torch.uint8) for n, v in step.weights.items()})
+    assert weights[0]["layers.1.all_down_scale"].nbytes % 16 in (4, 8)
+    assert all(weights[1][name].equal(data) for name, data in weights[0].items())
+
+
+def test_a_joined_entry_begins_its_second_tensor_on_a_word() -> None:
+    entry = Entry("weights", "layers.1.all_down_scale", (4, 1, 1), "float32")
+    place = ArenaLayout.build([entry]).places[0]
+    with pytest.raises(LayoutError, match="expected experts of whole 8 bytes in all, got 3 of 4"):
+        parts_of(place)
 
 
 def test_a_packed_preset_as_a_model_is_refused_with_the_options_that_it_goes_with(

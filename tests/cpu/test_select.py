@@ -65,8 +65,8 @@ def test_the_fastest_is_taken_with_its_time_and_the_runner_up() -> None:
     timer = FakeTimer({"a": 10.0, ("b", 1): 8.0, ("b", 32): 12.0})
     choice = choose_site([A, B], [1, 32], timer)
     assert choice.bits == "one"
-    assert choice.tokens[1] == Pick("b", 8.0, "a", 10.0)
-    assert choice.tokens[32] == Pick("a", 10.0, "b", 12.0)
+    assert choice.tokens[1] == Pick("b", 8.0, "a", 10.0, default_us=10.0)
+    assert choice.tokens[32] == Pick("a", 10.0, "b", 12.0, default_us=10.0)
 
 
 def test_the_default_stays_within_margin_and_spread() -> None:
@@ -121,14 +121,16 @@ def test_bits_that_depend_on_the_batch_need_permission() -> None:
     assert strict.tokens[8].kernel == "a"
     assert all(name != "loose" for name, _ in timer.asked)
     allowed = choose_site([A, LOOSE], [8], timer, allow_inexact=True)
-    assert allowed.tokens[8] == Pick("loose", 1.0, "a", 10.0, exact=False)
+    assert allowed.tokens[8] == Pick("loose", 1.0, "a", 10.0, False, 10.0)
     assert KernelChoices({"site": allowed}).inexact == ["site"]
     assert KernelChoices({"site": strict}).inexact == []
 
 
 def test_a_kernel_that_does_not_run_here_is_not_chosen() -> None:
     timer = FakeTimer({"a": 10.0, "loose": None})
-    assert choose_site([A, LOOSE], [1], timer, allow_inexact=True).tokens[1] == Pick("a", 10.0)
+    assert choose_site([A, LOOSE], [1], timer, allow_inexact=True).tokens[1] == Pick(
+        "a", 10.0, default_us=10.0
+    )
 
 
 def test_out_of_time_leaves_the_default_and_says_so() -> None:
@@ -481,7 +483,7 @@ def test_attention_is_one_choice_over_all_points() -> None:
 
 def _measured() -> KernelChoices:
     """Two sites that have left their default at 1 and at 32 tokens."""
-    picks = {t: Pick("new", 8.0, "old", 10.0) for t in (1, 32)}
+    picks = {t: Pick("new", 8.0, "third", 9.0, default_us=10.0) for t in (1, 32)}
     sites = {name: SiteChoice("one", dict(picks)) for name in ("first", "second")}
     return KernelChoices(sites, None, "measured")
 
@@ -502,7 +504,7 @@ def test_a_key_keeps_its_kernels_only_if_its_step_is_faster() -> None:
     times = {(1, "old"): 100.0, (1, "new"): 90.0, (32, "old"): 200.0, (32, "new"): 201.0}
     kept = _confirmed(times)
     assert {s.tokens[1].kernel for s in kept.sites.values()} == {"new"}
-    assert kept.sites["first"].tokens[32] == Pick("old", 10.0, "new", 8.0)
+    assert kept.sites["first"].tokens[32] == Pick("old", 10.0, "new", 8.0, default_us=10.0)
     assert {s.bits for s in kept.sites.values()} == {"one"}
 
 

@@ -41,7 +41,7 @@ def test_a_hundred_thousand_steps(
     config = SchedulerConfig(reservation, prefix_cache, budget, AGEING_STEPS)
     runtime = Runtime(device, config)  # type: ignore[arg-type]
     answers = partial(answer, vocab=FakeModel.vocab_size)
-    soak = Soak(runtime, answers, seed=5, arrivals=0.1, max_prompt=40, max_new=56)
+    soak = Soak(runtime, answers, 5, arrivals=0.1, added=0.5, max_prompt=40, max_new=56)
     soak.run(steps)
     stats = runtime.stats()
     print(stats, dict(sorted(soak.seen.items())), soak.longest_life)

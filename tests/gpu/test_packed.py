@@ -82,13 +82,16 @@ def test_the_devices_sum_is_the_hosts() -> None:
     stream = driver.create_stream()
     try:
         generator = torch.Generator().manual_seed(5)
-        sizes = (16, 256, 4096 + 16, (4 << 20) + 256, (9 << 20) - 16)
+        sizes = (8, 16, 24, 256, 4096 + 16, (4 << 20) + 256, (9 << 20) - 16)
         host = [torch.randint(0, 256, (n,), dtype=torch.uint8, generator=generator) for n in sizes]
         device = [x.cuda() for x in host]
         torch.cuda.synchronize()
         places = [(x.data_ptr(), x.numel()) for x in device]
         code = sum64_code(f"sm_{major}{minor}", None)
         assert device_sums(driver, code, places, stream) == [sum64(x.numpy()) for x in host]
+        # Scales of small experts begin on any word.
+        (got,) = device_sums(driver, code, [(device[3].data_ptr() + 8, 240)], stream)
+        assert got == sum64(host[3].numpy()[8:248])
         for x in device:  # any single bit
             at = x.numel() // 3
             x[at] ^= 0x40
