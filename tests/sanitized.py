@@ -87,7 +87,8 @@ CONFIGS: dict[str, Config] = {
     "fp8": Config(("quantization=fp8",), keys=("1", "8", "2+300")),
     "v3_heads": Config((*V3_HEADS, "hidden_size=768", "quantization=fp8"), keys=("8", "5+40")),
     "rdep": Config(("quantization=fp8",), keys=("8", "5+40"), transport="rdep"),
-    "fp32": Config(("dtype=float32",), keys=("5+40",)),
+    # So wide that products are cut into more than eight parts.
+    "fp32": Config(("dtype=float32", "hidden_size=768"), keys=("5+40",)),
     "no_q_lora": Config(("q_lora_rank=null", "n_shared_experts=2"), keys=("5+40",)),
     "rdep_bf16": Config(keys=("3",), transport="rdep"),
     "bf16_plans": Config(keys=("5+40",), candidates=True),

@@ -156,7 +156,9 @@ def router(
             f"a {n}x{k} router in blocks of {plan.block_k} leaves {splits} parts, got room for "
             f"{out.shape[0]}; size it with router_parts"
         )
-    block_t = next((b for b in TOKEN_BLOCKS if b >= num_tokens), TOKEN_BLOCKS[-1])
+    # Tokens in several pieces take the registers of the tallest tile.
+    blocks = TOKEN_BLOCKS if PIECES[x.dtype] == 1 else TOKEN_BLOCKS[:-1]
+    block_t = next((b for b in blocks if b >= num_tokens), blocks[-1])
     launch(
         _router_kernel,
         (triton.cdiv(num_tokens, block_t), triton.cdiv(n, plan.block_n), splits),

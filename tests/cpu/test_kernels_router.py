@@ -115,10 +115,10 @@ def test_real_shapes_compile_without_spills() -> None:
 
 
 def _real_shapes(launch: Launcher) -> None:
+    tokens = [(t, BF16) for t in (1, 32, 128)] + [(128, F16), (128, F32)]
     for n, k in REAL:
-        for t in (1, 32, 128):
-            x = meta(t, k, dtype=BF16)
-            router(launch, x, meta(n, k), out=meta(router_parts(n, k), t, n))
+        for t, dtype in tokens:
+            router(launch, meta(t, k, dtype=dtype), meta(n, k), out=meta(router_parts(n, k), t, n))
 
 
 if __name__ == "__main__":
