@@ -32,8 +32,6 @@ TORCH_MM = "torch.mm"
 # Programs that a product is cut into by tiles of 64 rows and splits, of at least four blocks of K:
 # one, one and a third, and two for each SM of a Hopper chip, whatever the chip is.
 PROGRAMS = (132, 176, 264)
-# Experts whose programs of `grouped_down`, two an SM, are on a Hopper chip at once: 264 of 56 each.
-FIRST_EXPERTS = 5
 
 
 @dataclass(frozen=True)
@@ -188,8 +186,7 @@ def _grouped_plans(call: Call) -> list[GroupedPlan]:
         *(replace(default, per_sm=per_sm) for per_sm in (1, 2, 3)),
         replace(default, block_n=64),
         *(replace(default, prefetch=blocks) for blocks in (0, 1, 2)),
-        replace(default, pairs=16),
-        *(replace(default, chain=FIRST_EXPERTS, prefetch=blocks) for blocks in (0, 1)),
+        replace(default, chain=0),
     ]
     return [p for p in dict.fromkeys(plans) if _fits(p, call)]
 

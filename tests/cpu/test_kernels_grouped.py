@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import product
 from typing import Any
 
 import pytest
@@ -32,7 +31,6 @@ from tests.cpu.test_kernels_linear import (
 )
 
 LAUNCH = JitLauncher()
-PLAN, LOW = GroupedPlan(), GroupedPlan(pairs=16)
 I32 = torch.int32
 pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")
 # Pairs of each expert: none, one, and one less and one more than every tile height.
@@ -86,30 +84,30 @@ def _input(rows: int, cols: int, dtype: torch.dtype) -> tuple[torch.Tensor, torc
 
 
 def _gate_up(
-    run: GroupedPlan | str, x: torch.Tensor, xs: torch.Tensor | None, w: Experts, r: Routing
+    run: str, x: torch.Tensor, xs: torch.Tensor | None, w: Experts, r: Routing
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Outputs full of ones (e4m3 0x38) where nothing was written."""
     inter = w.gate_up.shape[1] // 2
     out = torch.ones(r.num_pairs, inter).to(x.dtype)
     scale = None if xs is None else torch.ones(r.num_pairs, -(-inter // 128))
     args = (x, xs, w.gate_up, w.gate_up_scale, r.offsets, r.pairs)
-    if isinstance(run, str):
+    if run == "ref":
         grouped_gate_up_ref(*args, top_k=r.top_k, out=out, out_scale=scale)
     else:
-        grouped_gate_up(LAUNCH, *args, top_k=r.top_k, out=out, out_scale=scale, plan=run)
+        grouped_gate_up(LAUNCH, *args, top_k=r.top_k, out=out, out_scale=scale)
     return out, scale
 
 
 def _down(
-    run: GroupedPlan | str, h: torch.Tensor, hs: torch.Tensor | None, w: Experts, r: Routing
+    run: str, h: torch.Tensor, hs: torch.Tensor | None, w: Experts, r: Routing
 ) -> torch.Tensor:
     dtype = F32 if h.dtype == FP8 else h.dtype
     out = torch.ones(r.num_pairs, w.down.shape[1], dtype=dtype)
     args = (h, hs, w.down, w.down_scale, r.offsets, r.pairs)
-    if isinstance(run, str):
+    if run == "ref":
         grouped_down_ref(*args, out=out)
     else:
-        grouped_down(LAUNCH, *args, out=out, plan=run)
+        grouped_down(LAUNCH, *args, out=out)
     return out
 
 
@@ -127,19 +125,17 @@ def _same_codes(got: torch.Tensor, want: torch.Tensor) -> None:
     assert (apart > 0).float().mean() < 0.01
 
 
-def _check(
-    r: Routing, inter: int, hidden: int, dtype: torch.dtype, plan: GroupedPlan = PLAN
-) -> None:
+def _check(r: Routing, inter: int, hidden: int, dtype: torch.dtype) -> None:
     w = Experts.random(len(r.counts), inter, hidden, dtype)
     x, xs = _input(r.tokens, hidden, dtype)
-    (got, got_scale), (want, want_scale) = (_gate_up(run, x, xs, w, r) for run in (plan, "ref"))
+    (got, got_scale), (want, want_scale) = (_gate_up(run, x, xs, w, r) for run in ("", "ref"))
     if dtype == FP8:
         assert got_scale is not None
         torch.testing.assert_close(got_scale, want_scale, rtol=1e-5, atol=0)
         _same_codes(got[r.listed], want[r.listed])
     else:
         torch.testing.assert_close(got, want, rtol=2e-3 if dtype == F16 else 1e-5, atol=1e-5)
-    got_y, want_y = (_down(run, want, want_scale, w, r) for run in (plan, "ref"))
+    got_y, want_y = (_down(run, want, want_scale, w, r) for run in ("", "ref"))
     torch.testing.assert_close(got_y, want_y, rtol=2e-3 if dtype == F16 else 1e-5, atol=1e-4)
     untouched = torch.ones(r.num_pairs, dtype=torch.bool)
     untouched[r.listed] = False
@@ -155,11 +151,8 @@ def _check(
         (F32, 130, 101),
     ],
 )
-@pytest.mark.parametrize("plan", [PLAN, LOW], ids=["any", "low"])
-def test_counts_around_every_tile_height(
-    dtype: torch.dtype, inter: int, hidden: int, plan: GroupedPlan
-) -> None:
-    _check(Routing(COUNTS, top_k=2, tokens=80), inter, hidden, dtype, plan)
+def test_counts_around_every_tile_height(dtype: torch.dtype, inter: int, hidden: int) -> None:
+    _check(Routing(COUNTS, top_k=2, tokens=80), inter, hidden, dtype)
 
 
 @pytest.mark.parametrize("dtype", [F16, FP8])
@@ -173,13 +166,12 @@ def test_counts_around_every_tile_height(
     ],
     ids=["one expert", "idle", "compact", "single"],
 )
-@pytest.mark.parametrize("plan", [PLAN, LOW], ids=["any", "low"])
-def test_skewed_routing(routing: Routing, dtype: torch.dtype, plan: GroupedPlan) -> None:
+def test_skewed_routing(routing: Routing, dtype: torch.dtype) -> None:
     if routing.listed.numel():
-        _check(routing, 128, 128, dtype, plan)
+        _check(routing, 128, 128, dtype)
         return
     w = Experts.random(3, 128, 128, dtype)
-    out, _ = _gate_up(plan, *_input(3, 128, dtype), w, routing)
+    out, _ = _gate_up("", *_input(3, 128, dtype), w, routing)
     assert (out.float() == 1).all()
 
 
@@ -198,19 +190,16 @@ def test_a_pairs_bits_do_not_depend_on_its_company(dtype: torch.dtype) -> None:
     )
     xs = torch.rand(1, 3)
     seen = []
-    cases = ((1, 1), (17, 20), (33, 40), (70, 80))
-    for (count, tokens), plan in product(cases, (PLAN, LOW)):
+    for count, tokens in ((1, 1), (17, 20), (33, 40), (70, 80)):
         r = Routing((count,), top_k=1, tokens=tokens)
         mine = int(r.listed[count - 1])
         x = exact_in_tiles(tokens, hidden, seed=count)
         x[mine] = token
-        h, hs = _gate_up(
-            plan, x.to(dtype), xs.expand(tokens, 3).contiguous() if fp8 else None, w, r
-        )
+        h, hs = _gate_up("", x.to(dtype), xs.expand(tokens, 3).contiguous() if fp8 else None, w, r)
         h_exact = exact_in_tiles(tokens, inter, seed=count)
         h_exact[mine] = exact_in_tiles(1, inter, seed=78)[0]
         y = _down(
-            plan, h_exact.to(dtype), xs[:, :2].expand(tokens, 2).contiguous() if fp8 else None, w, r
+            "", h_exact.to(dtype), xs[:, :2].expand(tokens, 2).contiguous() if fp8 else None, w, r
         )
         seen.append((h.view(torch.uint8)[mine], y[mine], None if hs is None else hs[mine]))
     for h, y, hs in seen:
@@ -252,7 +241,7 @@ def test_down_begins_with_experts_whose_hidden_activation_is_there() -> None:
         grouped_down(launch, *h, top_k=2, out=y, ready=ready, plan=plan)
         return y
 
-    want = down(LAUNCH, PLAN)
+    want = down(LAUNCH, GroupedPlan())
     assert torch.equal(down(LAUNCH, chain), want)
     ready[2] = ready[0] = inter - 1  # of the last two, which chain, and of one that does not
     late = down(Impatient(), chain)
@@ -274,8 +263,10 @@ def test_few_pairs_are_not_chained() -> None:
     grouped_down(Impatient(), *h, out=y, ready=ready, plan=plan)
     assert not ready.any()
     assert not y.isnan().any()
-    with pytest.raises(ValueError, match=r"chains by `ready`, int32 \[3\], and got None"):
-        grouped_down(LAUNCH, *h, out=y, plan=plan)
+    grouped_down(Impatient(), *h, out=y, plan=plan)  # without counters
+    assert not y.isnan().any()
+    with pytest.raises(ValueError, match="a number of experts to chain, 0 for none"):
+        GroupedPlan(chain=-1)
     with pytest.raises(ValueError, match=r"ready must be int32 \[3\], got torch.int32 \[2\]"):
         grouped_down(LAUNCH, *h, out=y, ready=ready[:2])
 
@@ -340,15 +331,7 @@ def test_real_shapes_compile_without_spills() -> None:
 
 
 def _launch(
-    launch: Launcher,
-    tokens: int,
-    experts: int,
-    inter: int,
-    hidden: int,
-    top_k: int,
-    *,
-    fp8: bool,
-    plan: GroupedPlan = PLAN,
+    launch: Launcher, tokens: int, experts: int, inter: int, hidden: int, top_k: int, *, fp8: bool
 ) -> None:
     dtype = FP8 if fp8 else BF16
     pairs, groups = tokens * top_k, lambda n: -(-n // 128)
@@ -357,6 +340,7 @@ def _launch(
         return meta(*shape) if fp8 else None
 
     lists = meta(experts + 1, dtype=I32), meta(pairs, dtype=I32)
+    ready = meta(experts, dtype=I32)
     h, hs = meta(pairs, inter, dtype=dtype), scale(pairs, groups(inter))
     grouped_gate_up(
         *(launch, meta(tokens, hidden, dtype=dtype), scale(tokens, groups(hidden))),
@@ -366,11 +350,11 @@ def _launch(
         top_k=top_k,
         out=h,
         out_scale=hs,
-        plan=plan,
+        ready=ready,
     )
     w, ws = meta(experts, hidden, inter, dtype=dtype), scale(experts, groups(hidden), groups(inter))
     out = meta(pairs, hidden, dtype=BF16)
-    grouped_down(launch, h, hs, w, ws, *lists, top_k=top_k, out=out, plan=plan)
+    grouped_down(launch, h, hs, w, ws, *lists, top_k=top_k, out=out, ready=ready)
 
 
 def _real_shapes(launch: Launcher) -> None:
