@@ -16,6 +16,7 @@ from barriers.errors import RankError, RankMismatch
 from barriers.group import Part, RankGroup
 from barriers.symmetric import CONTROL_BYTES, check_sizes, close_parts
 from barriers.watch import slot_of_rank
+from capture_cache.arena import MIN_SPAN
 from capture_cache.errors import CudaError
 from capture_cache.restore_driver import Driver
 
@@ -111,7 +112,7 @@ class DeviceMemory:
             raise e from error
 
     def _reserve(self, base: int, exact: bool) -> int:
-        nbytes = self.stride * self.group.world
+        nbytes = max(self.stride * self.group.world, MIN_SPAN)
         address = self.device.reserve(nbytes, base)
         self._undo.append(partial(self.device.unreserve, address, nbytes))
         if exact and address != base:

@@ -166,7 +166,8 @@ class FakeCuda:
         _word(out, 2 << 20)
 
     def cuMemAddressReserve(self, out: int, nbytes: int, _: int, hint: int, flags: int) -> None:
-        address = hint + (1 << 40 if self.taken else 0)
+        heeded = nbytes >= 1 << 30 and not self.taken  # the real driver ignores hints for less
+        address = hint + (0 if heeded else 1 << 40)
         self.reserved[address] = nbytes
         _word(out, address)
 

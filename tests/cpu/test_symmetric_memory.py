@@ -20,7 +20,10 @@ from barriers.group import RankGroup
 from barriers.packets import address_of
 from barriers.spawn import run_ranks
 from barriers.symmetric import HostMemory
+from barriers.symmetric_device import PEERS_BASE, DeviceMemory
 from barriers.watch import rank_of_slot, slot_of_rank
+from capture_cache.restore_driver import Driver
+from tests.cpu.fake_cuda import FakeCuda
 
 
 def _in_threads(world: int, body: Any, timeout_s: float = 5.0) -> list[Any]:
@@ -325,3 +328,18 @@ def test_outcomes_tell_how_ranks_ended() -> None:
 def test_a_stopped_rank_is_ended_with_the_call() -> None:
     _, stopped = run_ranks(2, _end_as_told, "stop", timeout_s=2.0)
     assert (stopped.value, stopped.error, stopped.exit_code) == (None, None, None)
+
+
+def test_little_peer_memory_gets_the_address_that_a_stored_graph_needs() -> None:
+    """The driver heeds an address only where much is reserved."""
+    lib = FakeCuda()
+    driver = Driver(lib)
+    driver.init()
+    driver.open(0)
+    with RankGroup(GroupConfig(0, 1, "little")) as group:
+        memory = DeviceMemory(group, driver, 4096, exact=True)
+        assert memory.base == PEERS_BASE
+        memory.close()
+        lib.taken = True
+        with pytest.raises(RankError, match="expected peer memory at 0x680000000000, got"):
+            DeviceMemory(group, driver, 4096, exact=True)
