@@ -529,15 +529,8 @@ class _Tiles:
             "EVEN_N": self.n % block_n == 0,
             "EVEN_K": self.k % self.block_k == 0,
             "STAGES": self.stages,
-            "PREFETCH": self._prefetch(launch),
+            "PREFETCH": 0 if launch.pdl == OFF else self.plan.prefetch,
         }
-
-    def _prefetch(self, launch: Launcher) -> int:
-        """Blocks of K to ask L2 for ahead; it takes whole 16 bytes only, odd shapes go without."""
-        pitch_bytes = self.w_pitch * BLOCK_K_BYTES // self.block_k
-        if launch.pdl == OFF or pitch_bytes % 16 or self.k * BLOCK_K_BYTES // self.block_k % 16:
-            return 0
-        return self.plan.prefetch
 
     @property
     def sources(self) -> dict[str, Any]:
