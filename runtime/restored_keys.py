@@ -81,6 +81,8 @@ class Keys:
     def build_rest(self, pause_s: float = PAUSE_S) -> None:
         """Build what is missing in threads, which begin after `pause_s` seconds."""
         missing = [key for key in self._ladder.keys if key not in self._graphs]
+        # Keys that were built before gave turns, and nobody took them: the reader would begin now.
+        self._turns = threading.Semaphore(0)
         # The builder takes its first key itself, so as not to wait for the reader.
         for run, arguments in (
             (self._run, (missing, pause_s)),
