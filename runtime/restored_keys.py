@@ -164,7 +164,11 @@ class Keys:
             shown = f"the graph of key {key}"
             turn = self._turns.release
             graph = build_graph(self._driver, self._code, prepared, shown, self.parts, turn)
-            self._driver.upload_graph(graph, self._stream)
+            try:
+                self._driver.upload_graph(graph, self._stream)
+            except CudaError:
+                self._driver.drop_exec(graph)
+                raise
             self.parts.end("upload")
             self.seconds[key] = time.perf_counter() - start
             self._graphs[key] = graph

@@ -218,6 +218,20 @@ def test_neither_thread_begins_before_the_pause_is_over(tmp_path: Path) -> None:
     player.close()
 
 
+def test_a_graph_that_cannot_be_uploaded_is_dropped(tmp_path: Path) -> None:
+    publish_bundle(tmp_path)
+    gpu = Gpu()
+    player = restore(options(tmp_path), lib=gpu)
+    player.keys.wait()
+    k, there = player.keys, dict(gpu.execs)
+    keys = Keys(k._driver, k._code, k._files, k._symbols, k._stream, k._ladder, {})
+    gpu.fail["cuGraphUpload"] = 2
+    with pytest.raises(CudaError, match="uploading a graph"):
+        keys.exec_of(k._ladder.keys[0])
+    assert gpu.execs == there
+    player.close()
+
+
 def test_every_key_is_checked_before_the_load_returns_where_asked(tmp_path: Path) -> None:
     publish_bundle(tmp_path)
     gpu = Gpu()
