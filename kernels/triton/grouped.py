@@ -22,6 +22,7 @@ from kernels.triton.grouped_parts import expert_of, gather_rows, store_hidden, s
 from kernels.triton.launch import Arg, Launcher, TensorMap
 from kernels.triton.overlap import (
     OFF,
+    await_all,
     await_inputs_first,
     await_inputs_streaming,
     overlap,
@@ -49,7 +50,9 @@ from kernels.triton.tiles import (
 
 BLOCK_N = 128  # weight rows of a tile; one quantisation group of the experts' hidden activation
 PAIR_BLOCKS = (16, 32, 64)  # pairs of a tile; an expert's own count chooses, on the device
-POLLS = 1 << 20  # of an expert's counter, the better part of a second, before its result is NaN
+# Of an expert's counter, the better part of a second, before its programs wait for the end of all of
+# gate_up. Where kernels do not overlap, gate_up has ended: a count that is not there gives NaN.
+POLLS = 1 << 20
 FP8_MAX = 448.0
 FP8_MIN_AMAX = 1e-4
 
@@ -341,6 +344,10 @@ def _down_kernel(
     if CHAIN > 0 and tl.program_id(1) < CHAIN:
         release_first(PDL)
         there = _await_hidden(ready, slot, K, POLLS)
+        if PDL != 0:
+            if there == 0:
+                await_all()  # gate_up was held up for that long: its end makes the result right
+            there = slot >= 0
     else:
         await_inputs_streaming(PDL)
     expert, first, end = expert_of(offsets, slot, E, E_POW2, COMPACT)
