@@ -41,6 +41,13 @@ def main(argv: list[str] | None = None) -> int:
             f"expected --repeats of at least 1 and --prompt-len of at least 2, got {args.repeats} "
             f"and {args.prompt_len}"
         )
+    most = args.max_seq_len - 2
+    if not 1 <= args.ctx_len <= most or args.prompt_len > most:
+        raise ValueError(
+            f"--ctx-len {args.ctx_len}, --prompt-len {args.prompt_len}: expected 1 … {most} and "
+            f"2 … {most} (--max-seq-len {args.max_seq_len}); give shorter ones, or raise "
+            "--max-seq-len"
+        )
     with Bar() as bar:
         engine = build(selection(args, verify=False), bar)
     with Runtime(engine, engine.options.scheduling) as runtime:

@@ -86,7 +86,7 @@ def export(
         disk.rename(temporary, out.absolute())
         disk.sync_dir(out.absolute().parent)
     except OSError as e:
-        raise write_failure(e, out, "another file name") from e
+        raise write_failure(e, out, "FILE") from e
     finally:
         temporary.unlink(missing_ok=True)
     return len(data)

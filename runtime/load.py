@@ -22,6 +22,10 @@ def load_engine(options: RuntimeConfig, *, opening: Opening | None = None) -> Re
     reason, replace = "the CPU twin has no graphs to restore", False
     if not options.bundle:
         reason = "bundle=False: captured as asked"
+    if opening is not None and not isinstance(opening, Opening):
+        raise ValueError(
+            f"opening: expected a runtime.opening.Opening or None, got {type(opening).__name__}"
+        )
     if opening is not None and (not options.bundle or options.device == "cpu"):
         opening.close()  # nothing to restore
     elif options.bundle and options.device != "cpu":

@@ -29,3 +29,8 @@ def test_chunks_are_timed_and_a_repeated_prompt_comes_from_the_cache(
 def test_nothing_to_time_is_refused() -> None:
     with pytest.raises(ValueError, match="--prompt-len of at least 2, got 3 and 1"):
         prefill.main(["--model", "tiny", "--prompt-len", "1"])
+
+
+def test_lengths_beyond_the_longest_row_are_refused_by_the_options_that_gave_them() -> None:
+    with pytest.raises(ValueError, match=r"--ctx-len 2000, --prompt-len 9: expected 1 … 254 and"):
+        prefill.main(["--model", "tiny", "--max-seq-len", "256", "--prompt-len", "9"])

@@ -112,3 +112,10 @@ def test_what_is_no_list_of_weights(source: Any) -> None:
 
     with pytest.raises(ValueError, match=WEIGHTS):
         _named_tensors(source)
+
+
+def test_an_opening_of_another_type_is_refused_before_anything_is_loaded() -> None:
+    with pytest.raises(
+        ValueError, match=r"opening: expected a runtime\.opening\.Opening or None, got"
+    ):
+        Runtime.load("tiny", bs=1, device="cpu", opening=5)  # type: ignore[arg-type]
