@@ -5,14 +5,21 @@ Bits of the twin hold within one key, so tests of bits run on ladders of one key
 
 from __future__ import annotations
 
+import json
+import os
+import random
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from runtime import OutOfRows, Runtime, SamplingParams
+from runtime.row_params import resolve_seed
 from runtime.sampling import PROFILES
 from tests.contract import (
     Ask,
@@ -73,9 +80,12 @@ def test_everything_at_once_has_the_bits_of_each_alone(runtime: Runtime, ahead: 
     assert len({repr(bits) for bits in alone}) == len(asks)
 
 
+@pytest.mark.parametrize("more", [{}, {"logprobs": 20}], ids=["", "top-n"])
 @pytest.mark.parametrize("name", PROFILES)
-def test_a_forced_run_has_the_bits_of_the_sampled_one(name: str, runtime: Runtime) -> None:
-    settings: dict[str, Any] = {"max_tokens": 20, "seed": 11, "ignore_eos": True}
+def test_a_forced_run_has_the_bits_of_the_sampled_one(
+    name: str, more: dict[str, Any], runtime: Runtime
+) -> None:
+    settings: dict[str, Any] = {"max_tokens": 20, "seed": 11, "ignore_eos": True} | more
     settings |= {"stop_sequences": [[prompt(3, 77)[0]]], "min_tokens": 3}
     ask = Ask(prompt(13), SamplingParams.profile(name, **settings))
     sampled = one(runtime, ask)
@@ -156,6 +166,36 @@ def test_seeds(runtime: Runtime) -> None:
         got = one(runtime, asked)
         assert got.seed == seed
         assert got.tokens not in (first.tokens, second.tokens)
+
+
+def test_seeds_come_from_the_operating_system() -> None:
+    """From no generator that a user may have seeded; a seed asked for is kept."""
+    drawn = []
+    for _ in range(3):
+        random.seed(0)
+        np.random.seed(0)  # noqa: NPY002
+        torch.manual_seed(0)
+        drawn.append(resolve_seed(params(temperature=1.0)))
+    assert len({*drawn}) == 3
+    assert all(0 <= seed < 2**63 for seed in drawn)
+    assert max(drawn) > 2**48, "few of its bits are drawn"
+    assert resolve_seed(params(seed=7)) == 7
+
+
+def test_another_process_gives_the_same_bits(checkpoint: Path, tmp_path: Path) -> None:
+    """Any settings, on every key, in two processes that hash differently."""
+    options = {"model": str(checkpoint), "bs": ROWS, "max_seq_len": 96, "page_size": 16}
+    options |= {"ladder": "1,6,6+10", "store": str(tmp_path), "device": "cpu", "verify": False}
+    command = [sys.executable, "-m", "tests.restore_program", json.dumps(options), "60"]
+    digests = []
+    for hash_seed in "12":
+        environment = os.environ | {"PYTHONHASHSEED": hash_seed, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+        assert done.returncode == 0, done.stderr[-2000:]
+        line = next(x for x in done.stdout.splitlines() if x.startswith("RESULT "))
+        digests.append(json.loads(line.removeprefix("RESULT "))["digests"])
+    assert digests[0] == digests[1]
+    assert len({*digests[0]}) > 30
 
 
 # ------------------------------------------------------------------ endings
@@ -500,6 +540,7 @@ def test_masks_and_rows_that_cannot_be(runtime: Runtime) -> None:
             runtime.set_token_mask(row, words)
     runtime.set_token_mask(row, np.full((1, 2), -1, np.int32))  # one line of xgrammar's
     runtime.set_token_mask(row, np.full(2, 2**32 - 1, np.uint32))
+    runtime.set_token_mask(row, torch.full((1, 2), -1, dtype=torch.int32))  # as it makes them
     runtime.cancel(row)
 
 

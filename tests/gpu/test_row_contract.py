@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -86,17 +87,20 @@ def test_rows_leave_nothing_behind_for_their_next_owner(seed: int, load: Load) -
         assert random_calls(runtime, asks, want, seed) > 20
 
 
-@pytest.mark.parametrize("name", PROFILES)
-def test_a_forced_run_has_the_bits_of_the_sampled_one(name: str, load: Load) -> None:
-    settings: dict[str, Any] = {"max_tokens": 40, "seed": 11, "ignore_eos": True}
-    ask = Ask(prompt(65), SamplingParams.profile(name, **settings))
-    with load("bf16") as runtime:
-        sampled = one(runtime, ask)
-        forced = settings | {"forced_tokens": sampled.tokens}
-        again = Ask(ask.prompt, SamplingParams.profile(name, **forced))
-        others = [Ask(prompt(5, i), params(temperature=1.0, seed=i)) for i in range(4)]
-        assert one(runtime, again).bits == sampled.bits
-        assert ask_all(runtime, [*others, again], ahead=2)[-1].bits == sampled.bits
+@pytest.mark.parametrize("model", ["bf16", "fp8"])
+def test_a_forced_run_has_the_bits_of_the_sampled_one(model: str, load: Load) -> None:
+    """Every profile, as it is and with twenty alternatives."""
+    others = [Ask(prompt(5, i), params(temperature=1.0, seed=i)) for i in range(4)]
+    with load(model) as runtime:
+        for name, more in itertools.product(PROFILES, ({}, {"logprobs": 20})):
+            settings: dict[str, Any] = {"max_tokens": 40, "seed": 11, "ignore_eos": True} | more
+            ask = Ask(prompt(65), SamplingParams.profile(name, **settings))
+            sampled = one(runtime, ask)
+            forced = settings | {"forced_tokens": sampled.tokens}
+            again = Ask(ask.prompt, SamplingParams.profile(name, **forced))
+            assert one(runtime, again).bits == sampled.bits, (name, more)
+            crowd = ask_all(runtime, [*others, again], ahead=2)
+            assert crowd[-1].bits == sampled.bits, (name, more)
 
 
 def test_prompt_logprobs_are_those_of_forced_tokens(load: Load) -> None:
