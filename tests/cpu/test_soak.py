@@ -23,7 +23,7 @@ from tests.soak import Soak, happenings
 AGEING_STEPS = 64
 # 24 wait at most, one needs 57 steps at most, and a level of priority is worth 64: five of them.
 LONGEST_WAIT = 5 * AGEING_STEPS + 24 * 57
-# Then it is the first of those in eight rows: whoever is before it has ended, and it is not preempted.
+# Nobody passes it any more then, nor preempts it; those in the eight rows may be before it.
 LONGEST_LIFE = LONGEST_WAIT + 9 * 57
 
 
