@@ -139,6 +139,25 @@ def test_a_mask_that_allows_nothing_fails_its_row_alone(load: Load) -> None:
     assert [answer.bits for answer in got] == want
 
 
+@pytest.mark.parametrize("name", ["bf16", "fp8"])
+def test_a_request_whose_numbers_are_not_finite_fails_alone(name: str, load: Load) -> None:
+    """One token's embedding is NaN, through experts and pages that others get afterwards."""
+    neighbours = everything(VOCAB, longest=200)[:6]
+    with load(name) as runtime:
+        whole = [one(runtime, ask) for ask in neighbours]
+        used = {t for ask in neighbours for t in ask.prompt} | {t for a in whole for t in a.tokens}
+        poisoned = min({*range(4, VOCAB)} - used)
+        runtime.engine.graphs.step.weights["embed"][poisoned] = float("nan")
+        bad = Ask((1, poisoned, 2, *([3] * 140)), params(temperature=1.0, seed=1))
+        for turn in (0, 3, 6):
+            asks = [*neighbours[:turn], bad, *neighbours[turn:]]
+            got = ask_all(runtime, asks, ahead=2)
+            failed = got.pop(turn)
+            assert (failed.tokens, failed.reason) == ([-1], "error")
+            assert np.isnan(failed.logprobs).all()
+            assert [answer.bits for answer in got] == [answer.bits for answer in whole]
+
+
 def test_a_mask_can_be_rewritten_between_steps(load: Load) -> None:
     rng = np.random.default_rng(4)
     with load("bf16") as runtime:
