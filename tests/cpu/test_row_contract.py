@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -325,6 +326,34 @@ def test_a_mask_does_not_reach_a_step_in_flight_and_ends_with_none(runtime: Runt
     assert len(got.tokens) == 12
     # The next owner of the row has no mask.
     assert one(runtime, Ask(prompt(6), params())).bits == free.bits
+
+
+@pytest.mark.parametrize("settings", [{}, {"temperature": 5.0, "seed": 3}])
+def test_xgrammar_fills_the_mask(settings: dict[str, Any], runtime: Runtime) -> None:
+    """Its words as they are, renewed before every step."""
+    xgrammar = pytest.importorskip("xgrammar")
+    others = [Ask(prompt(4, 1), params(max_tokens=20)), Ask(prompt(5, 2), params(max_tokens=20))]
+    want = [one(runtime, ask).bits for ask in others]
+    words = [chr(ord("A") + i) if i < 26 else f"<{i}>" for i in range(VOCAB)]
+    end = VOCAB - 1
+    names = xgrammar.TokenizerInfo(words, vocab_size=VOCAB, stop_token_ids=[end])
+    compiler = xgrammar.GrammarCompiler(names, max_threads=1)
+    grammar = xgrammar.GrammarMatcher(compiler.compile_grammar('root ::= ("AB" | "CD"){6} "Z"'))
+    answers = {row: Got(row) for row in (add(runtime, ask) for ask in others)}
+    kept = list(answers.values())
+    row = add(runtime, Ask(prompt(6), params(max_tokens=20, stop_token_ids=(end,), **settings)))
+    answers[row] = got = Got(row)
+    mask = xgrammar.allocate_token_bitmask(1, VOCAB)
+    while row in answers:
+        grammar.fill_next_token_bitmask(mask, 0)
+        runtime.set_token_mask(row, mask)
+        collect(runtime.step(), answers)
+        assert grammar.accept_token(got.tokens[-1])
+    while answers:
+        collect(runtime.step(), answers)
+    assert re.fullmatch("(AB|CD){6}Z", "".join(words[t] for t in got.tokens[:-1]))
+    assert (got.tokens[-1], got.reason) == (end, "stop")
+    assert [answer.bits for answer in kept] == want
 
 
 # ------------------------------------------------------------------ outputs
