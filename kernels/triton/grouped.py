@@ -35,6 +35,7 @@ from kernels.triton.tiles import (
     FP8_GROUP,
     FP32_BLOCK_N,
     check_fp8,
+    check_ready,
     check_scale,
     dequantize_blocks,
     dequantize_rows,
@@ -411,7 +412,7 @@ def grouped_gate_up(
         check_scale("x_scale", x_scale, (x.shape[0], groups))
         check_scale("w_scale", w_scale, (num_experts, 2 * rows, groups))
         check_scale("out_scale", out_scale, (num_pairs, rows))
-    _check_ready(ready, num_experts)
+    check_ready(ready, num_experts)
     tiles = _Tiles.of(launch, plan, w, inter, 2, num_pairs, x.shape[0], fp8=fp8)
     launch(
         _gate_up_kernel,
@@ -480,7 +481,7 @@ def grouped_down(
         check_fp8("h", h)
         check_scale("h_scale", h_scale, (num_pairs, groups))
         check_scale("w_scale", w_scale, (num_experts, triton.cdiv(n, FP8_GROUP), groups))
-    _check_ready(ready, num_experts)
+    check_ready(ready, num_experts)
     tiles = _Tiles.of(launch, plan, w, n, 1, num_pairs, num_pairs // top_k, fp8=fp8)
     launch(
         _down_kernel,
@@ -610,13 +611,6 @@ def _check_lists(
             raise ValueError(
                 f"{name} must be int32 [{size}], got {tensor.dtype} {list(tensor.shape)}"
             )
-
-
-def _check_ready(ready: torch.Tensor | None, num_experts: int) -> None:
-    if ready is not None and (ready.dtype, tuple(ready.shape)) != (torch.int32, (num_experts,)):
-        raise ValueError(
-            f"ready must be int32 [{num_experts}], got {ready.dtype} {list(ready.shape)}"
-        )
 
 
 def _check_out(out: torch.Tensor, shape: tuple[int, int], dtype: torch.dtype | None) -> None:
