@@ -65,6 +65,7 @@ class Soak:
     owed: dict[int, Owed] = field(default_factory=dict)
     seen: Counter[str] = field(default_factory=Counter)
     prompts: list[tuple[int, ...]] = field(default_factory=list)
+    reasons: Counter[str] = field(default_factory=Counter)
     longest_life: int = 0
     given: int = 0
 
@@ -169,6 +170,7 @@ class Soak:
 
     def ended(self, request: int) -> None:
         owed = self.owed.pop(request)
+        self.reasons[owed.reason] += 1
         self.longest_life = max(self.longest_life, self.runtime._next_step - owed.came)
 
     def drain(self) -> None:
@@ -206,6 +208,7 @@ class Soak:
         else:
             self.runtime.cancel_request(request)
         self.runtime.cancel_request(request)  # twice is nothing
+        self.reasons["cancelled"] += 1
         del self.owed[request]
 
     def disturb(self) -> None:
@@ -231,7 +234,9 @@ class Soak:
         assert stats.waiting + stats.running == len(self.owed) == self.runtime.num_running
         assert stats.pages_used + stats.pages_cached + stats.pages_free == stats.pages_total
         assert stats.tokens_decoded == self.given
-        assert sum(stats.steps_by_key.values()) == stats.steps
+        assert Counter(stats.finished) == self.reasons
+        assert sum(stats.steps_by_key.values()) == stats.steps == self.runtime._next_step
+        assert stats.in_flight == self.runtime.num_in_flight
         rows = range(self.runtime.config.max_rows)
         refs = Counter(page for row in rows for page in pool.held(row))
         idle, free = pool.cache.idle, pool._free
@@ -250,7 +255,8 @@ class Soak:
 
 def happenings(*, lazy: bool) -> list[str]:
     """What a long day must have met, or it shows nothing."""
-    names = [f"cancelled {s}, {n} in flight" for s in ("queued", "decoding") for n in range(3)]
-    names += [f"cancelled {s}, {n} in flight" for s in ("prefilling", "ending") for n in (1, 2)]
+    states = {"queued": 3, "waiting": 2, "prefilling": 3, "decoding": 3}
+    names = [f"cancelled {s}, {n} in flight" for s, most in states.items() for n in range(most)]
+    names += [f"cancelled ending, {n} in flight" for n in (1, 2)]  # by then its last is in flight
     names += ["ahead", "drained", "paused", "OutOfPages"]
     return names + ["cancelled after a preemption", "step out of pages"] * lazy

@@ -52,6 +52,11 @@ class Row:
     forced: int = -1
     position: int = 10
 
+    def __str__(self) -> str:
+        """What is asked for beyond nothing: names the case of a test."""
+        plain = vars(Row())
+        return " ".join(f"{k}={v}" for k, v in vars(self).items() if v != plain[k])
+
 
 def step_buffers(
     logits: torch.Tensor, rows: Sequence[Row], *, order: Sequence[int] | None = None
@@ -153,3 +158,52 @@ def probabilities(y: np.ndarray[Any, Any], row: Row) -> np.ndarray[Any, np.dtype
         if p[i] >= row.min_p:
             out[i] = p[i]
     return out / out.sum()
+
+
+# -- what is drawn how often: logits with equals, and rows of every setting ------------------------
+
+LOGITS = torch.tensor([2.0, 1.0, 0.5, 3.0, 3.0, -1.0, 0.0, 2.5, -9.0, 1.0, 1.0, -0.5])
+EVEN = tuple(range(0, 12, 2))
+DRAWN = [
+    Row(temperature=1.0),
+    Row(temperature=0.5),
+    Row(temperature=5.0),
+    Row(temperature=1.0, top_k=3),  # cuts between the equals 3 and 4, and the next
+    Row(temperature=1.0, top_k=6),  # cuts through equals
+    Row(temperature=1.0, top_p=0.6),
+    Row(temperature=1.0, top_p=0.95, top_k=8),
+    Row(temperature=1.0, min_p=0.2),
+    Row(temperature=2.0, min_p=0.1, top_p=0.9, top_k=9),
+    Row(temperature=1.0, allowed=EVEN),
+    Row(temperature=1.0, allowed=EVEN, top_p=0.9),
+    Row(temperature=1.0, bias={3: float("-inf"), 8: 10.0}),
+    Row(temperature=1.0, presence=1.0, frequency=0.5, output=(3, 3, 7), prompt=(0,)),
+    Row(temperature=1.5, repetition=2.0, output=(3, 5), prompt=(4,), bias={8: 9.0}),
+]
+# Rows that leave one token, and which: of the equals 3 and 4 the lower id, but for equal scores,
+# which are drawn.
+ONE_IS_LEFT = [
+    (Row(temperature=1.0, top_k=1), {3}),
+    (Row(temperature=1.0, top_p=1e-9), {3}),
+    (Row(temperature=1.0, min_p=1.0, bias={3: 0.01}), {3}),
+    (Row(temperature=1.0, allowed=(7,)), {7}),
+    (Row(temperature=1e-5), {3, 4}),
+    (Row(temperature=0.0, seed=5), {3}),
+]
+
+
+def check_frequencies(drawn: np.ndarray[Any, Any], row: Row) -> None:
+    """Chi-square of tokens drawn with `LOGITS`; nothing outside what the row keeps."""
+    p = probabilities(processed_logits(LOGITS, row), row)
+    seen = np.bincount(drawn, minlength=len(p))
+    assert not seen[p == 0].any()
+    often = p * len(drawn) >= 5
+    expected = p[often] * len(drawn)
+    chi_square = ((seen[often] - expected) ** 2 / expected).sum()
+    assert chi_square < chi_square_limit(int(often.sum()) - 1), (seen, expected)
+
+
+def chi_square_limit(freedom: int) -> float:
+    """What chi-square exceeds once in a thousand (Wilson and Hilferty's approximation)."""
+    part = 2 / (9 * freedom)
+    return float(freedom * (1 - part + 3.09 * part**0.5) ** 3)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import cProfile
 import json
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import pytest
@@ -14,6 +16,8 @@ from runtime import Runtime, SamplingParams, StepOutput
 from runtime.cli import run
 from runtime.history import History
 from runtime.mailbox import Ring
+from runtime.row_params import step_output
+from runtime.scheduler import SchedulerConfig
 from tests.fake_device import FakeConfig, FakeDevice
 
 ROWS = 5
@@ -220,6 +224,68 @@ def test_a_step_takes_as_few_calls_for_many_decoding_rows_as_for_few() -> None:
     calls = [sum(n for _, n, _ in host_time.profiled(rows, 64, most=None)) for rows in (2, 32, 256)]
     assert calls[0] == calls[1] == calls[2], f"{calls} calls a step at 2, 32 and 256 rows"
     assert calls[0] < 52, f"{calls[0]} calls a step"
+
+
+def _calls(run: Callable[[], object]) -> int:
+    """Calls of Python and numpy functions while it runs."""
+    profile = cProfile.Profile()
+    profile.enable()
+    run()
+    profile.disable()
+    return sum(entry.callcount for entry in profile.getstats())
+
+
+@pytest.mark.parametrize("reservation", ["full", "lazy"])
+def test_a_step_takes_as_few_calls_after_thousands_of_requests_as_after_some(
+    reservation: str,
+) -> None:
+    """Queue, prompts, decoding, pages taken from the prefix cache: the same batch, ever later."""
+    device = FakeDevice(FakeConfig(num_pages=40), "1,2,4,8,8+16")
+    runtime = Runtime(device, SchedulerConfig(reservation))  # type: ignore[arg-type]
+    rng = np.random.default_rng(1)
+
+    def batch() -> None:
+        for i in range(40):  # other tokens each time, so that no page is found
+            ids = rng.integers(0, 97, 5 + 7 * (i % 9)).tolist()
+            params = SamplingParams(max_tokens=1 + 5 * (i % 6), ignore_eos=True)
+            runtime.submit(ids, params, i % 3)
+        while runtime.num_running:
+            runtime.step()
+
+    def calls_a_step() -> float:
+        before = runtime.stats().steps
+        return _calls(batch) / (runtime.stats().steps - before)
+
+    batch()  # fills the prefix cache
+    early = calls_a_step()
+    for _ in range(60):
+        batch()
+    late = calls_a_step()
+    assert runtime.stats().prefix_evictions > 1000
+    assert late < 1.02 * early, f"{early:.1f} calls a step at first, {late:.1f} after 2400 requests"
+
+
+def test_alternatives_of_many_rows_take_as_few_calls_as_of_few() -> None:
+    """A step in which every row asked for log-probs, from the ring to the user."""
+    counts = []
+    for rows in (2, 32, 256):
+        words = np.zeros((RING_SLOTS, RingLayout(rows).words), np.int32)
+        top = np.zeros((RING_SLOTS, rows, 2, MAX_TOP), np.int32)
+        logits = np.zeros((2, 1, 8), np.float32)
+        steps = np.zeros(RING_SLOTS, np.int64)
+        ring = Ring(words, steps, header=HEADER, max_rows=rows, top=top, logits=logits)
+        words[0][0] = rows
+        words[0][HEADER : HEADER + RING_FIELDS * rows].reshape(RING_FIELDS, rows)[5] = MAX_TOP
+        ours, requests = np.ones(rows, bool), np.arange(rows)
+        ring.read(0)
+        counts.append(_calls(partial(_show_step, ring, ours, requests)))
+    assert counts[0] == counts[1] == counts[2], f"{counts} calls a step at 2, 32 and 256 rows"
+
+
+def _show_step(ring: Ring, ours: np.ndarray, requests: np.ndarray) -> None:
+    out = step_output(0, ring.read(0), ours, requests)
+    assert out.top is not None
+    assert out.top.ids.shape == (len(ours), MAX_TOP)
 
 
 def test_the_benchmark_reports_each_number_of_rows(capsys: pytest.CaptureFixture[str]) -> None:

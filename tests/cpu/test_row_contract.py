@@ -5,14 +5,22 @@ Bits of the twin hold within one key, so tests of bits run on ladders of one key
 
 from __future__ import annotations
 
+import json
+import os
+import random
+import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from runtime import OutOfRows, Runtime, SamplingParams
+from runtime.row_params import resolve_seed
 from runtime.sampling import PROFILES
 from tests.contract import (
     Ask,
@@ -73,9 +81,12 @@ def test_everything_at_once_has_the_bits_of_each_alone(runtime: Runtime, ahead: 
     assert len({repr(bits) for bits in alone}) == len(asks)
 
 
+@pytest.mark.parametrize("more", [{}, {"logprobs": 20}], ids=["", "top-n"])
 @pytest.mark.parametrize("name", PROFILES)
-def test_a_forced_run_has_the_bits_of_the_sampled_one(name: str, runtime: Runtime) -> None:
-    settings: dict[str, Any] = {"max_tokens": 20, "seed": 11, "ignore_eos": True}
+def test_a_forced_run_has_the_bits_of_the_sampled_one(
+    name: str, more: dict[str, Any], runtime: Runtime
+) -> None:
+    settings: dict[str, Any] = {"max_tokens": 20, "seed": 11, "ignore_eos": True} | more
     settings |= {"stop_sequences": [[prompt(3, 77)[0]]], "min_tokens": 3}
     ask = Ask(prompt(13), SamplingParams.profile(name, **settings))
     sampled = one(runtime, ask)
@@ -156,6 +167,36 @@ def test_seeds(runtime: Runtime) -> None:
         got = one(runtime, asked)
         assert got.seed == seed
         assert got.tokens not in (first.tokens, second.tokens)
+
+
+def test_seeds_come_from_the_operating_system() -> None:
+    """From no generator that a user may have seeded; a seed asked for is kept."""
+    drawn = []
+    for _ in range(3):
+        random.seed(0)
+        np.random.seed(0)  # noqa: NPY002
+        torch.manual_seed(0)
+        drawn.append(resolve_seed(params(temperature=1.0)))
+    assert len({*drawn}) == 3
+    assert all(0 <= seed < 2**63 for seed in drawn)
+    assert max(drawn) > 2**48, "few of its bits are drawn"
+    assert resolve_seed(params(seed=7)) == 7
+
+
+def test_another_process_gives_the_same_bits(checkpoint: Path, tmp_path: Path) -> None:
+    """Any settings, on every key, in two processes that hash differently."""
+    options = {"model": str(checkpoint), "bs": ROWS, "max_seq_len": 96, "page_size": 16}
+    options |= {"ladder": "1,6,6+10", "store": str(tmp_path), "device": "cpu", "verify": False}
+    command = [sys.executable, "-m", "tests.restore_program", json.dumps(options), "60"]
+    digests = []
+    for hash_seed in "12":
+        environment = os.environ | {"PYTHONHASHSEED": hash_seed, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+        assert done.returncode == 0, done.stderr[-2000:]
+        line = next(x for x in done.stdout.splitlines() if x.startswith("RESULT "))
+        digests.append(json.loads(line.removeprefix("RESULT "))["digests"])
+    assert digests[0] == digests[1]
+    assert len({*digests[0]}) > 30
 
 
 # ------------------------------------------------------------------ endings
@@ -285,6 +326,34 @@ def test_a_mask_does_not_reach_a_step_in_flight_and_ends_with_none(runtime: Runt
     assert len(got.tokens) == 12
     # The next owner of the row has no mask.
     assert one(runtime, Ask(prompt(6), params())).bits == free.bits
+
+
+@pytest.mark.parametrize("settings", [{}, {"temperature": 5.0, "seed": 3}])
+def test_xgrammar_fills_the_mask(settings: dict[str, Any], runtime: Runtime) -> None:
+    """Its words as they are, renewed before every step."""
+    xgrammar = pytest.importorskip("xgrammar")
+    others = [Ask(prompt(4, 1), params(max_tokens=20)), Ask(prompt(5, 2), params(max_tokens=20))]
+    want = [one(runtime, ask).bits for ask in others]
+    words = [chr(ord("A") + i) if i < 26 else f"<{i}>" for i in range(VOCAB)]
+    end = VOCAB - 1
+    names = xgrammar.TokenizerInfo(words, vocab_size=VOCAB, stop_token_ids=[end])
+    compiler = xgrammar.GrammarCompiler(names, max_threads=1)
+    grammar = xgrammar.GrammarMatcher(compiler.compile_grammar('root ::= ("AB" | "CD"){6} "Z"'))
+    answers = {row: Got(row) for row in (add(runtime, ask) for ask in others)}
+    kept = list(answers.values())
+    row = add(runtime, Ask(prompt(6), params(max_tokens=20, stop_token_ids=(end,), **settings)))
+    answers[row] = got = Got(row)
+    mask = xgrammar.allocate_token_bitmask(1, VOCAB)
+    while row in answers:
+        grammar.fill_next_token_bitmask(mask, 0)
+        runtime.set_token_mask(row, mask)
+        collect(runtime.step(), answers)
+        assert grammar.accept_token(got.tokens[-1])
+    while answers:
+        collect(runtime.step(), answers)
+    assert re.fullmatch("(AB|CD){6}Z", "".join(words[t] for t in got.tokens[:-1]))
+    assert (got.tokens[-1], got.reason) == (end, "stop")
+    assert [answer.bits for answer in kept] == want
 
 
 # ------------------------------------------------------------------ outputs
@@ -500,6 +569,7 @@ def test_masks_and_rows_that_cannot_be(runtime: Runtime) -> None:
             runtime.set_token_mask(row, words)
     runtime.set_token_mask(row, np.full((1, 2), -1, np.int32))  # one line of xgrammar's
     runtime.set_token_mask(row, np.full(2, 2**32 - 1, np.uint32))
+    runtime.set_token_mask(row, torch.full((1, 2), -1, dtype=torch.int32))  # as it makes them
     runtime.cancel(row)
 
 

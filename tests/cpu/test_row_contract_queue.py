@@ -6,6 +6,7 @@ what it gets alone, without a prefix cache.
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -143,6 +144,26 @@ def test_seeds_from_the_operating_system_are_told_by_id(checkpoint: Path) -> Non
         assert np.array_equal(submit_all(runtime, [again])[0].logprobs, first.logprobs)
         with pytest.raises(ValueError, match="request 0 has ended"):
             runtime.seed_of_request(0)
+
+
+@pytest.mark.parametrize("where", ["in the queue", "after a preemption"])
+def test_a_deadline_runs_on_where_its_request_has_no_row(where: str, checkpoint: Path) -> None:
+    """One token comes after it, not all that fit in as long a time again."""
+    params = SamplingParams(max_tokens=40, ignore_eos=True, deadline_ms=700)
+    with load_micro(checkpoint, bs=1, ladder="1,1+10") as runtime:
+        ids = [runtime.submit((1, 2, 3), params)]
+        runtime.step()
+        runtime.step()
+        if where == "in the queue":
+            ids.append(runtime.submit((1, 2, 3), params))
+            runtime.cancel_request(ids[0])
+        else:
+            runtime._scheduler._preempt(runtime._scheduler.by_id[ids[0]])
+        time.sleep(0.75)
+        outs = [runtime.step() for _ in range(4)]
+        assert runtime.num_running == 0
+    ends = [(int(o.requests[0]), str(o.finish_reasons[0])) for o in outs if len(o)]
+    assert ends == [(ids[-1], "deadline")]
 
 
 def preempted_at(runtime: Runtime, ask: Ask, steps: int) -> Got:

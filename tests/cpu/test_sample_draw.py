@@ -19,13 +19,16 @@ from kernels.triton.draw_random import (
     philox_ref,
 )
 from tests.cpu.sample_rows import (
+    DRAWN,
     LAUNCH,
+    LOGITS,
+    ONE_IS_LEFT,
     STEPS,
     Buffers,
     Row,
     Step,
+    check_frequencies,
     probabilities,
-    processed_logits,
     step_buffers,
 )
 
@@ -116,8 +119,6 @@ def test_variates_are_exponential_and_independent() -> None:
 
 SEEDS = (0, 1, 2**63 + 5, 2**64 - 1)
 DRAWS = 100_000
-LOGITS = torch.tensor([2.0, 1.0, 0.5, 3.0, 3.0, -1.0, 0.0, 2.5, -9.0, 1.0, 1.0, -0.5])
-EVEN = tuple(range(0, 12, 2))
 
 
 def _draws(logits: torch.Tensor, row: Row, draws: int = DRAWS) -> torch.Tensor:
@@ -130,56 +131,14 @@ def _draws(logits: torch.Tensor, row: Row, draws: int = DRAWS) -> torch.Tensor:
     return b["out_token"]
 
 
-def _chi_square_limit(freedom: int) -> float:
-    """What chi-square exceeds once in a thousand (Wilson and Hilferty's approximation)."""
-    part = 2 / (9 * freedom)
-    return float(freedom * (1 - part + 3.09 * part**0.5) ** 3)
-
-
-@pytest.mark.parametrize(
-    "row",
-    [
-        Row(temperature=1.0),
-        Row(temperature=0.5),
-        Row(temperature=5.0),
-        Row(temperature=1.0, top_k=3),  # cuts between the equals 3 and 4, and the next
-        Row(temperature=1.0, top_k=6),  # cuts through equals
-        Row(temperature=1.0, top_p=0.6),
-        Row(temperature=1.0, top_p=0.95, top_k=8),
-        Row(temperature=1.0, min_p=0.2),
-        Row(temperature=2.0, min_p=0.1, top_p=0.9, top_k=9),
-        Row(temperature=1.0, allowed=EVEN),
-        Row(temperature=1.0, allowed=EVEN, top_p=0.9),
-        Row(temperature=1.0, presence=1.0, frequency=0.5, output=(3, 3, 7), prompt=(0,)),
-        Row(temperature=1.5, repetition=2.0, output=(3, 5), prompt=(4,), bias={8: 9.0}),
-    ],
-    ids=lambda row: " ".join(f"{k}={v}" for k, v in vars(row).items() if v != vars(Row())[k]),
-)
+@pytest.mark.parametrize("row", DRAWN, ids=str)
 def test_frequencies_match_the_probabilities(row: Row) -> None:
-    p = probabilities(processed_logits(LOGITS, row), row)
-    seen = np.bincount(_draws(LOGITS, row).numpy(), minlength=12)
-    assert seen.sum() == DRAWS
-    assert not seen[p == 0].any()
-    often = p * DRAWS >= 5
-    expected = p[often] * DRAWS
-    chi_square = ((seen[often] - expected) ** 2 / expected).sum()
-    assert chi_square < _chi_square_limit(int(often.sum()) - 1)
+    check_frequencies(_draws(LOGITS, row).numpy(), row)
 
 
-@pytest.mark.parametrize(
-    "row",
-    [
-        Row(temperature=1.0, top_k=1),
-        Row(temperature=1.0, top_p=1e-9),
-        Row(temperature=1.0, min_p=1.0, bias={3: 0.01}),
-        Row(temperature=1e-30),
-        Row(temperature=0.0, seed=5),
-    ],
-)
-def test_corners_that_leave_one_token(row: Row) -> None:
-    """3 and 4 are equal: the lower id is the one, but for equal scores, which are drawn."""
-    want = {3, 4} if row.temperature == 1e-30 else {3}
-    assert set(_draws(LOGITS, row, 2000).tolist()) == want
+@pytest.mark.parametrize(("row", "left"), ONE_IS_LEFT, ids=str)
+def test_corners_that_leave_one_token(row: Row, left: set[int]) -> None:
+    assert set(_draws(LOGITS, row, 2000).tolist()) == left
 
 
 def test_a_long_tail_is_drawn_as_often_as_it_weighs() -> None:

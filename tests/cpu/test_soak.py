@@ -23,6 +23,8 @@ from tests.soak import Soak, happenings
 AGEING_STEPS = 64
 # 24 wait at most, one needs 57 steps at most, and a level of priority is worth 64: five of them.
 LONGEST_WAIT = 5 * AGEING_STEPS + 24 * 57
+# Nobody passes it any more then, nor preempts it; those in the eight rows may be before it.
+LONGEST_LIFE = LONGEST_WAIT + 9 * 57
 
 
 @pytest.mark.slow
@@ -49,6 +51,7 @@ def test_a_hundred_thousand_steps(
     for what in happenings(lazy=lazy):
         assert soak.seen[what], f"never happened: {what}"
     assert stats.longest_wait_steps <= LONGEST_WAIT
+    assert soak.longest_life <= LONGEST_LIFE, "preempted again and again"
     assert bool(stats.preemptions) == lazy
     assert (stats.prefix_hits > 0) == (stats.prefix_evictions > 0) == prefix_cache
     assert not device.phase.any(), "a row lives on the device alone"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -86,17 +87,20 @@ def test_rows_leave_nothing_behind_for_their_next_owner(seed: int, load: Load) -
         assert random_calls(runtime, asks, want, seed) > 20
 
 
-@pytest.mark.parametrize("name", PROFILES)
-def test_a_forced_run_has_the_bits_of_the_sampled_one(name: str, load: Load) -> None:
-    settings: dict[str, Any] = {"max_tokens": 40, "seed": 11, "ignore_eos": True}
-    ask = Ask(prompt(65), SamplingParams.profile(name, **settings))
-    with load("bf16") as runtime:
-        sampled = one(runtime, ask)
-        forced = settings | {"forced_tokens": sampled.tokens}
-        again = Ask(ask.prompt, SamplingParams.profile(name, **forced))
-        others = [Ask(prompt(5, i), params(temperature=1.0, seed=i)) for i in range(4)]
-        assert one(runtime, again).bits == sampled.bits
-        assert ask_all(runtime, [*others, again], ahead=2)[-1].bits == sampled.bits
+@pytest.mark.parametrize("model", ["bf16", "fp8"])
+def test_a_forced_run_has_the_bits_of_the_sampled_one(model: str, load: Load) -> None:
+    """Every profile, as it is and with twenty alternatives."""
+    others = [Ask(prompt(5, i), params(temperature=1.0, seed=i)) for i in range(4)]
+    with load(model) as runtime:
+        for name, more in itertools.product(PROFILES, ({}, {"logprobs": 20})):
+            settings: dict[str, Any] = {"max_tokens": 40, "seed": 11, "ignore_eos": True} | more
+            ask = Ask(prompt(65), SamplingParams.profile(name, **settings))
+            sampled = one(runtime, ask)
+            forced = settings | {"forced_tokens": sampled.tokens}
+            again = Ask(ask.prompt, SamplingParams.profile(name, **forced))
+            assert one(runtime, again).bits == sampled.bits, (name, more)
+            crowd = ask_all(runtime, [*others, again], ahead=2)
+            assert crowd[-1].bits == sampled.bits, (name, more)
 
 
 def test_prompt_logprobs_are_those_of_forced_tokens(load: Load) -> None:
@@ -133,6 +137,25 @@ def test_a_mask_that_allows_nothing_fails_its_row_alone(load: Load) -> None:
     failed = got.pop(3)
     assert (failed.tokens, failed.reason) == ([-1], "error")
     assert [answer.bits for answer in got] == want
+
+
+@pytest.mark.parametrize("name", ["bf16", "fp8"])
+def test_a_request_whose_numbers_are_not_finite_fails_alone(name: str, load: Load) -> None:
+    """One token's embedding is NaN, through experts and pages that others get afterwards."""
+    neighbours = everything(VOCAB, longest=200)[:6]
+    with load(name) as runtime:
+        whole = [one(runtime, ask) for ask in neighbours]
+        used = {t for ask in neighbours for t in ask.prompt} | {t for a in whole for t in a.tokens}
+        poisoned = min({*range(4, VOCAB)} - used)
+        runtime.engine.graphs.step.weights["embed"][poisoned] = float("nan")
+        bad = Ask((1, poisoned, 2, *([3] * 140)), params(temperature=1.0, seed=1))
+        for turn in (0, 3, 6):
+            asks = [*neighbours[:turn], bad, *neighbours[turn:]]
+            got = ask_all(runtime, asks, ahead=2)
+            failed = got.pop(turn)
+            assert (failed.tokens, failed.reason) == ([-1], "error")
+            assert np.isnan(failed.logprobs).all()
+            assert [answer.bits for answer in got] == [answer.bits for answer in whole]
 
 
 def test_a_mask_can_be_rewritten_between_steps(load: Load) -> None:
