@@ -203,10 +203,6 @@ def turned(call: Call) -> tuple[Call, torch.Tensor] | None:
     device = call.args[0].device
     order = torch.arange(tokens - 1, -1, -1, device=device)
     new = {key: _lines(call, key, order) for key in BY_TOKEN[call.op]}
-    if call.op == "route":
-        new |= dict.fromkeys(
-            ("offsets", "pairs", "slots", "arrivals")
-        )  # lists have no lines by token
     if call.op not in PAIRED:
         return call.replaced(dict(new)), order
     top_k = call.args[1].shape[1] if call.op == "combine" else call["top_k"]

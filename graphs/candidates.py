@@ -160,12 +160,14 @@ def _fp32_plans(default: LinearPlan, k: int) -> list[LinearPlan]:
 
 
 def _narrow_plans(default: LinearPlan, call: Call, n: int, k: int) -> list[LinearPlan]:
-    """Narrow tiles with as many splits as keep a chip busy."""
+    """Narrow tiles with as many splits as keep a chip busy, and the plans for few tokens and for
+    many: the same candidates at every number of tokens, the default of this one first."""
     elem_bytes = call.args[0].element_size()
     tiles, blocks = -(-n // 64), k * elem_bytes // 128
     counts = [max(1, round(programs / tiles)) for programs in PROGRAMS]
     unrolls = (1, 2) if call.op == "linear_fp8" else (1,)
-    plans = [default, replace(default, per_sm=1)]
+    others = (linear_plan(n, k, elem_bytes=elem_bytes, tokens=tokens) for tokens in (1, None))
+    plans = [p for own in (default, *others) for p in (own, replace(own, per_sm=1))]
     for splits in (default.splits, *(s for s in counts if s == 1 or blocks // s >= 4)):
         plans += [LinearPlan(64, splits, unroll=unroll) for unroll in unrolls]
     return plans

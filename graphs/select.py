@@ -29,6 +29,7 @@ def choose_site(
     measure: Measure,
     *,
     known: SiteChoice | None = None,
+    defaults: Mapping[int, str] | None = None,
     allow_inexact: bool = False,
     out_of_time: Callable[[], bool] = lambda: False,
 ) -> SiteChoice:
@@ -37,6 +38,7 @@ def choose_site(
     Args:
         found: candidates that fit, the default first.
         tokens: numbers of tokens that the runtime has.
+        defaults: by number of tokens, the name of its own default where that is another.
         known: an earlier choice, whose bits and picks stay; only what it lacks is measured.
         allow_inexact: let candidates in whose bits depend on the number of tokens.
         out_of_time: once true, what is not measured takes the default.
@@ -61,7 +63,9 @@ def choose_site(
     more = [c for c in found if not c.exact] if allow_inexact else []
     picks = dict(known.tokens) if known is not None else {}
     for count in sorted(set(tokens) - picks.keys()):
-        picks[count] = _fastest([*same, *more], count, timed)
+        own = (defaults or {}).get(count)
+        ordered = sorted(same, key=lambda c: c.name != own)
+        picks[count] = _fastest([*ordered, *more], count, timed)
     return SiteChoice(bits, picks)
 
 
@@ -115,7 +119,7 @@ def _fastest(
 
 def confirm(
     choices: KernelChoices,
-    defaults: Mapping[str, str],
+    defaults: Mapping[tuple[str, int], str],
     measure: Callable[[KernelChoices, int], tuple[Timing, set[tuple[str, int]]]],
     num_keys: int,
 ) -> KernelChoices:
@@ -125,7 +129,7 @@ def confirm(
     with its own. The order of additions stays as it was chosen.
 
     Args:
-        defaults: name of the first candidate of the chosen order, by site.
+        defaults: name of the first candidate of the chosen order, by site and tokens.
         measure: (choices, index of a key) → time of that key's step with them, and the (site,
             tokens) that it meets.
     """
@@ -144,17 +148,19 @@ def confirm(
 
 
 def _with_defaults(
-    choices: KernelChoices, met: set[tuple[str, int]], defaults: Mapping[str, str]
+    choices: KernelChoices,
+    met: set[tuple[str, int]],
+    defaults: Mapping[tuple[str, int], str],
 ) -> KernelChoices:
     """The first candidate of the chosen order at every (site, tokens) that was met."""
     sites = dict(choices.sites)
     for name, count in sorted(met):
         site = sites[name]
         pick = site.tokens[count]
-        if not pick.exact or pick.kernel == defaults[name]:
+        if not pick.exact or pick.kernel == defaults[name, count]:
             continue
         us = pick.default_us
-        plain = Pick(defaults[name], us, pick.kernel, pick.us, default_us=us)
+        plain = Pick(defaults[name, count], us, pick.kernel, pick.us, default_us=us)
         sites[name] = SiteChoice(site.bits, {**site.tokens, count: plain})
     return replace(choices, sites=sites)
 

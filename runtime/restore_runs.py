@@ -36,10 +36,13 @@ class Runs:
         ranks: this process among those that torchrun started.
         child: the program; gets options as JSON, nanoseconds of its start, and the GPU to open at
             once or "none".
+        limit_s: of one process; it is ended then, which the other ranks hear of.
     """
 
-    def __init__(self, ranks: GroupConfig, child: Sequence[str] = CHILD) -> None:
-        self.ranks, self._child = ranks, tuple(child)
+    def __init__(
+        self, ranks: GroupConfig, child: Sequence[str] = CHILD, *, limit_s: float = LIMIT_S
+    ) -> None:
+        self.ranks, self._child, self._limit_s = ranks, tuple(child), limit_s
         self._open = ExitStack()
         self._group: RankGroup | None = None
         self._count = 0
@@ -112,14 +115,18 @@ class Runs:
         opening = str(options.local_rank) if options.bundle else "none"
         env = child_environment(f"restore-bench-{self._count}")
         start_ns = time.time_ns()
-        done = subprocess.run(
-            [*self._child, json.dumps(chosen), str(start_ns), opening],
-            capture_output=True,
-            text=True,
-            timeout=LIMIT_S,
-            check=False,
-            env=env,
-        )
+        try:
+            done = subprocess.run(
+                [*self._child, json.dumps(chosen), str(start_ns), opening],
+                capture_output=True,
+                text=True,
+                timeout=self._limit_s,
+                check=False,
+                env=env,
+            )
+        except subprocess.TimeoutExpired as e:
+            said = (e.stderr or b"").decode(errors="replace")[-2000:]
+            raise RunFailed(f"a process took more than {self._limit_s:g} s: {said}") from e
         for line in done.stdout.splitlines():
             if line.startswith("RESULT ") and done.returncode == 0:
                 result: dict[str, Any] = json.loads(line.removeprefix("RESULT "))

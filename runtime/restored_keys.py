@@ -81,6 +81,8 @@ class Keys:
     def build_rest(self, pause_s: float = PAUSE_S) -> None:
         """Build what is missing in threads, which begin after `pause_s` seconds."""
         missing = [key for key in self._ladder.keys if key not in self._graphs]
+        # Keys that were built before gave turns, and nobody took them: the reader would begin now.
+        self._turns = threading.Semaphore(0)
         # The builder takes its first key itself, so as not to wait for the reader.
         for run, arguments in (
             (self._run, (missing, pause_s)),
@@ -162,7 +164,11 @@ class Keys:
             shown = f"the graph of key {key}"
             turn = self._turns.release
             graph = build_graph(self._driver, self._code, prepared, shown, self.parts, turn)
-            self._driver.upload_graph(graph, self._stream)
+            try:
+                self._driver.upload_graph(graph, self._stream)
+            except CudaError:
+                self._driver.drop_exec(graph)
+                raise
             self.parts.end("upload")
             self.seconds[key] = time.perf_counter() - start
             self._graphs[key] = graph

@@ -122,7 +122,7 @@ class Tuner:
     progress: Progress
     measured: int = 0
     _known: dict[str, SiteChoice] = field(default_factory=dict)
-    _defaults: dict[str, str] = field(default_factory=dict)
+    _defaults: dict[tuple[str, int], str] = field(default_factory=dict)
 
     def choose(self, calls: Calls) -> KernelChoices:
         """From pins, from the store alone ("auto"), or from the store and measurements.
@@ -155,9 +155,8 @@ class Tuner:
             self._known[site] = whole
             picks = {count: whole.tokens[count] for count in sorted(by_count)}
             chosen[site] = SiteChoice(whole.bits, picks)
-            call = by_count[max(by_count)][0]
-            same = (c.name for c in self._found(call) if c.exact and c.bits == whole.bits)
-            self._defaults[site] = next(same)
+            for count, some in by_count.items():
+                self._defaults[site, count] = self._unmeasured(some[0], whole).kernel
             self.progress("tune", len(sites), site)
         origin = "measured" if missing else "stored"
         return KernelChoices(chosen, None, origin)
@@ -228,6 +227,7 @@ class Tuner:
             sorted(by_count),
             bench.measure,
             known=known,
+            defaults={count: self._found(some[0])[0].name for count, some in by_count.items()},
             allow_inexact=self.options.allow_inexact,
             out_of_time=lambda: time.monotonic() > deadline,
         )

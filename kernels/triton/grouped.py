@@ -22,6 +22,7 @@ from kernels.triton.grouped_parts import expert_of, gather_rows, store_hidden, s
 from kernels.triton.launch import Arg, Launcher, TensorMap
 from kernels.triton.overlap import (
     OFF,
+    await_all,
     await_inputs_first,
     await_inputs_streaming,
     overlap,
@@ -35,6 +36,7 @@ from kernels.triton.tiles import (
     FP8_GROUP,
     FP32_BLOCK_N,
     check_fp8,
+    check_ready,
     check_scale,
     dequantize_blocks,
     dequantize_rows,
@@ -48,7 +50,9 @@ from kernels.triton.tiles import (
 
 BLOCK_N = 128  # weight rows of a tile; one quantisation group of the experts' hidden activation
 PAIR_BLOCKS = (16, 32, 64)  # pairs of a tile; an expert's own count chooses, on the device
-POLLS = 1 << 20  # of an expert's counter, the better part of a second, before its result is NaN
+# Of an expert's counter, the better part of a second, before its programs wait for the end of all of
+# gate_up. Where kernels do not overlap, gate_up has ended: a count that is not there gives NaN.
+POLLS = 1 << 20
 FP8_MAX = 448.0
 FP8_MIN_AMAX = 1e-4
 
@@ -340,6 +344,10 @@ def _down_kernel(
     if CHAIN > 0 and tl.program_id(1) < CHAIN:
         release_first(PDL)
         there = _await_hidden(ready, slot, K, POLLS)
+        if PDL != 0:
+            if there == 0:
+                await_all()  # gate_up was held up for that long: its end makes the result right
+            there = slot >= 0
     else:
         await_inputs_streaming(PDL)
     expert, first, end = expert_of(offsets, slot, E, E_POW2, COMPACT)
@@ -411,7 +419,7 @@ def grouped_gate_up(
         check_scale("x_scale", x_scale, (x.shape[0], groups))
         check_scale("w_scale", w_scale, (num_experts, 2 * rows, groups))
         check_scale("out_scale", out_scale, (num_pairs, rows))
-    _check_ready(ready, num_experts)
+    check_ready(ready, num_experts)
     tiles = _Tiles.of(launch, plan, w, inter, 2, num_pairs, x.shape[0], fp8=fp8)
     launch(
         _gate_up_kernel,
@@ -480,7 +488,7 @@ def grouped_down(
         check_fp8("h", h)
         check_scale("h_scale", h_scale, (num_pairs, groups))
         check_scale("w_scale", w_scale, (num_experts, triton.cdiv(n, FP8_GROUP), groups))
-    _check_ready(ready, num_experts)
+    check_ready(ready, num_experts)
     tiles = _Tiles.of(launch, plan, w, n, 1, num_pairs, num_pairs // top_k, fp8=fp8)
     launch(
         _down_kernel,
@@ -610,13 +618,6 @@ def _check_lists(
             raise ValueError(
                 f"{name} must be int32 [{size}], got {tensor.dtype} {list(tensor.shape)}"
             )
-
-
-def _check_ready(ready: torch.Tensor | None, num_experts: int) -> None:
-    if ready is not None and (ready.dtype, tuple(ready.shape)) != (torch.int32, (num_experts,)):
-        raise ValueError(
-            f"ready must be int32 [{num_experts}], got {ready.dtype} {list(ready.shape)}"
-        )
 
 
 def _check_out(out: torch.Tensor, shape: tuple[int, int], dtype: torch.dtype | None) -> None:

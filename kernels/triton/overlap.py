@@ -86,6 +86,12 @@ def release_first(PDL: tl.constexpr):
 
 
 @triton.jit
+def await_all():
+    """Wait for the previous kernels, in a kernel that overlaps them."""
+    gdc_wait()
+
+
+@triton.jit
 def release_dependents(PDL: tl.constexpr):
     """Let the next kernel start, if `await_inputs_streaming` did not; nothing is left to load."""
     if PDL == _LATE:

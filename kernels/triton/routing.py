@@ -13,7 +13,7 @@ import triton.language as tl
 
 from kernels.triton.launch import Launcher
 from kernels.triton.overlap import await_inputs, overlap
-from kernels.triton.tiles import num_parts, sigmoid_rows, sum_parts
+from kernels.triton.tiles import check_ready, num_parts, sigmoid_rows, sum_parts
 
 ALIGN_BLOCK = 2048
 PART_ELEMS = 16384  # of the router's parts that a program of eight warps has in flight
@@ -412,7 +412,7 @@ def align(
     Capture-safe.
     """
     _check_align(ids, pairs)
-    _check_ready(ready, offsets.shape[0] - 1)
+    check_ready(ready, offsets.shape[0] - 1)
     num_pairs = ids.numel()
     block = min(ALIGN_BLOCK, max(128, triton.next_power_of_2(num_pairs)))
     launch(
@@ -549,11 +549,6 @@ def _check_route(
                 f"got {list(t.shape)}, strides {t.stride()}"
             )
     return int(size)
-
-
-def _check_ready(ready: torch.Tensor | None, experts: int) -> None:
-    if ready is not None and (tuple(ready.shape), ready.dtype) != ((experts,), torch.int32):
-        raise ValueError(f"ready must be int32 [{experts}], got {ready.dtype} {list(ready.shape)}")
 
 
 def _check_align(ids: torch.Tensor, pairs: torch.Tensor) -> None:

@@ -151,6 +151,12 @@ def check_scale(
         )
 
 
+def check_ready(ready: torch.Tensor | None, experts: int) -> None:
+    """Refuse counters of finished experts that are not one for each."""
+    if ready is not None and (ready.dtype, tuple(ready.shape)) != (torch.int32, (experts,)):
+        raise ValueError(f"ready must be int32 [{experts}], got {ready.dtype} {list(ready.shape)}")
+
+
 def dequantize_rows(q: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """fp32 values of e4m3 `q` [..., K] with scales [..., ceil(K/128)]."""
     return q.float() * scale.repeat_interleave(FP8_GROUP, -1)[..., : q.shape[-1]]

@@ -22,6 +22,7 @@ from runtime import Runtime, SamplingParams
 from runtime.config import RuntimeConfig
 from runtime.player import Player
 from runtime.restore import NotRestored, check_golden, restore
+from runtime.restored_keys import Keys
 from runtime.row_params import admission
 from tests.cpu.played import LADDER, OPTIONS, Gpu, publish_bundle
 
@@ -201,6 +202,36 @@ def test_the_second_thread_reads_what_the_first_builds(tmp_path: Path) -> None:
     player.close()
 
 
+def test_neither_thread_begins_before_the_pause_is_over(tmp_path: Path) -> None:
+    publish_bundle(tmp_path)
+    player = restore(options(tmp_path), lib=Gpu())
+    player.keys.wait()
+    k = player.keys
+    keys = Keys(k._driver, k._code, k._files, k._symbols, k._stream, k._ladder, {})
+    first = k._ladder.keys[0]
+    keys.exec_of(first)
+    keys.build_rest(pause_s=600.0)
+    time.sleep(0.2)
+    assert not keys.ahead.seconds
+    assert list(keys.seconds) == [first]
+    keys.close()
+    player.close()
+
+
+def test_a_graph_that_cannot_be_uploaded_is_dropped(tmp_path: Path) -> None:
+    publish_bundle(tmp_path)
+    gpu = Gpu()
+    player = restore(options(tmp_path), lib=gpu)
+    player.keys.wait()
+    k, there = player.keys, dict(gpu.execs)
+    keys = Keys(k._driver, k._code, k._files, k._symbols, k._stream, k._ladder, {})
+    gpu.fail["cuGraphUpload"] = 2
+    with pytest.raises(CudaError, match="uploading a graph"):
+        keys.exec_of(k._ladder.keys[0])
+    assert gpu.execs == there
+    player.close()
+
+
 def test_every_key_is_checked_before_the_load_returns_where_asked(tmp_path: Path) -> None:
     publish_bundle(tmp_path)
     gpu = Gpu()
@@ -305,6 +336,7 @@ from runtime import Runtime, SamplingParams
 from runtime.config import RuntimeConfig
 from runtime.player import Player
 from runtime.restore import restore
+from runtime.restored_keys import Keys
 from tests.cpu.played import Gpu
 with Runtime(restore(RuntimeConfig.of(**json.loads(sys.argv[1])), lib=Gpu())) as runtime:
     runtime.add([1], SamplingParams(max_tokens=2))

@@ -16,7 +16,7 @@ from barriers.config import GroupConfig
 from runtime import restore_bench
 from runtime.cli import Bar
 from runtime.config import RuntimeConfig
-from runtime.restore_runs import Runs
+from runtime.restore_runs import RunFailed, Runs
 from tests.cpu.played import LADDER, OPTIONS, publish_bundle
 
 PEERS = {"base": 0x680000000000, "payload_bytes": 1 << 20, "words_at": 4096}
@@ -69,6 +69,16 @@ def test_a_run_is_timed_from_the_start_of_its_process(tmp_path: Path) -> None:
     assert first["all_keys_ms"] >= first["first_step_ms"]
     assert sorted(first["key_ms"]) == sorted(LADDER.split(","))
     assert "ranks" not in first
+
+
+def test_a_process_that_does_not_end_is_a_failure_like_any_other(tmp_path: Path) -> None:
+    code = "import sys, time; print('stuck here', file=sys.stderr, flush=True); time.sleep(60)"
+    options = RuntimeConfig.of(**OPTIONS | {"store": str(tmp_path)})
+    with (
+        Runs(options.ranks, (sys.executable, "-c", code), limit_s=2.0) as runs,
+        pytest.raises(RunFailed, match="took more than 2 s: stuck here"),
+    ):
+        runs.process(options)
 
 
 def test_two_ranks_run_together_and_the_slowest_counts(tmp_path: Path) -> None:

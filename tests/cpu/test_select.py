@@ -160,6 +160,16 @@ def test_the_choice_does_not_depend_on_what_was_asked_first() -> None:
     assert choices[0].to_json() == choices[1].to_json()
 
 
+def test_a_number_of_tokens_has_its_own_default() -> None:
+    times: dict[Any, float | None] = {"a": 10.0, "b": 10.0, "c": 20.0}
+    choice = choose_site([A, B, C], [8, 72], FakeTimer(times), defaults={8: "b", 72: "a"})
+    assert {count: pick.kernel for count, pick in choice.tokens.items()} == {8: "b", 72: "a"}
+    late = choose_site([A, B, C], [8], FakeTimer({}), defaults={8: "b"}, out_of_time=lambda: True)
+    assert late.tokens[8].kernel == "b"
+    other = choose_site([A, B, C], [8], FakeTimer(times | {"c": 1.0}), defaults={8: "b"})
+    assert other.tokens[8].kernel == "c", "a default of another order counts for nothing"
+
+
 def test_an_order_that_no_longer_exists_is_refused() -> None:
     with pytest.raises(ValueError, match="no candidate adds in the order 'gone'"):
         choose_site([A], [1], FakeTimer({}), known=SiteChoice("gone", {}))
@@ -240,6 +250,15 @@ def test_the_first_candidate_is_what_the_launcher_takes_by_itself(
         getattr(Ops(own), call.op)(*call.args, **call.kwargs)
         candidates(call)[0].run(Ops(first), call)
         assert own.kernels == first.kernels
+
+
+def test_every_number_of_tokens_has_the_same_candidates(
+    recorded: dict[tuple[str, int], list[Call]],
+) -> None:
+    sites: dict[str, set[frozenset[str]]] = {}
+    for (site, _), calls in recorded.items():
+        sites.setdefault(site, set()).add(frozenset(c.name for c in candidates(calls[0])))
+    assert {site for site, names in sites.items() if len(names) > 1} == set()
 
 
 def test_only_the_number_of_splits_changes_bits(
@@ -498,7 +517,8 @@ def _confirmed(times: dict[tuple[int, str], float]) -> KernelChoices:
         us = times[count, kernel]
         return Timing(us, us, us, 1), {("first", count), ("second", count)}
 
-    return confirm(_measured(), {"first": "old", "second": "old"}, measure, 2)
+    defaults = {(site, count): "old" for site in ("first", "second") for count in (1, 32)}
+    return confirm(_measured(), defaults, measure, 2)
 
 
 def test_a_key_keeps_its_kernels_only_if_its_step_is_faster() -> None:
@@ -507,6 +527,19 @@ def test_a_key_keeps_its_kernels_only_if_its_step_is_faster() -> None:
     assert {s.tokens[1].kernel for s in kept.sites.values()} == {"new"}
     assert kept.sites["first"].tokens[32] == Pick("old", 10.0, "new", 8.0, default_us=10.0)
     assert {s.bits for s in kept.sites.values()} == {"one"}
+
+
+def test_a_step_goes_back_to_the_default_for_its_number_of_tokens() -> None:
+    site = SiteChoice("one", {t: Pick("new", 8.0, "third", 9.0, default_us=10.0) for t in (1, 32)})
+    choices = KernelChoices({"site": site}, None, "measured")
+
+    def measure(tried: KernelChoices, key: int) -> tuple[Timing, set[tuple[str, int]]]:
+        count = (1, 32)[key]
+        us = 2.0 if tried.sites["site"].tokens[count].kernel == "new" else 1.0
+        return Timing(us, us, us, 1), {("site", count)}
+
+    kept = confirm(choices, {("site", 1): "few", ("site", 32): "many"}, measure, 2)
+    assert {t: p.kernel for t, p in kept.sites["site"].tokens.items()} == {1: "few", 32: "many"}
 
 
 def test_a_step_that_is_faster_keeps_everything() -> None:
@@ -660,3 +693,21 @@ def test_auto_takes_what_was_kept_and_else_the_default(
         # Numbers of tokens that were not measured keep to the order that was chosen.
         assert named(recorded[site, tokens][0], pick.kernel).bits == other.bits
     assert tuner.measured == 0
+
+
+def test_a_tuner_goes_back_to_the_default_for_each_number_of_tokens(
+    recorded: dict[tuple[str, int], list[Call]], tmp_path: Path
+) -> None:
+    options = RuntimeConfig.of(**OPTIONS, kernels="tune")
+    selection, nobody = choose(options, compile_only=True), cast(Any, None)
+    store, ignore = Store(tmp_path / "s"), cast(Any, lambda *_: None)
+    tuner = StoredOnly(selection, options, store, nobody, nobody, nobody, ignore)
+    counts: dict[str, list[int]] = {}
+    for site, count in recorded:
+        counts.setdefault(site, []).append(count)
+    for site, there in counts.items():
+        first = candidates(recorded[site, there[0]][0])[0]
+        kept = SiteChoice(first.bits, {count: Pick(first.name) for count in there})
+        store.publish_record(tuner._digest(site), kept.to_json())
+    tuner.choose(recorded)
+    assert tuner._defaults == {at: candidates(calls[0])[0].name for at, calls in recorded.items()}

@@ -648,6 +648,28 @@ def test_a_plan_gives_every_token_its_bits(plan: linear.LinearPlan, launcher: La
     assert torch.equal(bits(other["out"]), bits(seen[-1]))
 
 
+@pytest.mark.parametrize(("n", "k"), sorted(linear.MEASURED_FEW))
+def test_the_plan_for_few_tokens_gives_the_bits_of_that_for_many(
+    n: int, k: int, launcher: Launcher
+) -> None:
+    torch.manual_seed(0)
+    made, few = {"device": DEVICE}, linear.FEW_TOKENS
+    w, x = torch.randn(n, k, **made).to(FP8), torch.randn(130, k, **made).to(FP8)
+    ws, xs = torch.rand(n // 128, k // 128, **made) / k**0.5, torch.rand(130, k // 128, **made)
+
+    def run(tokens: int) -> torch.Tensor:
+        out = torch.full((tokens, n), float("nan"), dtype=BF16, **made)
+        linear.linear_fp8(
+            launcher, x[:tokens], xs[:tokens], w, ws, out=out, workspace=torch.empty(1, **made)
+        )
+        return out
+
+    whole = run(130)
+    assert not whole.isnan().any()
+    for tokens in (1, 8, 16, few - 1, few, few + 1, 64, 65, 129):
+        assert torch.equal(bits(run(tokens)), bits(whole[:tokens])), f"{tokens} tokens"
+
+
 @pytest.mark.parametrize("experts", [32, 64, 256, 384])
 def test_the_router_loses_nothing_and_goes_by_the_token_alone(
     experts: int, launcher: Launcher
