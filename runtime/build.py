@@ -41,6 +41,7 @@ from runtime.attention_tuning import AttentionTuner
 from runtime.bundle_names import LIVE, SKIPPED
 from runtime.config import RuntimeConfig
 from runtime.engine import Engine, reset_state
+from runtime.fingerprint import fingerprint
 from runtime.ranks import Ranks
 from runtime.record import Recording, record
 from runtime.selection import Selection, choose, with_attention
@@ -146,7 +147,11 @@ class _Builder:
             "pdl": f"{step.pdl} overlap {step.overlap}",
             "kernels": f"{options.kernels} {options.allow_inexact}",
             "verify": f"{options.verify} {options.proof_replays}",
+            "deadline": f"{options.deadline_s} s",
         }
+        if options.num_ranks > 1:  # versions, driver, chip, sources, rows: what a bundle depends on
+            facts = fingerprint(options, on_device=selection.on_device)
+            fields |= {n: str(v) for n, v in facts.fields if n not in (*fields, "model config")}
         ranks = Ranks(options.ranks, fields, deadline_s=options.deadline_s)
         self.resources.callback(ranks.close)
         return ranks, self._common_pages(selection, ranks)

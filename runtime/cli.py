@@ -133,6 +133,7 @@ def add_selection(parser: argparse.ArgumentParser) -> None:
         help="let kernels in whose bits depend on the number of tokens",
     )
     add("--tune-seconds", type=float, default=120.0, help="of measuring at most (tune)")
+    add("--deadline-ms", type=float, default=10_000.0, help="longest wait of a rank for another")
     add("--seed", type=int, default=0, help="of a preset's random weights")
     add("--json", action="store_true", help="print one JSON object as the last line")
 
@@ -163,6 +164,7 @@ def selection(args: argparse.Namespace, **more: Any) -> RuntimeConfig:
         kernels=args.kernels,
         allow_inexact=args.allow_inexact,
         tune_s=args.tune_seconds,
+        deadline_s=args.deadline_ms / 1e3,
         overlap=args.overlap,
         seed=args.seed,
         prefix_cache=args.prefix_cache,

@@ -149,7 +149,9 @@ class RuntimeConfig:
             )
         self.scheduling  # noqa: B018 - its own checks
         if self.deadline_s <= 0:
-            raise ValueError(f"deadline_s must be more than 0 seconds, got {self.deadline_s}")
+            raise ValueError(
+                f"deadline_s (--deadline-ms) must be more than 0, got {self.deadline_s} s"
+            )
         if self.proof_replays is not None:
             if self.proof_replays < 1:
                 raise ValueError(

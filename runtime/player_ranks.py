@@ -38,7 +38,8 @@ class PlayerRanks:
         self._deadline_s = options.deadline_s
         self._watch: DeviceWatch | None = None
         self._base = 0
-        self.group = self._open.enter_context(RankGroup(options.ranks, {"load": "a stored bundle"}))
+        fields = {"load": "a stored bundle", "deadline": f"{options.deadline_s} s"}
+        self.group = self._open.enter_context(RankGroup(options.ranks, fields))
 
     @property
     def base(self) -> int:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 import runtime
-from runtime import capture, generate, replay_bench
+from runtime import capture, cli, generate, replay_bench
 from runtime.capture import TWIN_NOTE
 from runtime.cli import run
 from tests.cpu.checkpoints import edit_config, read_tensors, write_tensors
@@ -164,6 +164,13 @@ def test_a_preset_with_fewer_layers_and_overrides(terminal: Terminal) -> None:
     assert terminal.report["model"] == "tiny"
 
 
+@pytest.mark.parametrize(("words", "seconds"), [([], 10.0), (["--deadline-ms", "250"], 0.25)])
+def test_the_deadline_is_ten_seconds_or_as_given_in_ms(words: list[str], seconds: float) -> None:
+    parser = cli.command("runtime.capture", None)
+    cli.add_selection(parser)
+    assert cli.selection(parser.parse_args(words)).deadline_s == seconds
+
+
 REFUSED: dict[str, tuple[list[str], str]] = {
     "no rows": (["--bs", "0"], "bs must be at least 1, got 0"),
     "rows are no number": (["--bs", "many"], "invalid int value: 'many'"),
@@ -188,6 +195,7 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     "jobs": (["--jobs", "2"], "--jobs goes with --compile-only"),
     "replays": (["--proof-replays", "0"], "replay"),
     "replays unproved": (["--no-verify", "--proof-replays", "9"], "--proof-replays"),
+    "deadline": (["--deadline-ms", "0"], "deadline_s (--deadline-ms) must be more than 0, got 0"),
     "unknown": (["--max-batch", "4", "--frobnicate"], "--frobnicate"),
     "two spellings": (["--max-model-len", "48"], "--max-model-len"),
     "two models": (["--model-path", "tiny"], "--model"),

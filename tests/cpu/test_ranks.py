@@ -13,6 +13,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from barriers.config import GroupConfig
+from barriers.spawn import run_ranks
+from capture_cache import machine
+from runtime import Runtime
+
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 60
 TIMEOUT_S = 150
@@ -93,6 +98,48 @@ def test_ranks_with_different_weights_are_refused(tmp_path: Path) -> None:
         assert "RankMismatch" in err
         assert "seed 0" in err
         assert "seed 7" in err
+
+
+# What the second rank is started with instead, and how the refusal puts it.
+DIFFERENT: list[tuple[dict[str, Any], str]] = [
+    ({"ladder": "1,2+8"}, "ladder: rank 0 has 1,2,2+16, rank 1 has 1,2+8"),
+    ({"deadline_s": 3.0}, "deadline: rank 0 has 10.0 s, rank 1 has 3.0 s"),
+    ({"logits_rows": 4}, "logits rows: rank 0 has 8, rank 1 has 4"),
+    ({"overrides": []}, "model: rank 0 has "),
+    ({"transport": "allgather", "kernels": "default"}, "kernels: rank 0 has auto"),
+    ({"triton": "0.1"}, "triton: rank 0 has "),
+]
+
+
+def _start_each(config: GroupConfig, store: str) -> list[str]:
+    """What this rank is told of each of `DIFFERENT`."""
+    names = {"RANK": config.rank, "LOCAL_RANK": config.rank, "WORLD_SIZE": config.world}
+    names |= {"LOCAL_WORLD_SIZE": config.world, "MASTER_PORT": config.name}
+    os.environ.update({name: str(value) for name, value in names.items()})
+    told = []
+    for change, _ in DIFFERENT:
+        mine = dict(change) if config.rank else {}
+        other = {name: mine.pop(name) for name in ("triton",) if name in mine}
+        with pytest.MonkeyPatch.context() as patch:
+            installed = machine.installation() | other
+            patch.setattr("runtime.fingerprint.installation", lambda i=installed: i)
+            try:
+                options = _options(Path(store), **({"ladder": "1,2,2+16"} | mine))
+                Runtime.load("tiny", **options).close()
+                told.append("nothing")
+            except Exception as e:  # any other is told below
+                told.append(f"{type(e).__name__}: {e}")
+    return told
+
+
+def test_ranks_that_were_started_differently_are_told_both_values(tmp_path: Path) -> None:
+    outcomes = run_ranks(2, _start_each, str(tmp_path), timeout_s=TIMEOUT_S)
+    for outcome in outcomes:
+        assert outcome.error is None, outcome
+        assert outcome.value is not None, outcome
+        for told, (_, expected) in zip(outcome.value, DIFFERENT, strict=True):
+            assert told.startswith("RankMismatch")
+            assert expected in told
 
 
 def test_an_ep_size_that_torchrun_did_not_start_is_refused(tmp_path: Path) -> None:

@@ -320,6 +320,7 @@ def test_wire_bytes_count_a_token_once_a_rank() -> None:
     [
         (["--mode", "rdep,deep"], "got 'deep'"),
         (["--rows", "8,x"], "--rows must be positive numbers"),
+        (["--decode-batch-size", "0"], "--decode-batch-size 0 does not divide among 1 ranks"),
         (["--num-experts", "4"], "top_k must be 1 to 4, got 8"),
         (["--plain", "--prequantized"], "choose one"),
         (["--routing", "file"], "--routing-file"),

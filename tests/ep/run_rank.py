@@ -1,7 +1,7 @@
 """One rank of a run on the CPU or a GPU: decodes its share of some prompts, prints tokens as JSON.
 
 Started by tests with torchrun's environment. Arguments: model, options as JSON, prompts as JSON,
-steps.
+steps. Gaps are from the best log-prob to the second, nats.
 """
 
 from __future__ import annotations
@@ -18,29 +18,34 @@ def main(model: str, options: str, prompts: str, steps: str) -> None:
     mine = {i: p for i, p in enumerate(json.loads(prompts)) if i % world == rank}
     tokens: dict[int, list[int]] = {i: [] for i in mine}
     logprobs: dict[int, list[float]] = {i: [] for i in mine}
+    gaps: dict[int, list[float]] = {i: [] for i in mine}
     with Runtime.load(model, **json.loads(options)) as rt:
         waiting, running = dict(mine), {}
         for step in range(int(steps)):
             # Uneven arrivals: ranks are idle, prefill and decode in the same step.
             if waiting and rt.num_running < rt.config.max_rows and (step + rank) % 3 == 0:
                 i = next(iter(waiting))
-                params = SamplingParams(max_tokens=12, ignore_eos=True)
+                params = SamplingParams(max_tokens=12, ignore_eos=True, logprobs=2)
                 running[rt.add(waiting.pop(i), params)] = i
             out = rt.step()
-            for row, token, logprob, done in zip(
+            best = out.top.logprobs.tolist() if out.top is not None else []
+            for row, token, logprob, done, (first, second) in zip(
                 out.rows.tolist(),
                 out.tokens.tolist(),
                 out.logprobs.tolist(),
                 out.finished.tolist(),
+                best,
                 strict=True,
             ):
                 tokens[running[row]].append(token)
                 logprobs[running[row]].append(logprob)
+                gaps[running[row]].append(first - second)
                 if done:
                     del running[row]
         assert not waiting, "raise the number of steps"
         assert not running, "raise the number of steps"
-    print(json.dumps({"rank": rank, "tokens": tokens, "logprobs": logprobs}))
+    told = {"rank": rank, "tokens": tokens, "logprobs": logprobs, "gaps": gaps}
+    print(json.dumps(told))
 
 
 if __name__ == "__main__":
