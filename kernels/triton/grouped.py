@@ -50,8 +50,8 @@ from kernels.triton.tiles import (
 
 BLOCK_N = 128  # weight rows of a tile; one quantisation group of the experts' hidden activation
 PAIR_BLOCKS = (16, 32, 64)  # pairs of a tile; an expert's own count chooses, on the device
-# Of an expert's counter, the better part of a second, before its programs wait for the end of all of
-# gate_up. Where kernels do not overlap, gate_up has ended: a count that is not there gives NaN.
+# Of an expert's counter, the better part of a second, before its programs wait for the end of all
+# of gate_up. Where kernels do not overlap, gate_up has ended: a count that is missing gives NaN.
 POLLS = 1 << 20
 FP8_MAX = 448.0
 FP8_MIN_AMAX = 1e-4
