@@ -56,9 +56,9 @@ class DeviceMemory:
         self.group, self.device, self.payload_bytes = group, device, payload_bytes
         self._undo: list[Callable[[], None]] = []  # what gives everything back, last first
         try:
-            granularity = device.granularity()
-            self.stride = -(-(CONTROL_BYTES + payload_bytes) // granularity) * granularity
             with self._agreed("allocating peer memory"):
+                granularity = device.granularity()
+                self.stride = -(-(CONTROL_BYTES + payload_bytes) // granularity) * granularity
                 self.base = self._reserve(base, exact)
                 own = self._create()
             parts = self._exchange(own)

@@ -63,7 +63,8 @@ class Control(Submission):
             What those steps gave, the ones in flight before among them.
         Raises:
             RuntimeError: paused.
-            OutOfPages: as `launch`. Make room and call it again, on this rank alone: it goes on
+            OutOfPages: as `launch`. Make room and call it again, on this rank alone and before the
+                deadline, for the other ranks are waiting in their next step: it goes on
                 where it was, and returns what it had, too (of requests cancelled since, as well).
             RankError: a rank did not come within the deadline, or is at another step.
         """
