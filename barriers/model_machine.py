@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 ROUNDS = 3
 _WRITE, _SIGNAL, _WAIT, _READ = range(4)  # what an agent does next in its round
-_PHASES = 4
 _ZERO = 128  # of a signed word in a byte
 _EPOCHS = 8  # counts wrap here, and start just below
 _FIRST_EPOCH = _EPOCHS - 2

@@ -13,7 +13,7 @@ from __future__ import annotations
 import fcntl
 import mmap
 import os
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,24 +24,6 @@ from barriers.watch import slot_of_rank
 
 CONTROL_BYTES = 4096  # of every slot; payload follows
 _SEAL_SHRINK = 0x0002  # F_SEAL_SHRINK: a peer cannot make our mapping fault by cutting the file
-
-
-class SymmetricMemory(Protocol):
-    """What both kinds offer.
-
-    Attributes:
-        group: the ranks that share it.
-        payload_bytes: of every slot, as asked for.
-    """
-
-    group: RankGroup
-    payload_bytes: int
-
-    def address(self, rank: int) -> int:
-        """Where this process (or its device) sees the control block of `rank`."""
-
-    def close(self) -> None:
-        """Unmap; idempotent, waits for nobody. Peers that still map this rank's slot keep it."""
 
 
 class HostMemory:

@@ -59,8 +59,7 @@ def await_inputs_streaming(PDL: tl.constexpr):
 
     In mode LATE the next kernel is let go by `release_dependents`, once the stream is through.
     """
-    if PDL == _EARLY:
-        gdc_launch_dependents()
+    release_first(PDL)
     if PDL != 0:
         gdc_wait()
 
