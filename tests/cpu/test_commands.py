@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 
 import runtime
+from capture_cache.files import Files
 from runtime import capture, cli, generate, replay_bench
 from runtime.capture import TWIN_NOTE
 from runtime.cli import run
@@ -42,6 +44,11 @@ class Terminal:
         self.out, self.err = self._capsys.readouterr()
         assert isinstance(end.value.code, int)
         return end.value.code
+
+    @property
+    def error(self) -> str:
+        """The last line of stderr; above it may be lines of progress."""
+        return self.err.splitlines()[-1]
 
     @property
     def report(self) -> dict[str, Any]:
@@ -177,12 +184,12 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     "ladder too short": (["--bs", "4"], "the largest entry must be 4 (--bs divided by --ep-size)"),
     "ladder malformed": (["--ladder", "1,2x"], "ladder entry '2x' is neither ROWS nor"),
     "ladder empty": (["--ladder", ""], "the ladder is empty"),
-    "too long": (["--max-seq-len", "4096"], "exceeds the model's 512 positions"),
+    "too long": (["--max-seq-len", "4096"], "max_seq_len 4096 exceeds the model's 512 positions"),
     "page size": (["--page-size", "48"], "page_size must be a power of two"),
     "pages": (["--num-pages", "1"], "num_pages must be at least"),
     "no pages": (["--num-pages", "0"], "num_pages must be at least"),
     "layers": (["--layers", "3"], "layers: expected 1 … 2"),
-    "no layers": (["--layers", "0"], "layers"),
+    "no layers": (["--layers", "0"], "got 0; leave --layers out to run all"),
     "override": (["--override", "n_experts=4"], "n_experts"),
     "override form": (["--override", "n_group"], "n_group"),
     "device": (["--device", "tpu"], "invalid choice: 'tpu'"),
@@ -199,6 +206,9 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     "unknown": (["--max-batch", "4", "--frobnicate"], "--frobnicate"),
     "two spellings": (["--max-model-len", "48"], "--max-model-len"),
     "two models": (["--model-path", "tiny"], "--model"),
+    "choices nowhere": (["--save-kernels", "/nowhere/kernels.json"], "/nowhere is no folder"),
+    "choices in a folder": (["--save-kernels", "/tmp"], "--save-kernels /tmp cannot be written"),
+    "no weights": (["--weights", "/nowhere"], "with weights.json in it, got nothing; python -m"),
 }
 
 
@@ -209,7 +219,109 @@ def test_bad_arguments_end_with_2_and_the_reason(
     more, reason = REFUSED[name]
     assert terminal.run(capture.main, *small(checkpoint, *more)) == 2
     assert reason in terminal.err
+    assert terminal.err.count("\n") == 1, "refused only after work had begun"
     assert "Traceback" not in terminal.err
+
+
+@pytest.mark.parametrize(
+    ("files", "got"),
+    [
+        ((), "got a directory without it; python -m runtime.pack makes them"),
+        (("config.json",), "got a checkpoint; give that as --model, or pack it"),
+        (("x.safetensors",), "got a checkpoint; give that as --model, or pack it"),
+    ],
+)
+def test_weights_that_are_no_packed_ones_are_told_what_they_are(
+    files: tuple[str, ...], got: str, checkpoint: Path, tmp_path: Path, terminal: Terminal
+) -> None:
+    folder = tmp_path / "given"
+    folder.mkdir()
+    folder.chmod(0o777)  # as /tmp; what is missing is said first
+    for name in files:
+        (folder / name).write_text("{}")
+    assert terminal.run(capture.main, *small(checkpoint, "--weights", str(folder))) == 2
+    assert got in terminal.error
+
+
+def test_without_a_length_a_small_model_gets_its_own(checkpoint: Path, terminal: Terminal) -> None:
+    """512 positions: the default of 4096 would be refused."""
+    argv = ("--model", str(checkpoint), "--device", "cpu", "--bs", "1", "--ladder", "1", "--json")
+    digests = []
+    for more in ((), ("--max-seq-len", "512"), ("--max-seq-len", "256")):
+        assert terminal.run(capture.main, *argv, *more, "--no-verify") == 0
+        digests.append(terminal.report["fingerprint"])
+    assert digests[0] == digests[1] != digests[2]
+    assert terminal.run(replay_bench.main, *argv, "--no-verify", "--steps", "2") == 0
+    assert terminal.report["ctx_len"] == 512 - 2 - replay_bench.WARM_UP - 1
+
+
+@pytest.mark.parametrize("command", [capture, replay_bench], ids=lambda m: m.__name__)
+def test_a_store_that_cannot_be_written_is_refused_before_the_work(
+    command: Any, checkpoint: Path, tmp_path: Path, terminal: Terminal
+) -> None:
+    terminal.store = tmp_path / "file" / "store"
+    (tmp_path / "file").write_text("in the way")
+    more = ("--ctx-len", "20", "--steps", "2") if command is replay_bench else ()
+    assert terminal.run(command.main, *small(checkpoint, *more)) == 1
+    assert terminal.error.startswith("error: StoreError: ")
+    assert "--store" in terminal.error
+    assert "warm up" not in terminal.err
+
+
+def test_a_capture_on_record_needs_no_store_that_can_be_written(
+    checkpoint: Path, terminal: Terminal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert terminal.run(capture.main, *small(checkpoint, "--no-verify")) == 0
+
+    def refuse(self: Files, path: Path) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+    monkeypatch.setattr(Files, "make_dir", refuse)
+    assert terminal.run(capture.main, *small(checkpoint, "--no-verify")) == 0
+    argv = small(checkpoint, "--no-verify", "--num-pages", "9")  # another, and not on record
+    assert terminal.run(capture.main, *argv, "--seed", "1", "--max-seq-len", "48") == 1
+    assert "it is read-only: give another directory with --store" in terminal.error
+    assert "warm up" not in terminal.err
+
+
+def test_where_no_terminal_shows_a_bar_stages_are_lines_of_stderr(
+    checkpoint: Path, terminal: Terminal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    argv = small(checkpoint, "--ctx-len", "20", "--steps", "2")
+    assert terminal.run(replay_bench.main, *argv) == 0
+    told = [line.split(" s  ")[1] for line in terminal.err.splitlines()]
+    for stage in ("weights", "warm up", "capture", "prove", "store", "replay"):
+        assert told.count(stage) == 1, f"{stage}: {told}"
+    monkeypatch.setattr(cli, "LINE_EVERY_S", 0.0)  # of a stage that takes long, pieces too
+    assert terminal.run(replay_bench.main, *argv) == 0
+    told = [line.split(" s  ")[1] for line in terminal.err.splitlines()]
+    assert [t for t in told if t.startswith("replay")] == [
+        *("replay", "replay 1/3 1", "replay 2/3 2", "replay 3/3 2+14"),
+    ]
+
+
+def test_an_error_with_a_name_of_ours_is_told_with_it(checkpoint: Path, terminal: Terminal) -> None:
+    """In one form, whatever the exit code is: `error: NAME: message`."""
+    assert terminal.run(capture.main, *small(checkpoint, "--layers", "0")) == 2
+    assert terminal.error.startswith("error: UnsupportedModel: layers: ")
+    assert terminal.run(capture.main, *small(checkpoint, "--bs", "0")) == 2
+    assert terminal.error.startswith("error: bs must be at least 1")
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        *("capture_cache", "bench.load_weights", "bench.rdep_barrier_ab"),
+        *("bench.transport_microbench", "runtime.pack"),
+    ],
+)
+def test_every_command_refuses_in_one_line(module: str) -> None:
+    argv = [sys.executable, "-m", module, "--frobnicate"]
+    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.endswith(f"; see python -m {module} --help\n")
+    assert done.stderr.count("\n") == 1
 
 
 def break_architecture(path: Path) -> None:
@@ -256,8 +368,8 @@ def test_a_failed_proof_ends_with_1(tmp_path: Path, terminal: Terminal) -> None:
     tensors["model.norm.weight"].fill_(3e38)
     write_tensors(path, tensors)
     assert terminal.run(capture.main, *small(path)) == 1
-    assert terminal.err.startswith("error: ProofFailed: key ")
-    assert terminal.err.count("\n") == 1
+    assert terminal.error.startswith("error: ProofFailed: key ")
+    assert "Traceback" not in terminal.err
 
 
 def test_as_a_process(checkpoint: Path, tmp_path: Path) -> None:
@@ -413,7 +525,7 @@ def test_replay_bench_without_enough_pages_ends_with_1(
 ) -> None:
     argv = small(checkpoint, "--ctx-len", "40", "--steps", "2", "--num-pages", "4", "--no-verify")
     assert terminal.run(replay_bench.main, *argv) == 1
-    assert terminal.err.startswith("error: OutOfPages: ")
+    assert terminal.error.startswith("error: OutOfPages: ")
 
 
 # ------------------------------------------------------------------ the README

@@ -579,7 +579,7 @@ def test_masks_and_rows_that_cannot_be(runtime: Runtime) -> None:
         ({"ladder": 6}, "ladder must be text, got 6"),
         ({"bs": "6"}, "bs must be a whole number, got '6'"),
         ({"bs": 6.0}, "bs must be a whole number, got 6.0"),
-        ({"max_seq_len": None}, "max_seq_len must be a whole number, got None"),
+        ({"bs": None}, "bs must be a whole number, got None"),
         ({"verify": 1}, "verify must be True or False, got 1"),
         ({"deadline_s": "10"}, "deadline_s must be a number, got '10'"),
         ({"device": 0}, "device must be text, got 0"),
