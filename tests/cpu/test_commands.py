@@ -26,11 +26,6 @@ ROOT = Path(runtime.__file__).parent.parent
 Main = Callable[[list[str] | None], int]
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return micro_checkpoint(tmp_path_factory.mktemp("micro"))
-
-
 class Terminal:
     """Runs commands as a shell would, in this process: code, what they print, JSON at its end."""
 

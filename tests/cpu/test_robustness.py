@@ -32,7 +32,7 @@ from capture_cache.prune import prune
 from capture_cache.store import Store
 from runtime import Runtime, SamplingParams
 from runtime.packing import pack
-from tests.cpu.test_packed import _preset
+from tests.cpu.packs import small_preset
 from tests.cpu.twins import load_micro, micro_checkpoint
 
 HERE = Fingerprint.of({"device": "H200", "driver": "595.20", "model": "a", "sms": 132})
@@ -96,7 +96,7 @@ def _kernel(root: Path, files: Files | None = None) -> None:
 
 def _pack(root: Path, files: Files | None = None) -> None:
     torch.set_num_threads(1)
-    model, source = _preset("tiny", "fp8")
+    model, source = small_preset("tiny", "fp8")
     pack(model, source, root / "weights" / "w", force=True, files=files)
 
 

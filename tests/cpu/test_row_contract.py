@@ -34,15 +34,10 @@ from tests.contract import (
     random_calls,
     random_prompt,
 )
-from tests.cpu.twins import ROWS, VOCAB, load_micro, micro_checkpoint
+from tests.cpu.twins import ROWS, VOCAB, load_micro
 
 ONE_KEY = "6+10"
 LADDERS = ("1,2,4,6,6+10", "6+10", "1,6+3", "3,6,2+17,6+40")
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return micro_checkpoint(tmp_path_factory.mktemp("micro"))
 
 
 @pytest.fixture(scope="module")
