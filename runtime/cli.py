@@ -95,6 +95,7 @@ def add_selection(parser: argparse.ArgumentParser) -> None:
     add(
         "--max-seq-len",
         "--max-model-len",
+        "--context-length",
         type=int,
         help="prompt and output, tokens; default: 4096, or the model's positions if fewer",
     )

@@ -107,12 +107,13 @@ def test_proof_replays_are_counted(checkpoint: Path, terminal: Terminal) -> None
 
 
 def test_spellings_of_other_engines(checkpoint: Path, terminal: Terminal) -> None:
-    want = None
+    want, length = None, "--max-seq-len"
     for model in ("--model", "--model-path", "--ckpt"):
         for rows in ("--bs", "--max-batch-size"):
             for ladder in ("--ladder", "--cuda-graph-bs"):
                 argv = (model, str(checkpoint), rows, "2", ladder, "1,2")
-                more = ("--max-model-len", "64", "--page-size", "16", "--no-verify", "--json")
+                more = (length, "64", "--page-size", "16", "--no-verify", "--json")
+                length = {"--max-seq-len": "--max-model-len"}.get(length, "--context-length")
                 assert terminal.run(capture.main, *argv, *more, "--device", "cpu") == 0
                 want = want or terminal.report["fingerprint"]
                 assert terminal.report["fingerprint"] == want, argv
