@@ -18,56 +18,8 @@ from capture_cache.packed import PackedWeights
 from capture_cache.packed_index import INDEX, SHARED
 from graphs.model_source import resolve_model
 from runtime.packing import pack
+from tests.cpu.failing_files import FailingFiles, Killed, dying
 from tests.cpu.packs import odd_checkpoint, small_preset
-
-
-class _Failing(Files):
-    """Fails, or dies, at the n-th thing it is asked to do, having done half of it."""
-
-    def __init__(self, steps: int, error: BaseException) -> None:
-        self.left, self.error = steps, error
-
-    def _step(self, half: Callable[[], object] = lambda: None) -> None:
-        if self.left == 0:
-            half()
-        self.left -= 1
-        if self.left < 0:
-            raise self.error
-
-    def make_dir(self, path: Path) -> None:
-        self._step()
-        super().make_dir(path)
-
-    def write(self, path: Path, data: bytes) -> None:
-        self._step(lambda: path.write_bytes(data[: len(data) // 2]))
-        super().write(path, data)
-
-    def allocate(self, path: Path, nbytes: int) -> None:
-        self._step(lambda: Files.allocate(self, path, nbytes // 2))
-        super().allocate(path, nbytes)
-
-    def sync_file(self, path: Path) -> None:
-        self._step()
-        super().sync_file(path)
-
-    def sync_dir(self, path: Path) -> None:
-        self._step()
-        super().sync_dir(path)
-
-    def rename(self, old: Path, new: Path) -> None:
-        self._step()
-        super().rename(old, new)
-
-
-class _Killed(BaseException):
-    """The process is gone."""
-
-
-class _Dying(_Failing):
-    def remove(self, path: Path) -> None:
-        if self.left < 0:
-            raise _Killed
-        super().remove(path)
 
 
 def _attempts(make: Callable[[int], Files], root: Path) -> Iterator[tuple[Path, Files]]:
@@ -79,11 +31,11 @@ def _attempts(make: Callable[[int], Files], root: Path) -> Iterator[tuple[Path, 
 def test_a_packer_killed_anywhere_leaves_all_or_nothing(tmp_path: Path) -> None:
     model, source = small_preset("tiny", "fp8")
     steps = 0
-    for out, files in _attempts(lambda n: _Dying(n, _Killed()), tmp_path):
+    for out, files in _attempts(dying, tmp_path):
         try:
             pack(model, source, out, files=files)
             break
-        except _Killed:
+        except Killed:
             steps += 1
         if out.exists():  # renamed, but not known to be on the disk yet
             list(PackedWeights(out).verify())
@@ -100,8 +52,11 @@ def test_a_failing_disk_is_named_and_leaves_nothing(
 ) -> None:
     model, source = small_preset("tiny", "fp8")
 
+    def fail() -> None:
+        raise OSError(number, os.strerror(number), "the disk")
+
     def make(steps: int) -> Files:
-        return _Failing(steps, OSError(number, os.strerror(number), "the disk"))
+        return FailingFiles(steps, fail, removes=False)
 
     told = []
     for out, files in _attempts(make, tmp_path):
