@@ -23,6 +23,14 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return micro_checkpoint(tmp_path_factory.mktemp("micro"))
 
 
+@pytest.fixture
+def terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Any:
+    """Where commands are run, over a store of the test's own."""
+    from tests.cpu.terminal import Terminal
+
+    return Terminal(tmp_path / "store", capsys)
+
+
 @pytest.fixture(autouse=True)
 def _hardware_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
     """Round as the hardware does: the interpreter truncates bf16 and loses carries in e4m3."""
