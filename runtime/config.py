@@ -258,7 +258,8 @@ class RuntimeConfig:
             except OSError as error:
                 raise ValueError(
                     f"--kernels {self.kernels}: expected {', '.join(KERNELS)} or a file of kernel "
-                    f"choices, got {error}; write one with python -m runtime.capture --save-kernels"
+                    f"choices, and that cannot be read ({error.strerror}); write one with "
+                    "python -m runtime.capture --save-kernels"
                 ) from error
         return f"{how}, inexact ones too" if self.allow_inexact else how
 
