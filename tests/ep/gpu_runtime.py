@@ -24,6 +24,7 @@ import time
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from barriers.deepep import DeepEpMissing
@@ -78,9 +79,29 @@ def decode(transport: str, args: argparse.Namespace, store: str) -> tuple[Answer
             for row, token in zip(out.rows.tolist(), out.tokens.tolist(), strict=True):
                 answers[row].append(Said(token, behind[row]))
         assert not rt.num_running, "raise --steps"
+        check_idle(rt)
         ledger = rt.engine.ledger
         assert ledger is not None
         return answers, ledger.live, float(np.median(took)) * 1e3
+
+
+def check_idle(rt: Runtime) -> None:
+    """Two steps in which every token of every rank is padding: no expert may be listed, read into a
+    hidden activation, or write a result."""
+    backend, b = rt.engine.graphs.backend, rt.engine.graphs.step.buffers
+    results = [b[n] for n in ("expert_h_q", "expert_h_s", "expert_y")]
+    with backend.on_stream():
+        for buffer in results:
+            buffer.view(torch.uint8).fill_(0x7F)
+        b["offsets"].fill_(77)
+        backend.synchronize()
+    for _ in range(2):
+        rt.step()
+    assert rt.last_key is not None
+    assert (b.for_key(rt.last_key)["topk_ids"] == -1).all(), "a padded row chose an expert"
+    assert (b["offsets"] == 0).all(), f"idle ranks have pairs: {b['offsets'].tolist()}"
+    for buffer in results:
+        assert (buffer.view(torch.uint8) == 0x7F).all(), "an expert ran for a padded row"
 
 
 def logprobs_by_row(rt: Runtime) -> dict[int, NDArray[np.float32]]:
