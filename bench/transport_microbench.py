@@ -49,6 +49,7 @@ from bench.transport_modes import LAST, MODES, SizesMissing, Subject, make_subje
 from bench.transport_report import merge, print_mode
 from bench.transport_timing import WARM_UP, Aligner
 from capture_cache.driver import Device
+from runtime.config import tell_ranks
 from runtime.report import provenance
 
 _MEET_S = 120.0  # for the slowest rank of a part
@@ -107,6 +108,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 "transports are timed on GPUs, got none; tests/cpu checks them without"
             )
     except ValueError as e:
+        tell_ranks(str(e))
         print(f"error: {e}", file=sys.stderr)
         return 2
     torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", place.rank)))

@@ -25,7 +25,14 @@ from capture_cache.errors import (
     StoreError,
 )
 from graphs.keys import NotCaptured
-from runtime.config import ATTENTION, DEVICES, PDL, RuntimeConfig
+from runtime.config import (
+    ATTENTION,
+    DEVICES,
+    PDL,
+    RuntimeConfig,
+    tell_ranks,
+    told_to_ranks,
+)
 from runtime.driver import StepFailed
 from runtime.pages import OutOfPages
 
@@ -71,6 +78,7 @@ class Parser(argparse.ArgumentParser):
     """Says in one line what is wrong; `--help` has the page of all options."""
 
     def error(self, message: str) -> NoReturn:
+        tell_ranks(message)
         self.exit(2, f"error: {message}; see {self.prog} --help\n")
 
 
@@ -144,33 +152,34 @@ def selection(args: argparse.Namespace, **more: Any) -> RuntimeConfig:
     Raises:
         ValueError: contradictory options.
     """
-    options = RuntimeConfig(
-        model=args.model,
-        bs=args.bs,
-        ladder=None if args.ladder is None else ",".join(args.ladder),
-        max_seq_len=args.max_seq_len,
-        num_pages=args.num_pages,
-        page_size=args.page_size,
-        layers=args.layers,
-        overrides=tuple(args.override),
-        device=args.device,
-        store=args.store,
-        weights=args.weights,
-        verify_weights=args.verify_weights,
-        ep_size=args.ep_size,
-        transport=args.transport,
-        attention=args.attention,
-        pdl=args.pdl,
-        kernels=args.kernels,
-        allow_inexact=args.allow_inexact,
-        tune_s=args.tune_seconds,
-        deadline_s=args.deadline_ms / 1e3,
-        overlap=args.overlap,
-        seed=args.seed,
-        prefix_cache=args.prefix_cache,
-        prefill_budget=args.prefill_budget,
-        **more,
-    )
+    with told_to_ranks():
+        options = RuntimeConfig(
+            model=args.model,
+            bs=args.bs,
+            ladder=None if args.ladder is None else ",".join(args.ladder),
+            max_seq_len=args.max_seq_len,
+            num_pages=args.num_pages,
+            page_size=args.page_size,
+            layers=args.layers,
+            overrides=tuple(args.override),
+            device=args.device,
+            store=args.store,
+            weights=args.weights,
+            verify_weights=args.verify_weights,
+            ep_size=args.ep_size,
+            transport=args.transport,
+            attention=args.attention,
+            pdl=args.pdl,
+            kernels=args.kernels,
+            allow_inexact=args.allow_inexact,
+            tune_s=args.tune_seconds,
+            deadline_s=args.deadline_ms / 1e3,
+            overlap=args.overlap,
+            seed=args.seed,
+            prefix_cache=args.prefix_cache,
+            prefill_budget=args.prefill_budget,
+            **more,
+        )
     console.quiet = options.ranks.rank > 0  # rank 0 speaks for all
     if options.device == "cpu" or not torch.cuda.is_available():
         # The twin's operations are small: on a busy machine threads mostly wait for each other.
