@@ -33,7 +33,7 @@ from graphs.step_config import StepConfig, default_cut
 from graphs.timing import Timing
 from graphs.tuning_inputs import expert_lists, on_meta, with_tokens
 from graphs.weights import add_part_views
-from kernels.triton.grouped import GATE_UP_PLAN
+from kernels.triton.grouped import GATE_UP_PLAN, GroupedPlan
 from kernels.triton.linear import LinearPlan
 from kernels.triton.router import RouterPlan
 from runtime.config import RuntimeConfig
@@ -323,6 +323,32 @@ def test_fp8_gate_up_is_not_cut_below_a_quantisation_group(
     assert name not in {c.name for c in candidates(call)}
     with pytest.raises(ValueError, match="FP8 gate_up takes block_n 128"):
         named(call, name)
+
+
+def _down(rows: int, num_experts: int) -> Call:
+    meta = torch.device("meta")
+    w = torch.empty(num_experts, rows, 256, dtype=torch.float8_e4m3fn, device=meta)
+    return Call("grouped_down", (torch.empty(8, 256, device=meta), None, w), {})
+
+
+@pytest.mark.parametrize(
+    ("rows", "num_experts", "chains"),
+    [
+        # The plan's (block_n, per_sm): experts of which two, one, three programs an SM are there.
+        (7168, 256, {(128, 2): {0, 5}, (128, 1): {3}, (128, 3): {8}, (64, 2): {3}}),
+        (2048, 64, {(128, 2): {0, 5, 17}, (128, 1): {9}, (128, 3): {25}, (64, 2): {9}}),
+        (2048, 4, {(128, 2): {0, 4, 5}, (128, 1): {4}, (128, 3): {4}, (64, 2): {4}}),
+    ],
+)
+def test_down_chains_the_experts_that_fit_the_chip(
+    rows: int, num_experts: int, chains: dict[tuple[int, int], set[int]]
+) -> None:
+    found: dict[tuple[int, int], set[int]] = {}
+    for candidate in candidates(_down(rows, num_experts)):
+        plan = candidate.plan
+        assert isinstance(plan, GroupedPlan)
+        found.setdefault((plan.block_n, plan.per_sm), set()).add(plan.chain)
+    assert found == chains
 
 
 # ------------------------------------------------------------------ operations take their choice
@@ -711,3 +737,23 @@ def test_a_tuner_goes_back_to_the_default_for_each_number_of_tokens(
         store.publish_record(tuner._digest(site), kept.to_json())
     tuner.choose(recorded)
     assert tuner._defaults == {at: candidates(calls[0])[0].name for at, calls in recorded.items()}
+
+
+@pytest.mark.parametrize("origin", ["measured", "stored"])
+def test_choices_of_several_ranks_say_that_no_whole_step_was_timed(
+    tmp_path: Path, origin: str
+) -> None:
+    options = RuntimeConfig.of(**OPTIONS, kernels="tune")
+    selection, nobody = choose(options, compile_only=True), cast(Any, None)
+    step = dataclasses.replace(selection.step, ep_size=2, transport="rdep")
+    two = dataclasses.replace(selection, step=step)
+    tuner = StoredOnly(two, options, Store(tmp_path / "s"), nobody, nobody, nobody, nobody)
+    without_ops = cast(Any, SimpleNamespace(ops=None))
+    kept = tuner.confirm(dataclasses.replace(_measured(), origin=origin), without_ops, {})
+    assert kept.sites == _measured().sites
+    assert "no whole step" in kept.note
+    assert "no whole step" in kept.to_json()["note"]
+    ranks = cast(Any, SimpleNamespace(group=FakeGroup()))
+    assert share(ranks, kept) == kept, "other ranks say so, too"
+    default = tuner.confirm(KernelChoices(), without_ops, {})
+    assert default.note == "", "nothing was measured that would need it"

@@ -372,8 +372,7 @@ def test_microbench_tells_no_speed_where_there_is_none(capsys: pytest.CaptureFix
     assert [line.count("  - GB/s") for line in capsys.readouterr().out.splitlines()] == [1, 1]
 
 
-def test_microbench_lines_begin_with_how_they_were_made(tmp_path: Path) -> None:
-    """Its loop, over a group of one and a mode that is measured by nobody."""
+def test_microbench_lines_are_json_one_by_one(tmp_path: Path) -> None:
     path = tmp_path / "lines.jsonl"
     transport_microbench._add_line(path, {"header": {"routing": "zipf"}})
     transport_microbench._add_line(path, {"mode": "rdep", "rows": 8})
