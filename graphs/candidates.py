@@ -198,7 +198,7 @@ def _grouped_plans(call: Call) -> list[GroupedPlan]:
 
 def _chain(plan: GroupedPlan, call: Call) -> int:
     """Experts of down whose programs are on a chip at the same time; the last one in part."""
-    num_experts, rows, _ = call.args[2].shape
+    num_experts, rows = (int(extent) for extent in call.args[2].shape[:2])
     tiles = -(-rows // plan.block_n)
     return min(num_experts, -(-plan.per_sm * PROGRAMS[0] // tiles))
 
