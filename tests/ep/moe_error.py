@@ -220,6 +220,11 @@ def main() -> int:
     add("--store", type=Path, help="of compiled kernels; default: a temporary one")
     add("--json", action="store_true", help="print one JSON object as the last line")
     args = parser.parse_args()
+    names = NAMES if args.transports is None else args.transports.split(",")
+    if unknown := set(names) - set(NAMES):
+        parser.error(f"--transports must be some of {','.join(NAMES)}, got {unknown.pop()!r}")
+    if not torch.cuda.is_available():
+        parser.error("expected GPUs, got none; tests/cpu/test_moe_error.py is its form without")
     place = GroupConfig.from_env(os.environ)
     torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", place.rank)))
     torch.cuda.set_stream(torch.cuda.Stream())  # type: ignore[no-untyped-call]
@@ -231,8 +236,7 @@ def main() -> int:
         num_experts=args.num_experts,
         top_k=args.topk,
     )
-    names = [n for n in NAMES if (n != "local" or place.world == 1)]
-    names = names if args.transports is None else args.transports.split(",")
+    names = [n for n in names if n != "local" or place.world == 1]
     with RankGroup(place) as group, tempfile.TemporaryDirectory() as scratch:
         device = Device(torch.cuda.current_device())
         store = Store(args.store or Path(group.allgather("store", scratch)[0].value))
