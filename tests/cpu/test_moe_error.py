@@ -13,6 +13,7 @@ import torch.multiprocessing
 from barriers.allgather import AllGather
 from barriers.transport import Local, TransportConfig
 from graphs.ops import Ops
+from kernels.triton.launch import JitLauncher
 from tests.ep import moe_error, moe_layer
 
 CPU = torch.device("cpu")
@@ -59,6 +60,16 @@ def _rank_main(rank: int, store: str) -> None:
             checker.check(transport, case, _nothing)
     dist.barrier()
     dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("case", ["random", "padded"])
+def test_the_kernels_are_near_float64(case: str) -> None:
+    """Interpreted; and what they give of one expert alone is what they give of it among others."""
+    small = replace(SIZES, capacity=4, hidden=256, num_experts=4, top_k=2)
+    launcher = JitLauncher()
+    checker = moe_error.Checker(small, moe_layer.Experts(Ops(launcher), small, 128, CPU))
+    moe_layer.warm_up(checker.experts.ops, checker.weights, small.hidden, 4, 2)
+    assert checker.check(Local(small, launcher), case, _nothing)["error"] > 1e-4
 
 
 # ------------------------------------------------------------------ what the check would find
