@@ -231,17 +231,14 @@ class Stepping:
         while not ready(step):
             spins += 1
             if spins % 4096 == 0:
-                # Looked at first: whoever is missing is named before the step is given up.
-                expired = time.monotonic() > deadline
                 try:
                     self.engine.check_alive()
                 except Exception as error:
                     self._end_with(error)
                     raise
-                if expired:
+                if time.monotonic() > deadline:
                     raise self._fail(
-                        f"step {step} did not finish within {limit_s} s; "
-                        "close this runtime"
+                        f"step {step} did not finish within {limit_s} s; close this runtime"
                     )
 
     # ------------------------------------------------------------------ end

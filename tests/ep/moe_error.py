@@ -16,7 +16,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ from bench.transport_modes import SizesMissing, make_subject
 from capture_cache.driver import Device
 from capture_cache.store import Store
 from graphs.aot import AotLauncher
-from graphs.compile import KernelCompiler
+from graphs.compile import CompileRequest, KernelCompiler, RecordingLauncher, compile_all
 from graphs.ops import Ops
 from kernels.triton.overlap import MODES
 from runtime.report import provenance
@@ -44,6 +44,7 @@ from tests.ep.moe_layer import (
     Reference,
     Weights,
     check_touched,
+    hidden_of,
     reference,
     run_layer,
     warm_up,
@@ -56,6 +57,7 @@ NAMES = ("local", "rdep", "nccl", "deepep", "deepep-normal")
 # As in DeepSeek-V3: weights of a token's experts add up to 2.5, and what they give together is as
 # large as what the shared expert gives. (Alone, a large shared part would hide the routed ones.)
 SCALING, SHARED = 2.5, 0.6
+CPU = torch.device("cpu")
 CASES = ("random", "uneven", "padded", "one rank", "zipf", "nobody")
 
 
@@ -119,24 +121,37 @@ class Checker:
             "hidden_excess": max(0.0, want.hidden_excess),
         }
 
-    def prepare(self, names: list[str]) -> None:
-        """Make every reference, and compile what the transports will need."""
+    def prepare(self) -> None:
+        """Make every reference."""
         for case in CASES:
             self._case(case)
-        shapes = set()
-        for name in names:
-            kind = {"nccl": "allgather"}.get(name, name)
-            for every, _ in self._known.values():
-                shapes.add(received_shape(kind, self.config, len(every[self.config.rank])))
-        for rows, choices in sorted(shapes):
-            warm_up(self.experts.ops, self.weights, self.config.hidden, rows, choices)
-        torch.cuda.synchronize()
 
     def _case(self, case: str) -> tuple[list[Tokens], Reference]:
         if case not in self._known:
             every = tokens_of(self.config, case, self.experts.device)
             self._known[case] = every, reference(self.experts, every[self.config.rank])
         return self._known[case]
+
+
+def list_kernels(
+    names: Sequence[str], config: TransportConfig, inter: int, launcher: AotLauncher
+) -> list[CompileRequest]:
+    """What weights, references and transports will launch of the decode step, run by nobody."""
+    recorder = RecordingLauncher(launcher.arch, num_sms=launcher.num_sms, pdl=launcher.pdl)
+    meta = torch.device("meta")
+    experts = Experts(Ops(recorder), config, inter, meta)
+    one, hidden = experts.make(0, 1), config.hidden
+    # A kernel's height goes by the number of tokens, its code by whether 16 divides that.
+    for count in sorted({1, 16, 17, 32, 33, 48, config.capacity}):
+        q = torch.empty(count, hidden, dtype=torch.float8_e4m3fn, device=meta)
+        hidden_of(experts, one, q, torch.empty(count, config.groups, device=meta))
+    local = experts.make(config.expert_start, config.local_experts)
+    counts = {len(tokens_of(config, case, CPU)[config.rank]) for case in ("random", "uneven")}
+    for name in names:
+        for count in counts:
+            shape = received_shape({"nccl": "allgather"}.get(name, name), config, count)
+            warm_up(experts.ops, local, hidden, *shape)
+    return recorder.requests
 
 
 def make(
@@ -246,8 +261,11 @@ def main() -> int:
             pdl=MODES[DEFAULT_PDL],
         )
         experts = Experts(Ops(launcher), config, args.inter, torch.device("cuda", device.ordinal))
+        if place.rank == 0:
+            compile_all(list_kernels(names, config, args.inter, launcher), launcher.compiler)
+        group.barrier("compiled", timeout_s=MEET_S)
         checker = Checker(config, experts)
-        checker.prepare(names)
+        checker.prepare()
         group.barrier("ready", timeout_s=MEET_S)
         told = run_all(names, checker, group, device)
         group.barrier("all is told", timeout_s=MEET_S)
