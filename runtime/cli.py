@@ -78,8 +78,9 @@ class Parser(argparse.ArgumentParser):
     """Says in one line what is wrong; `--help` has the page of all options."""
 
     def error(self, message: str) -> NoReturn:
-        tell_ranks(message)
-        self.exit(2, f"error: {message}; see {self.prog} --help\n")
+        self._print_message(f"error: {message}; see {self.prog} --help\n", sys.stderr)
+        tell_ranks(message)  # which may take a while, where they have not come yet
+        self.exit(2)
 
 
 def command(module: str, doc: str | None) -> argparse.ArgumentParser:
