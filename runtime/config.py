@@ -5,13 +5,15 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
 from barriers.config import GroupConfig
+from barriers.errors import RankError
 from runtime.bundle_names import SKIP_WEIGHTS
 from runtime.scheduler import SchedulerConfig
 
@@ -36,6 +38,34 @@ def child_environment(run: str) -> dict[str, str]:
     """The environment of a process that is this rank in a world of its own, named `run`."""
     name = "TORCHELASTIC_RUN_ID"  # a part of the ranks' meeting point
     return {**os.environ, name: f"{os.environ.get(name, '')}/{run}"}
+
+
+@contextmanager
+def told_to_ranks(*, but: type[Exception] | tuple[type[Exception], ...] = ()) -> Iterator[None]:
+    """What fails inside, before ranks have met, is told to those that would wait for this one.
+
+    Args:
+        but: failures that do not keep this rank from the meeting.
+    """
+    try:
+        yield
+    except but:
+        raise
+    except Exception as error:
+        tell_ranks(f"{type(error).__name__}: {error}")
+        raise
+
+
+def tell_ranks(reason: str) -> None:
+    """Tell the other ranks, if there are any, that this one cannot start. Never raises."""
+    try:
+        place = GroupConfig.from_env(os.environ)
+    except (ValueError, RankError):
+        return  # it does not know who they are
+    if place.world > 1:
+        from barriers.refusal import tell_failure  # sockets, for ranks alone
+
+        tell_failure(place, reason)
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ from runtime.bundle_names import (
     HOST_WHOLE,
     PEERS,
 )
-from runtime.config import RuntimeConfig
+from runtime.config import RuntimeConfig, told_to_ranks
 from runtime.driver import StepFailed
 from runtime.fingerprint import absent_packages, fingerprint
 from runtime.golden import golden_step
@@ -126,7 +126,8 @@ class _Restore:
             )
         found, failure = None, None
         try:
-            found = self._look()
+            with told_to_ranks(but=NotRestored):
+                found = self._look()
         except NotRestored as e:
             failure = e
         if world > 1:
