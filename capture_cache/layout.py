@@ -11,10 +11,10 @@ import hashlib
 import json
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from capture_cache.dataclass import dataclass
 from capture_cache.errors import LayoutError
 
 SECTION_ALIGNMENT = 2 << 20  # bytes

@@ -130,3 +130,15 @@ class LibCuda:
             raise CudaError("no driver", doing, "install it, or use --device cpu") from e
         except AttributeError as e:
             raise CudaError(str(e), doing, "update the driver to release 580 or later") from e
+
+
+def nvml_release() -> str:
+    """The driver's release, such as "580.95.05"."""
+    text = ctypes.create_string_buffer(96)
+    try:
+        nvml = ctypes.CDLL("libnvidia-ml.so.1")  # comes with every driver
+    except OSError:
+        nvml = None
+    if nvml is None or nvml.nvmlInit_v2() or nvml.nvmlSystemGetDriverVersion(text, len(text)):
+        text.value = b"unknown release"
+    return text.value.decode()

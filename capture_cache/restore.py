@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 
 from capture_cache.bundle import ATTRIBUTE_BYTES, EMPTY, KERNEL, MEMCPY, MEMSET, Graph, Table
+from capture_cache.dataclass import dataclass
 from capture_cache.restore_code import Code
 from capture_cache.restore_driver import Driver
 

@@ -6,12 +6,12 @@ import dataclasses
 import hashlib
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
 from barriers.config import GroupConfig
+from capture_cache.dataclass import dataclass
 from runtime.bundle_names import SKIP_WEIGHTS
 from runtime.scheduler import SchedulerConfig
 
