@@ -18,7 +18,7 @@ from pathlib import Path
 from capture_cache.files import open_folder, read_file
 from capture_cache.manifest import FileRecord
 
-_THREADS = 4
+_THREADS = 2  # more would only wait for Python's lock
 _SERIAL_BYTES = 4 << 20  # less than that is not worth a second thread
 
 
@@ -30,6 +30,8 @@ class Contents(Mapping[str, bytes]):
         records: what each file must be.
         shown: the directory, for messages.
         first: names of files that are wanted before the others.
+
+    Reading begins when the first file is asked for.
     """
 
     def __init__(
@@ -43,18 +45,26 @@ class Contents(Mapping[str, bytes]):
         before = [name for name in first if name in records]
         rest = sorted(records.keys() - set(before), key=lambda n: records[n].nbytes)
         self._left = deque([*before, *rest])
-        count = _THREADS if sum(r.nbytes for r in records.values()) > _SERIAL_BYTES else 1
-        self._threads = [
-            threading.Thread(target=self._run, name="lockstep-read", daemon=True)
-            for _ in range(count)
-        ]
-        for thread in self._threads:
-            thread.start()
+        self._threads: list[threading.Thread] = []
+
+    def _start(self) -> None:
+        """Begin to read, once."""
+        with self._change:
+            if self._threads or self._stop:
+                return
+            large = sum(r.nbytes for r in self._records.values()) > _SERIAL_BYTES
+            self._threads = [
+                threading.Thread(target=self._run, name="lockstep-read", daemon=True)
+                for _ in range(_THREADS if large else 1)
+            ]
+            for thread in self._threads:
+                thread.start()
 
     def __getitem__(self, name: str) -> bytes:
         """Raises KeyError: no such file; CorruptBundle: it is not what its record says."""
         if name not in self._records:
             raise KeyError(name)
+        self._start()
         with self._change:
             self._change.wait_for(lambda: name in self._found or self._stop)
         found = self._found.get(name)
@@ -75,6 +85,7 @@ class Contents(Mapping[str, bytes]):
 
     def finish(self) -> None:
         """Wait until every file has been checked; raises the first failure, a CorruptBundle."""
+        self._start()
         for thread in self._threads:
             thread.join()
         self.close()

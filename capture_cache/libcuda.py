@@ -10,9 +10,12 @@ Addresses are passed as integers, results written to memory that the caller owns
 from __future__ import annotations
 
 import ctypes
-from typing import Any
 
 from capture_cache.errors import CudaError
+
+TYPE_CHECKING = False  # as typing's, which would keep the driver waiting
+if TYPE_CHECKING:
+    from typing import Any
 
 REMEDIES = {
     "CUDA_ERROR_OUT_OF_MEMORY": "free device memory or lower --num-pages, --max-seq-len or --bs",

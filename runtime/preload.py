@@ -11,12 +11,9 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping
-from typing import Any
 
 from capture_cache.bundle import KERNEL, Graph, Table
 from capture_cache.bundle_files import BundleFiles
-from capture_cache.errors import CorruptBundle
-from capture_cache.files import REMEDY
 from capture_cache.restore_code import Code
 from graphs.keys import GraphKey, Ladder
 from runtime.opening import Opening
@@ -28,16 +25,16 @@ class Preload:
 
     Args:
         contents: of the bundle.
-        record: its manifest, as JSON.
+        shown: its directory, for messages.
 
     Raises nothing: what goes wrong is told by `files` and `wait`.
     """
 
     def __init__(
-        self, opening: Opening, contents: Mapping[str, bytes], record: Mapping[str, Any], shown: str
+        self, opening: Opening, contents: Mapping[str, bytes], ladder: Ladder, shown: str
     ) -> None:
         self._opening, self._contents = opening, contents
-        self._record, self._shown = record, shown
+        self._ladder, self._shown = ladder, shown
         self._files: BundleFiles | None = None
         self._code: Code | None = None
         self._keys: Keys | None = None
@@ -94,8 +91,7 @@ class Preload:
         try:
             self._files = BundleFiles(self._contents, self._shown)
             self._read.set()
-            ladder = self._ladder()
-            key = ladder.keys[0]
+            key = self._ladder.keys[0]
             graph = self._files.graph_of(key.tokens, key.rows)
             driver = self._opening.wait_context()
             self._code = Code(driver, self._files)
@@ -105,23 +101,17 @@ class Preload:
             if not kernel.all():
                 self._mapped.wait()
             if not self._given_up:
-                self._build(ladder, {key: graph})
+                self._build({key: graph})
         except Exception as e:  # told by `files` or `wait`
             self._failure = e
         finally:
             self._read.set()
 
-    def _ladder(self) -> Ladder:
-        try:
-            return Ladder(map(GraphKey.parse, self._record["restore"]["ladder"].split(",")))
-        except (KeyError, TypeError, ValueError, AttributeError) as e:
-            raise CorruptBundle(f"what to restore is malformed: {e!r}; {REMEDY}") from e
-
-    def _build(self, ladder: Ladder, decoded: Mapping[GraphKey, Graph]) -> None:
+    def _build(self, decoded: Mapping[GraphKey, Graph]) -> None:
         assert self._files is not None
         assert self._code is not None
         assert self._place is not None
         symbols, stream = self._place
         driver = self._opening.wait_context()
-        self._keys = Keys(driver, self._code, self._files, symbols, stream, ladder, decoded)
-        self._keys.exec_of(ladder.keys[0])
+        self._keys = Keys(driver, self._code, self._files, symbols, stream, self._ladder, decoded)
+        self._keys.exec_of(self._ladder.keys[0])

@@ -166,13 +166,11 @@ class _Restore:
             contents = loaded.files
             assert isinstance(contents, Contents)
             self.resources.callback(contents.close)
-            preload = None
-            if PROGRAM_FILE in contents:  # a bundle that may lack one says why, in its facts
-                preload = Preload(self.opening, contents, loaded.record, str(loaded.path))
-                self.resources.callback(preload.close)
             facts = Facts.of(Store.parse(loaded), options.ranks.rank)
-            if preload is None:
+            if PROGRAM_FILE not in contents:
                 raise CorruptBundle(f"{loaded.path}: expected a file {PROGRAM_FILE}; {REMEDY}")
+            preload = Preload(self.opening, contents, facts.ladder, str(loaded.path))
+            self.resources.callback(preload.close)
         return _Found(model, source, loaded.path, facts, contents, preload)
 
     def _load(self, found: _Found) -> Player:
