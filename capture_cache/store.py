@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -150,8 +150,7 @@ class Store:
         """
         if (self.root / fingerprint.digest).exists() or not unset:
             return fingerprint if (self.root / fingerprint.digest).exists() else None
-        stored = (e.manifest.fingerprint for e in self.entries() if e.manifest is not None)
-        return next((s for s in stored if matches(s, fingerprint, unset=unset)), None)
+        return next((s for s in self._fingerprints() if matches(s, fingerprint, unset=unset)), None)
 
     def require(self, fingerprint: Fingerprint) -> Bundle:
         """`load`, where a miss is an error.
@@ -167,7 +166,7 @@ class Store:
 
     def explain_miss(self, fingerprint: Fingerprint) -> str:
         """Why nothing stored serves: the nearest bundle, field by field."""
-        stored = [e.manifest.fingerprint for e in self.entries() if e.manifest is not None]
+        stored = list(self._fingerprints())
         best = nearest(stored, fingerprint)
         if best is None:
             return f"{self.root} holds no bundle; capture one"
@@ -191,6 +190,14 @@ class Store:
             except CorruptBundle as e:
                 found.append(Listed(path, None, str(e)))
         return found
+
+    def _fingerprints(self) -> Iterator[Fingerprint]:
+        """Of every bundle whose record is sound."""
+        for name in sorted(_names(self.root, _HEX)):
+            with contextlib.suppress(CorruptBundle, ValueError, TypeError):
+                record = self._record((name,), MANIFEST)
+                if record is not None:
+                    yield Fingerprint.from_json(record.get("fingerprint"))
 
     # -- compiled kernels ------------------------------------------------------------------------
 
