@@ -31,6 +31,7 @@ from capture_cache.store import Loaded, Store
 from graphs.keys import GraphKey
 from graphs.model_config import ModelConfig, parse_overrides
 from graphs.model_source import ModelSource, resolve_model
+from runtime.aside import Aside
 from runtime.bundle_names import (
     DEVICE_WHOLE,
     HOST_WHOLE,
@@ -82,6 +83,17 @@ class _Found:
     facts: Facts
     contents: Contents
     preload: Preload
+
+
+@dataclass(frozen=True)
+class _Mapped:
+    """Where it is going to be; `backing` ends when there is memory."""
+
+    driver: Driver
+    arena: DeviceArena
+    stream: int
+    symbols: Table
+    backing: Aside
 
 
 class _Restore:
@@ -175,8 +187,12 @@ class _Restore:
 
     def _load(self, found: _Found) -> Player:
         facts, first = found.facts, found.facts.ladder.keys[0]
-        driver, arena, stream, symbols = self._map(found)
+        mapped = self._map(found)
+        driver, arena, stream = mapped.driver, mapped.arena, mapped.stream
         with self._together("the first key"):
+            with self._stage("memory"):
+                mapped.backing.wait()
+            found.preload.mapped()
             with self._stage("first key"):
                 code, keys = found.preload.wait()
             with self._stage("files"):  # before anything runs on the device
@@ -194,7 +210,8 @@ class _Restore:
                 self.ranks,
             )
             with self._stage("weights"):
-                place, files = Target(driver, arena, code, symbols, stream), found.preload.files
+                place = Target(driver, arena, code, mapped.symbols, stream)
+                files = found.preload.files
                 checkable = fill_weights(self.options, found.model, found.source, files, place)
                 player.reset_state()
         reason = _SKIPPED
@@ -211,10 +228,10 @@ class _Restore:
             keys.build_rest()
         return player
 
-    def _map(self, found: _Found) -> tuple[Driver, DeviceArena, int, Table]:
-        """Memory at the addresses of the bundle; the first key is built meanwhile."""
+    def _map(self, found: _Found) -> _Mapped:
+        """The bundle's addresses; what is behind them is on its way, and so is the first key."""
         facts, preload = found.facts, found.preload
-        with self._together("memory"):
+        with self._together("addresses"):
             with self._stage("context"):
                 driver = self.opening.wait_context()
             with self._stage("arena"):
@@ -225,13 +242,13 @@ class _Restore:
                 stream = driver.create_stream()
                 self.resources.callback(driver.destroy_stream, stream)
                 self.resources.callback(preload.close)  # its graphs go before their memory
+                backing = Aside(partial(_back, driver, arena))
+                self.resources.callback(backing.close)
                 # The ranks' memory has a fixed address, too: it will be there, or nothing will.
                 peers = facts.peers.base if self.ranks is not None and facts.peers else 0
                 find = partial(_address, arena, peers)
                 symbols = symbol_table(preload.files.program, find)
                 preload.place(symbols, stream)
-            with self._stage("memory"):
-                arena.back()
         if self.ranks is not None and facts.peers is not None:
             from barriers.errors import RankError
 
@@ -240,8 +257,7 @@ class _Restore:
                     self.ranks.share(driver, facts.peers, arena.ptr("step"))
                 except RankError as e:  # raised on every rank
                     raise NotRestored(str(e)) from e
-        preload.mapped()
-        return driver, arena, stream, symbols
+        return _Mapped(driver, arena, stream, symbols, backing)
 
     def _check_rest(self, player: Player, keys: Sequence[GraphKey]) -> None:
         with self._together("other keys"), self._stage("other keys"):
@@ -258,7 +274,7 @@ class _Restore:
                 raise NotRestored("; ".join(failures), replace=True)
 
     def _find(self, current: Fingerprint) -> Loaded:
-        """The bundle of these options, every hash checked."""
+        """The bundle of these options; its files are checked as they are read."""
         store = Store(self.options.store_path)
         # An installation that lacks what captured may still play.
         found = store.find(current, unset=absent_packages())
@@ -283,6 +299,11 @@ def check_golden(player: Player, key: GraphKey) -> None:
             "the bundle must not be used here",
             replace=True,
         )
+
+
+def _back(driver: Driver, arena: DeviceArena) -> None:
+    driver.make_current()
+    arena.back()
 
 
 def _first_files(current: Fingerprint) -> tuple[str, ...]:
