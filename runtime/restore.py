@@ -134,7 +134,8 @@ class _Restore:
     def _agree(self, name: str, value: str, failure: NotRestored | None) -> None:
         """Raises NotRestored on every rank if any rank has a reason to."""
         assert self.ranks is not None
-        reason = self.ranks.agree(name, value, None if failure is None else str(failure))
+        with self._stage("waiting for ranks"):
+            reason = self.ranks.agree(name, value, None if failure is None else str(failure))
         if reason is not None:
             raise NotRestored(reason, replace=failure is not None and failure.replace)
 
