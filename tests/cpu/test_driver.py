@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -607,6 +608,7 @@ class FakeConfig:
     page_size: int = 16
     max_seq_len: int = 32
     logits_rows: int = 1
+    ep_size: int = 1
 
 
 @dataclass
@@ -677,6 +679,21 @@ def test_a_silent_device_is_given_up_after_the_deadline() -> None:
     runtime, _ = fake(answers=False)
     runtime.add([1])
     with pytest.raises(StepFailed, match="step 0 did not finish within 0.05 s; close this runtime"):
+        runtime.step()
+
+
+def test_a_late_peer_is_named_by_the_device_that_began_to_wait_for_it_after_the_host() -> None:
+    """The device's deadline is the same, but runs from its own wait, in the midst of the step."""
+    runtime, engine = fake(answers=False, config=FakeConfig(ep_size=2))
+    named = time.monotonic() + 3 * engine.deadline_s
+
+    def check_alive() -> None:
+        if time.monotonic() > named:
+            raise BarrierTimeout("rank 1 is late", (1,))
+
+    engine.check_alive = check_alive  # type: ignore[method-assign]
+    runtime.add([1])
+    with pytest.raises(BarrierTimeout, match="rank 1 is late"):
         runtime.step()
 
 
