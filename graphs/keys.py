@@ -7,7 +7,8 @@ function of two integers and of a sorted ladder, so every rank chooses for itsel
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+
+from capture_cache.dataclass import dataclass
 
 MIXED_PROMPT_TOKENS = (64, 512)  # prompt tokens beside the decoding rows in the default ladder
 

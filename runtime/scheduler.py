@@ -17,12 +17,13 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
+from capture_cache.dataclass import dataclass
 from runtime.history import History
 from runtime.mailbox import Chunk
 from runtime.pages import OutOfPages, OutOfRows, PagePool
