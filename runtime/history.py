@@ -2,9 +2,9 @@
 
 Rows that merely decode come in the same order step after step, each with one token more. So the
 first such steps are looked at entry by entry, and those after them only compared with these: a
-token's place is the last one's, plus one. What such a step brings is only laid aside, and goes to its place
-when somebody asks, or while the host waits for a step anyhow. Invariant: `end` is called where a
-row changes hands or starts again, before the next step is read.
+token's place is the last one's, plus one. What such a step brings is only laid aside, and goes to
+its place when somebody asks, or while the host waits for a step anyhow. Invariant: `end` is called
+where a row changes hands or starts again, before the next step is read.
 """
 
 from __future__ import annotations

@@ -317,6 +317,21 @@ def test_a_wait_does_with_the_last_step_what_the_awaited_one_will_need() -> None
     assert looked == [awaited - 1, awaited - 1]
 
 
+def test_a_wait_lets_nobody_in_who_could_still_be_passed() -> None:
+    runtime = _decoding(4)
+    runtime.cancel(2)  # one row for two
+    _slow(runtime, REHEARSE_SPINS + 1)
+    params = SamplingParams(max_tokens=3, ignore_eos=True)
+    later = runtime.submit([5], params)
+    runtime.wait()
+    first = runtime.submit([6], params, priority=1)
+    runtime.collect()
+    runtime.launch()
+    served = [request.id for request in runtime._scheduler.running()]
+    assert first in served
+    assert later not in served
+
+
 # ------------------------------------------------------------------ what a step takes
 
 
@@ -391,17 +406,20 @@ def _show_step(ring: Ring, ours: np.ndarray, requests: np.ndarray) -> None:
 
 def test_the_benchmark_reports_each_number_of_rows(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
-        run(host_time.main, ["--rows", "2,5", "--steps", "80", "--json"])
+        run(host_time.main, ["--rows", "2,5", "--steps", "80", "--wait-ms", "0.5", "--json"])
     assert end.value.code == 0
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert [r["rows"] for r in report["rows"]] == [2, 5]
     for r in report["rows"]:
         assert 0 < r["launch_us"] < r["step_us"]
         assert r["changed_us"] > 0
+        assert r["waited_us"] > 0
         assert any(name == "stepping.launch" and calls == 1 for name, calls, _ in r["functions"])
 
 
-@pytest.mark.parametrize("bad", [["--rows", "0"], ["--rows", "two"], ["--steps", "3"]])
+@pytest.mark.parametrize(
+    "bad", [["--rows", "0"], ["--rows", "two"], ["--steps", "3"], ["--wait-ms", "-1"]]
+)
 def test_the_benchmark_refuses_what_it_cannot_time(bad: list[str]) -> None:
     with pytest.raises(SystemExit) as end:
         run(host_time.main, bad)
