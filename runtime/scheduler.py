@@ -113,7 +113,7 @@ class Scheduler:
         since: int64 [max_rows], the step that admitted the row's request; `NEVER` before that.
         ids: int64 [max_rows], id of the row's request.
         seeds: int64 [max_rows], seed of the last request that was given the row; -1: none.
-        past: its tokens; `history`: the same as int32 [max_rows, max_seq_len].
+        past: its tokens.
         scored_to: int32 [max_rows], last position of its prompt whose log-prob has been returned.
     """
 
@@ -143,7 +143,6 @@ class Scheduler:
         self.seeds = np.full(max_rows, -1, np.int64)
         self.scored_to = np.zeros(max_rows, np.int32)
         self.past = History(max_rows, max_seq_len)
-        self.history = self.past.tokens
         self.free_rows = list(range(max_rows - 1, -1, -1))
         self.cancels: list[int] = []
         self._lazy = config.reservation == "lazy"
@@ -339,6 +338,11 @@ class Scheduler:
         self.past.end()
 
     @property
+    def history(self) -> NDArray[np.int32]:
+        """int32 [max_rows, max_seq_len], every row's tokens."""
+        return self.past.tokens
+
+    @property
     def have(self) -> NDArray[np.int64]:
         """int64 [max_rows], tokens that each row has in `history`."""
         return self.past.have
@@ -381,7 +385,7 @@ class Scheduler:
         Raises:
             OutOfPages: rows that may not be preempted cannot all go on (lazy reservation).
         """
-        if not (self._prefilling or self.cancels or self._may_admit or step in self._crossings):
+        if self.is_calm(step):
             if self._calm.tokens != self._num_decoding:
                 self._calm = Plan(self._num_decoding, self._num_decoding)
             return self._calm
@@ -402,6 +406,10 @@ class Scheduler:
         plan.cancels = self.cancels
         plan.changes = bool(words or plan.cancels or plan.admits or plan.chunks)
         return plan
+
+    def is_calm(self, step: int) -> bool:
+        """Whether all that the step does is to go on with the rows that decode."""
+        return not (self._prefilling or self.cancels or self._may_admit or step in self._crossings)
 
     def _open_pages(self, step: int) -> list[Request]:
         """Decoding rows whose token of this step opens a page that the device has not heard of."""
