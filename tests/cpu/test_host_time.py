@@ -11,7 +11,15 @@ import numpy as np
 import pytest
 
 from bench import host_time
-from kernels.triton.state import HEADER, MAX_TOP, RING_FIELDS, RING_SLOTS, RingLayout
+from graphs.keys import GraphKey
+from kernels.triton.state import (
+    HEADER,
+    LAUNCHED,
+    MAX_TOP,
+    RING_FIELDS,
+    RING_SLOTS,
+    RingLayout,
+)
 from runtime import Runtime, SamplingParams, StepOutput
 from runtime.cli import run
 from runtime.history import MOST_ASIDE, History
@@ -330,6 +338,35 @@ def test_a_wait_lets_nobody_in_who_could_still_be_passed() -> None:
     served = [request.id for request in runtime._scheduler.running()]
     assert first in served
     assert later not in served
+
+
+def test_a_step_hears_of_its_successor_only_once_that_is_launched() -> None:
+    device = FakeDevice(FakeConfig(max_rows=2), "1,2,2+16")
+    runtime = Runtime(device)  # type: ignore[arg-type]
+    assert device.mailbox[0, LAUNCHED] == -1
+    runtime.add([1, 2], SamplingParams(max_tokens=9, ignore_eos=True))
+    replay, known = device.replay, []
+
+    def watched(key: GraphKey) -> None:
+        known.append(int(device.mailbox[0, LAUNCHED]))
+        replay(key)
+
+    device.replay = watched  # type: ignore[method-assign]
+    runtime.launch()
+    for _ in range(2):
+        runtime.launch()
+        runtime.collect()
+    assert known == [-1, 1, 2]
+    assert device.mailbox[0, LAUNCHED] == 3
+
+    def broken(_: GraphKey) -> None:
+        raise RuntimeError("no launch")
+
+    device.replay = broken  # type: ignore[method-assign]
+    runtime.collect()
+    with pytest.raises(RuntimeError, match="no launch"):
+        runtime.launch()
+    assert device.mailbox[0, LAUNCHED] == 3
 
 
 # ------------------------------------------------------------------ what a step takes
