@@ -12,13 +12,16 @@ from typing import NoReturn
 class Parser(argparse.ArgumentParser):
     """Says in one line what is wrong; `--help` has the page of all options."""
 
+    def error_text(self, message: str) -> str:
+        return f"error: {message}; see {self.prog} --help\n"
+
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message}; see {self.prog} --help\n")
+        self.exit(2, self.error_text(message))
 
 
-def command(module: str, doc: str | None) -> Parser:
+def command(module: str, doc: str | None, kind: type[Parser] = Parser) -> Parser:
     """The parser of `python -m module`; options are spelled out, never guessed from a prefix."""
-    return Parser(prog=f"python -m {module}", description=doc, allow_abbrev=False)
+    return kind(prog=f"python -m {module}", description=doc, allow_abbrev=False)
 
 
 def error_line(error: Exception) -> str:

@@ -10,9 +10,10 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
+from capture_cache.dataclass import dataclass
 from graphs.hf_config import (
     DTYPES,
     UnsupportedModel,

@@ -40,7 +40,7 @@ from kernels.triton.overlap import MODES
 from runtime.assemble import exchange_launcher, list_kernels, make_step
 from runtime.attention_tuning import AttentionTuner
 from runtime.bundle_names import LIVE, SKIPPED
-from runtime.config import RuntimeConfig
+from runtime.config import RuntimeConfig, told_to_ranks
 from runtime.engine import Engine, reset_state
 from runtime.fingerprint import fingerprint
 from runtime.ranks import Ranks
@@ -103,12 +103,14 @@ class _Builder:
 
     def run(self) -> Engine:
         with self._timed("select", told=False):  # mostly where options are refused
-            selection = choose(self.options)
-            check_kernels(self.options, selection)
-            weights = find_weights(self.options, selection.model, selection.source)
-            self.weights_note = weights.note
-            self._check_store(selection)
-            ranks, selection = self._meet(selection)
+            with told_to_ranks():
+                selection = choose(self.options)
+                check_kernels(self.options, selection)
+                weights = find_weights(self.options, selection.model, selection.source)
+                self.weights_note = weights.note
+                self._check_store(selection)
+                fields = self._fields(selection)
+            ranks, selection = self._meet(selection, fields)
         launcher = _launcher(self.store, selection) if selection.on_device else None
         if launcher is not None and self.options.kernels != "default":
             with self._timed("tune attention"):
@@ -149,8 +151,8 @@ class _Builder:
             if self.replace or self.options.kernels == "tune" or self.store.load(facts) is None:
                 raise
 
-    def _meet(self, selection: Selection) -> tuple[Ranks, Selection]:
-        """Come together with the other ranks; the KV cache is as large as the smallest can have."""
+    def _fields(self, selection: Selection) -> dict[str, str]:
+        """What every rank must have been started with."""
         options, step = self.options, selection.step
         fields = {
             "model": selection.model.digest(),
@@ -168,7 +170,11 @@ class _Builder:
         if options.num_ranks > 1:  # versions, driver, chip, sources, rows: what a bundle depends on
             facts = fingerprint(options, on_device=selection.on_device)
             fields |= {n: str(v) for n, v in facts.fields if n not in (*fields, "model config")}
-        ranks = Ranks(options.ranks, fields, deadline_s=options.deadline_s)
+        return fields
+
+    def _meet(self, selection: Selection, fields: dict[str, str]) -> tuple[Ranks, Selection]:
+        """Come together with the other ranks; the KV cache is as large as the smallest can have."""
+        ranks = Ranks(self.options.ranks, fields, deadline_s=self.options.deadline_s)
         self.resources.callback(ranks.close)
         return ranks, self._common_pages(selection, ranks)
 

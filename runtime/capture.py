@@ -160,6 +160,8 @@ def _show_choices(choices: KernelChoices) -> None:
         f"chosen     {len(picks)} for {len(choices.sites)} products, {choices.origin}"
         + (f"; {unmeasured} unmeasured, for lack of time or need" if unmeasured else "")
     )
+    if choices.note:
+        console.print(f"           {choices.note}")
     for site in choices.inexact:
         console.print(f"INEXACT    {site}: bits of a token depend on how many tokens there are")
 

@@ -13,7 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from rich.console import Console
@@ -22,8 +22,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from barriers.deepep import DeepEpMissing, ParityError
 from barriers.errors import RankError
 from barriers.transport import NAMES as TRANSPORTS
-from capture_cache.command import command as command  # for the commands
-from capture_cache.command import error_line, exit_code
+from capture_cache.command import Parser, error_line, exit_code
+from capture_cache.command import command as plain_command
 from capture_cache.errors import (
     ArenaError,
     CaptureError,
@@ -36,7 +36,14 @@ from capture_cache.errors import (
 from graphs.keys import NotCaptured
 from graphs.model_config import parse_overrides
 from graphs.model_source import resolve_model
-from runtime.config import ATTENTION, DEVICES, PDL, RuntimeConfig
+from runtime.config import (
+    ATTENTION,
+    DEVICES,
+    PDL,
+    RuntimeConfig,
+    tell_ranks,
+    told_to_ranks,
+)
 from runtime.driver import StepFailed
 from runtime.pages import OutOfPages
 
@@ -77,6 +84,20 @@ class Once(argparse.Action):
             )
         seen[self.dest] = option_string
         setattr(namespace, self.dest, values)
+
+
+class RankParser(Parser):
+    """Tells the other ranks, too, which would wait for this one."""
+
+    def error(self, message: str) -> NoReturn:
+        self._print_message(self.error_text(message), sys.stderr)
+        tell_ranks(message)  # which may take a while, where they have not come yet
+        self.exit(2)
+
+
+def command(module: str, doc: str | None) -> Parser:
+    """As `capture_cache.command.command`, for commands that may run as one of several ranks."""
+    return plain_command(module, doc, RankParser)
 
 
 def add_selection(parser: argparse.ArgumentParser) -> None:
@@ -148,33 +169,34 @@ def selection(args: argparse.Namespace, **more: Any) -> RuntimeConfig:
     Raises:
         ValueError: contradictory options.
     """
-    options = RuntimeConfig(
-        model=args.model,
-        bs=args.bs,
-        ladder=None if args.ladder is None else ",".join(args.ladder),
-        max_seq_len=args.max_seq_len,
-        num_pages=args.num_pages,
-        page_size=args.page_size,
-        layers=args.layers,
-        overrides=tuple(args.override),
-        device=args.device,
-        store=args.store,
-        weights=args.weights,
-        verify_weights=args.verify_weights,
-        ep_size=args.ep_size,
-        transport=args.transport,
-        attention=args.attention,
-        pdl=args.pdl,
-        kernels=args.kernels,
-        allow_inexact=args.allow_inexact,
-        tune_s=args.tune_seconds,
-        deadline_s=args.deadline_ms / 1e3,
-        overlap=args.overlap,
-        seed=args.seed,
-        prefix_cache=args.prefix_cache,
-        prefill_budget=args.prefill_budget,
-        **more,
-    )
+    with told_to_ranks():
+        options = RuntimeConfig(
+            model=args.model,
+            bs=args.bs,
+            ladder=None if args.ladder is None else ",".join(args.ladder),
+            max_seq_len=args.max_seq_len,
+            num_pages=args.num_pages,
+            page_size=args.page_size,
+            layers=args.layers,
+            overrides=tuple(args.override),
+            device=args.device,
+            store=args.store,
+            weights=args.weights,
+            verify_weights=args.verify_weights,
+            ep_size=args.ep_size,
+            transport=args.transport,
+            attention=args.attention,
+            pdl=args.pdl,
+            kernels=args.kernels,
+            allow_inexact=args.allow_inexact,
+            tune_s=args.tune_seconds,
+            deadline_s=args.deadline_ms / 1e3,
+            overlap=args.overlap,
+            seed=args.seed,
+            prefix_cache=args.prefix_cache,
+            prefill_budget=args.prefill_budget,
+            **more,
+        )
     console.quiet = options.ranks.rank > 0  # rank 0 speaks for all
     if options.device == "cpu" or not torch.cuda.is_available():
         # The twin's operations are small: on a busy machine threads mostly wait for each other.

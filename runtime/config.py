@@ -5,13 +5,15 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
 from barriers.config import GroupConfig
+from barriers.errors import RankError
+from capture_cache.dataclass import dataclass
 from runtime.bundle_names import SKIP_WEIGHTS
 from runtime.scheduler import SchedulerConfig
 
@@ -32,10 +34,55 @@ ALIASES = {
 }
 
 
-def child_environment(run: str) -> dict[str, str]:
-    """The environment of a process that is this rank in a world of its own, named `run`."""
+_VISIBLE = "CUDA_VISIBLE_DEVICES"
+
+
+def child_environment(run: str, *, own_gpu: bool = False) -> dict[str, str]:
+    """The environment of a process that is this rank in a world of its own, named `run`.
+
+    Args:
+        own_gpu: it sees no GPU but this rank's.
+    """
     name = "TORCHELASTIC_RUN_ID"  # a part of the ranks' meeting point
-    return {**os.environ, name: f"{os.environ.get(name, '')}/{run}"}
+    env = {**os.environ, name: f"{os.environ.get(name, '')}/{run}"}
+    if own_gpu:
+        seen, rank = _visible(), int(env.get("LOCAL_RANK", "0"))
+        if len(seen) != 1:  # of a single one it is known whose it is
+            env[_VISIBLE] = seen[rank] if seen else str(rank)
+    return env
+
+
+def _visible() -> list[str]:
+    """GPUs as CUDA_VISIBLE_DEVICES names them; none where it is not set."""
+    return [name for name in os.environ.get(_VISIBLE, "").split(",") if name]
+
+
+@contextmanager
+def told_to_ranks(*, but: type[Exception] | tuple[type[Exception], ...] = ()) -> Iterator[None]:
+    """What fails inside, before ranks have met, is told to those that would wait for this one.
+
+    Args:
+        but: failures that do not keep this rank from the meeting.
+    """
+    try:
+        yield
+    except but:
+        raise
+    except Exception as error:
+        tell_ranks(f"{type(error).__name__}: {error}")
+        raise
+
+
+def tell_ranks(reason: str) -> None:
+    """Tell the other ranks, if there are any, that this one cannot start. Never raises."""
+    try:
+        place = GroupConfig.from_env(os.environ)
+    except (ValueError, RankError):
+        return  # it does not know who they are
+    if place.world > 1:
+        from barriers.refusal import tell_failure  # sockets, for ranks alone
+
+        tell_failure(place, reason)
 
 
 @dataclass(frozen=True)
@@ -265,8 +312,11 @@ class RuntimeConfig:
 
     @property
     def local_rank(self) -> int:
-        """The GPU of this process."""
-        return int(os.environ.get("LOCAL_RANK", "0"))
+        """The GPU of this process: that of LOCAL_RANK, or the only one that is visible.
+
+        A driver that sees one GPU initialises one: ranks start sooner with only their own visible.
+        """
+        return 0 if len(_visible()) == 1 else int(os.environ.get("LOCAL_RANK", "0"))
 
     @property
     def num_ranks(self) -> int:

@@ -63,12 +63,13 @@ class Runtime(Control):
         A valid bundle is restored, without torch; else the graphs are captured, and stored.
         `loaded_from` says which it was, and `load_reason` why.
         """
-        from runtime.config import RuntimeConfig
+        from runtime.config import RuntimeConfig, told_to_ranks
         from runtime.load import load_engine
 
         named: dict[str, Any] = {"bs": bs, "max_seq_len": max_seq_len, "num_pages": num_pages}
         named |= {"device": device, "store": store}
-        options = RuntimeConfig.of(model=model, defaults=named, **config)
+        with told_to_ranks():
+            options = RuntimeConfig.of(model=model, defaults=named, **config)
         return cls(load_engine(options, opening=opening), options.scheduling)
 
     @property

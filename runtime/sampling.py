@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import field, fields
 from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from capture_cache.dataclass import dataclass
 from kernels.triton.state import MAX_BIASES, MAX_STOP_LENGTH, MAX_STOP_SEQUENCES, MAX_TOP
 from runtime.other_engines import unknown_setting
 

@@ -16,13 +16,14 @@ the device or its cancel leads the mailbox of the next launch.
 from __future__ import annotations
 
 import bisect
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import field
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
+from capture_cache.dataclass import dataclass
 from runtime.history import History
 from runtime.mailbox import Chunk
 from runtime.pages import OutOfPages, OutOfRows, PagePool
@@ -297,14 +298,29 @@ class Scheduler:
         self.free_rows.append(row)
         self._may_admit = True
 
-    def reserve_restart(self) -> None:
+    def reserve_restart(self) -> dict[int, int]:
         """Make sure that every row's tokens so far can be computed again in place.
 
+        Returns:
+            By row, the pages that it held before: what `keep_only` needs to undo this.
+
         Raises:
-            OutOfPages: a row needs another page and there is none.
+            OutOfPages: a row needs another page and there is none; nothing was changed.
         """
-        for request in self.running():
-            self.pages.grow(request.row, int(self.have[request.row]))
+        held: dict[int, int] = {}
+        try:
+            for request in self.running():
+                held[request.row] = len(self.pages.held(request.row))
+                self.pages.grow(request.row, int(self.have[request.row]))
+        except OutOfPages:
+            self.keep_only(held)
+            raise
+        return held
+
+    def keep_only(self, held: Mapping[int, int]) -> None:
+        """Take back what `reserve_restart` gave, where nothing is to start again after all."""
+        for row, count in held.items():
+            self.pages.shrink(row, count)
 
     def restart(self, request: Request) -> None:
         """Compute a row's KV again, in place, from its first token on; see `reserve_restart`."""

@@ -24,11 +24,11 @@ if TYPE_CHECKING:
     from runtime.replayer import Replayer
 
 MAX_IN_FLIGHT = 2  # the mailbox has two slots
-# What a wait does beside polling, every so many polls of about 0.1 us.
-REHEARSE_SPINS, CHECK_SPINS = 256, 4096
 # With peers: a device's wait for one begins after ours for the step, and its word names who is
 # late. Ours has to be the longer one, or it is a race which of them is reported.
 GRACE_S = 0.5
+# What a wait does beside polling, every so many polls of about 0.1 us.
+REHEARSE_SPINS, CHECK_SPINS = 256, 4096
 FAULTS = {
     1: "more rows or prompt tokens were asked for than the graph holds",
     2: "a live token had no KV page",

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from graphs.calls import Call
+from graphs.choices import KernelChoices, Pick, SiteChoice
 from graphs.devices import bind_views
 from graphs.weights import add_part_views
 from runtime.config import RuntimeConfig
@@ -37,3 +38,10 @@ def recorded_calls() -> dict[tuple[str, int], list[Call]]:
 def linear_call(tokens: int, dtype: torch.dtype = torch.bfloat16) -> Call:
     x, w = torch.zeros(tokens, 256, dtype=dtype), torch.zeros(96, 256, dtype=dtype)
     return Call("linear", (x, w), {"out": torch.zeros(tokens, 96, dtype=dtype), "workspace": None})
+
+
+def measured_choices() -> KernelChoices:
+    """Two sites that have left their default at 1 and at 32 tokens."""
+    picks = {t: Pick("new", 8.0, "third", 9.0, default_us=10.0) for t in (1, 32)}
+    sites = {name: SiteChoice("one", dict(picks)) for name in ("first", "second")}
+    return KernelChoices(sites, None, "measured")

@@ -15,6 +15,7 @@ from graphs.ops import Ops
 from graphs.select import REFERENCE_TOKENS, choose_site, fits_workspace
 from graphs.timing import Timing
 from graphs.tuning_inputs import expert_lists, on_meta, with_tokens
+from kernels.triton.grouped import GroupedPlan
 from kernels.triton.linear import LinearPlan
 from kernels.triton.router import RouterPlan
 from tests.cpu.measured import linear_call, recorded_calls
@@ -266,3 +267,29 @@ def test_experts_get_equal_shares_and_the_shared_one_every_token(shared: bool) -
 def test_of_rows_from_all_ranks_only_a_share_is_live() -> None:
     offsets, _ = expert_lists(64, 16, 4, 8, False)
     assert int(offsets[-1]) == 16
+
+
+def _down(rows: int, num_experts: int) -> Call:
+    meta = torch.device("meta")
+    w = torch.empty(num_experts, rows, 256, dtype=torch.float8_e4m3fn, device=meta)
+    return Call("grouped_down", (torch.empty(8, 256, device=meta), None, w), {})
+
+
+@pytest.mark.parametrize(
+    ("rows", "num_experts", "chains"),
+    [
+        # The plan's (block_n, per_sm): experts of which two, one, three programs an SM are there.
+        (7168, 256, {(128, 2): {0, 5}, (128, 1): {3}, (128, 3): {8}, (64, 2): {3}}),
+        (2048, 64, {(128, 2): {0, 5, 17}, (128, 1): {9}, (128, 3): {25}, (64, 2): {9}}),
+        (2048, 4, {(128, 2): {0, 4, 5}, (128, 1): {4}, (128, 3): {4}, (64, 2): {4}}),
+    ],
+)
+def test_down_chains_the_experts_that_fit_the_chip(
+    rows: int, num_experts: int, chains: dict[tuple[int, int], set[int]]
+) -> None:
+    found: dict[tuple[int, int], set[int]] = {}
+    for candidate in candidates(_down(rows, num_experts)):
+        plan = candidate.plan
+        assert isinstance(plan, GroupedPlan)
+        found.setdefault((plan.block_n, plan.per_sm), set()).add(plan.chain)
+    assert found == chains

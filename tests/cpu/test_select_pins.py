@@ -23,7 +23,7 @@ from kernels.triton.linear import LinearPlan
 from runtime.config import RuntimeConfig
 from runtime.selection import choose
 from runtime.tuning import Tuner, pinned, share
-from tests.cpu.measured import OPTIONS, linear_call, recorded_calls
+from tests.cpu.measured import OPTIONS, linear_call, measured_choices, recorded_calls
 
 
 @pytest.fixture(scope="module")
@@ -309,3 +309,23 @@ def test_a_tuner_goes_back_to_the_default_for_each_number_of_tokens(
         store.publish_record(tuner._digest(site), kept.to_json())
     tuner.choose(recorded)
     assert tuner._defaults == {at: candidates(calls[0])[0].name for at, calls in recorded.items()}
+
+
+@pytest.mark.parametrize("origin", ["measured", "stored"])
+def test_choices_of_several_ranks_say_that_no_whole_step_was_timed(
+    tmp_path: Path, origin: str
+) -> None:
+    options = RuntimeConfig.of(**OPTIONS, kernels="tune")
+    selection, nobody = choose(options, compile_only=True), cast(Any, None)
+    step = dataclasses.replace(selection.step, ep_size=2, transport="rdep")
+    two = dataclasses.replace(selection, step=step)
+    tuner = StoredOnly(two, options, Store(tmp_path / "s"), nobody, nobody, nobody, nobody)
+    without_ops = cast(Any, SimpleNamespace(ops=None))
+    kept = tuner.confirm(dataclasses.replace(measured_choices(), origin=origin), without_ops, {})
+    assert kept.sites == measured_choices().sites
+    assert "no whole step" in kept.note
+    assert "no whole step" in kept.to_json()["note"]
+    ranks = cast(Any, SimpleNamespace(group=FakeGroup()))
+    assert share(ranks, kept) == kept, "other ranks say so, too"
+    default = tuner.confirm(KernelChoices(), without_ops, {})
+    assert default.note == "", "nothing was measured that would need it"

@@ -21,6 +21,7 @@ from graphs.step_config import StepConfig, default_cut
 from graphs.timing import Timing
 from runtime.config import RuntimeConfig
 from runtime.selection import choose
+from tests.cpu.measured import measured_choices
 
 # ------------------------------------------------------------------ attention
 
@@ -48,13 +49,6 @@ def test_attention_is_one_choice_over_all_points() -> None:
 # ------------------------------------------------------------------ whole steps
 
 
-def _measured() -> KernelChoices:
-    """Two sites that have left their default at 1 and at 32 tokens."""
-    picks = {t: Pick("new", 8.0, "third", 9.0, default_us=10.0) for t in (1, 32)}
-    sites = {name: SiteChoice("one", dict(picks)) for name in ("first", "second")}
-    return KernelChoices(sites, None, "measured")
-
-
 def _confirmed(times: dict[tuple[int, str], float]) -> KernelChoices:
     """Confirmed by the time of a step by (tokens of the key, kernel)."""
 
@@ -65,7 +59,7 @@ def _confirmed(times: dict[tuple[int, str], float]) -> KernelChoices:
         return Timing(us, us, us, 1), {("first", count), ("second", count)}
 
     defaults = {(site, count): "old" for site in ("first", "second") for count in (1, 32)}
-    return confirm(_measured(), defaults, measure, 2)
+    return confirm(measured_choices(), defaults, measure, 2)
 
 
 def test_a_key_keeps_its_kernels_only_if_its_step_is_faster() -> None:
@@ -91,7 +85,7 @@ def test_a_step_goes_back_to_the_default_for_its_number_of_tokens() -> None:
 
 def test_a_step_that_is_faster_keeps_everything() -> None:
     times = {(t, k): us for t in (1, 32) for k, us in (("old", 10.0), ("new", 9.0))}
-    assert _confirmed(times) == _measured()
+    assert _confirmed(times) == measured_choices()
 
 
 def test_attention_in_words() -> None:
