@@ -134,6 +134,7 @@ def _rows(cfg: ModelConfig, step: StepConfig) -> Iterator[Entry]:
     yield Entry("rows", "step", (1,), "int64")
     yield Entry("rows", "begin_ns", (1,), "int64")
     yield Entry("rows", "fault", (1,), "int32")
+    yield Entry("rows", "pending", (RingLayout(rows).words,), "int32")
     yield Entry("rows", "poison", (1,), "int32")
     yield Entry("rows", "stamps", (STAMPS,), "int64")
 

@@ -163,6 +163,7 @@ class DecodeStep:
             **{n: b[n] for n in ("sample_tok", "sample_row", "sample_pos", "forced")},
             fault=b["fault"],
             begin_ns=b["begin_ns"],
+            **{n: b[n] for n in ("pending", "ring", "ring_step")},
             on_device=self.on_device,
         )
         self.ops.copy_masks(b["step"], b["mask_step"], b["masks"], token_mask=b["token_mask"])
@@ -415,7 +416,6 @@ class DecodeStep:
             RowState.of(b),
             b["fault"],
             b["begin_ns"],
-            ring=b["ring"],
-            ring_step=b["ring_step"],
+            **{n: b[n] for n in ("mailbox", "pending", "ring", "ring_step")},
             on_device=self.on_device,
         )

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from capture_cache.dataclass import dataclass
-from kernels.triton.state import ADMIT_LIFE_MS, ADMIT_ROW, PROMPT_ENTRY, RING_FIELDS
+from kernels.triton.state import ADMIT_LIFE_MS, ADMIT_ROW, LAUNCHED, PROMPT_ENTRY, RING_FIELDS
 
 Int32 = NDArray[np.int32]
 Float32 = NDArray[np.float32]
@@ -70,7 +70,8 @@ class Mailbox:
     def __init__(self, words: Int32, layout: Any, forced_tokens: Int32, masks: Int32) -> None:
         self._words, self._layout = words, layout
         self._forced_tokens, self._masks = forced_tokens, masks
-        words[:, 0] = -1
+        words[:, 0] = words[0, LAUNCHED] = -1
+        self._launched = words[0, LAUNCHED : LAUNCHED + 1].view(np.uint32).data
 
     def write(
         self,
@@ -115,6 +116,10 @@ class Mailbox:
                 self._masks[step % 2, row] = mask
         box[1:7] = (len(admits), len(cancels), len(pages), len(chunks), taken, len(masks or {}))
         box[0] = np.int64(step).astype(np.int32)  # last: a slot with an old number is ignored
+
+    def tell_launched(self, step: int) -> None:
+        """Let the step before `step` know that it has a successor; only once that is launched."""
+        self._launched[0] = step + 1 & 0xFFFFFFFF
 
 
 class RingEntry:

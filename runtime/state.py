@@ -13,7 +13,7 @@ RESET: Mapping[str, int] = MappingProxyType(
     {
         **dict.fromkeys(("phase", "seq_len", "last_token", "limit", "page_table"), 0),
         **dict.fromkeys(("row_params", "deadline_ns", "counts"), 0),
-        **dict.fromkeys(("step", "fault", "poison", "ring_step"), 0),
+        **dict.fromkeys(("step", "fault", "poison", "pending", "ring_step"), 0),
         # -1: no token, no step
         **dict.fromkeys(("stop_ids", "stop_sequences", "tail", "mask_step", "mailbox"), 0xFF),
     }

@@ -133,6 +133,7 @@ class Stepping:
         except Exception as error:
             self._end_with(error)
             raise
+        self._mailbox.tell_launched(step)
         self.last_key = key
         scheduler.commit(plan, step)
         self._new_masks.clear()  # requests that wait for a row bring theirs with them

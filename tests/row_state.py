@@ -75,6 +75,7 @@ class Device:
         self.logits = torch.arange(self.samples * VOCAB).float().view(-1, VOCAB)
         self.fault, self.begin_ns = _i32(1), torch.zeros(1, dtype=torch.int64)
         self.ring = _i32(RING_SLOTS, RingLayout(ROWS).words)
+        self.pending = _i32(RingLayout(ROWS).words)
         self.ring_step = torch.zeros(RING_SLOTS, dtype=torch.int64)
         self.ring_top = _i32(RING_SLOTS, ROWS, 2, MAX_TOP)
         self.ring_logits = torch.zeros(2, LINES, VOCAB)
@@ -105,7 +106,8 @@ class Device:
     def intake(self) -> None:
         outs = dict(**self.lists, fault=self.fault, begin_ns=self.begin_ns)
         args = (self.mailbox, self.forced_tokens, self.step, self.rows)
-        more = dict(layout=LAYOUT, on_device=self.where != "cpu")
+        to = dict(pending=self.pending, ring=self.ring, ring_step=self.ring_step)
+        more = dict(layout=LAYOUT, on_device=self.where != "cpu") | to
         self._call(intake, "intake", *args, **outs, **more)
         masks = (self.step, self.mask_step, self.masks)
         self._call(intake, "copy_masks", *masks, token_mask=self.token_mask)
@@ -121,7 +123,8 @@ class Device:
         to = dict(ring_top=self.ring_top, ring_logits=self.ring_logits)
         self._call(settle, "answer", *answers, self.logits, **to)
         args = (*entries, self.out_token, self.out_logprob, self.step, self.rows)
-        more = dict(ring=self.ring, ring_step=self.ring_step, on_device=self.where != "cpu")
+        more = dict(mailbox=self.mailbox, on_device=self.where != "cpu")
+        more |= dict(pending=self.pending, ring=self.ring, ring_step=self.ring_step)
         self._call(settle, "settle", *args, self.fault, self.begin_ns, **more)
 
     def read(self, step: int) -> RingEntry:
@@ -144,7 +147,7 @@ class Device:
         tensors = {k: v for k, v in vars(self).items() if isinstance(v, torch.Tensor)}
         found = {k: v.cpu().clone() for k, v in (tensors | self.lists).items()}
         found["begin_ns"].zero_()
-        found["ring"][:, 2:6] = 0
+        found["ring"][:, 2:6] = found["pending"][2:6] = 0
         return found
 
 
@@ -174,6 +177,7 @@ def random_steps(device: Device, seed: int, steps: int = 4) -> None:
             masks={row: mask, 4: None} if size % 3 else {},
             chunks=[Chunk(row, start, ids, bool(size % 2), scored=scored)],
         )
+        device.host.tell_launched(int(device.step) + int(rng.integers(0, 2)))
         device.intake()
         device.advance()
         tokens = rng.integers(-1, 5, device.samples, dtype=np.int32)

@@ -1,4 +1,5 @@
-"""Before a step: apply the mailbox to the row state, list the step's tokens.
+"""Before a step: apply the mailbox to the row state, list the step's tokens; publish the step
+before it.
 
 Layouts and constants: `kernels.triton.state`. Invariant: row state is written by one CTA only, so
 its order is program order.
@@ -15,6 +16,7 @@ from triton.language.extra.cuda import globaltimer
 
 from kernels.triton.launch import Launcher
 from kernels.triton.overlap import await_inputs, overlap
+from kernels.triton.publish import store_release_sys
 from kernels.triton.rows import RowState
 from kernels.triton.state import (
     ADMIT_BIASES,
@@ -30,6 +32,7 @@ from kernels.triton.state import (
     FAULT_NONE,
     FAULT_TOO_MANY,
     FREE,
+    IS_PENDING,
     MAX_BIASES,
     MAX_STOP_LENGTH,
     MAX_STOP_SEQUENCES,
@@ -38,6 +41,7 @@ from kernels.triton.state import (
     P_PROMPT_LEN,
     PARAMS,
     PREFILL,
+    RING_SLOTS,
     MailboxLayout,
 )
 
@@ -112,6 +116,34 @@ def _pad(
 
 
 @triton.jit
+def _publish(
+    pending,
+    step,
+    ring,
+    ring_step,
+    WORDS: tl.constexpr,
+    WORDS2: tl.constexpr,
+    SLOTS: tl.constexpr,
+    IS_PENDING: tl.constexpr,
+    ON_DEVICE: tl.constexpr,
+):
+    """Bring the slot of the step before this one to the host, if that has been left to us."""
+    is_pending = tl.load(pending + IS_PENDING)
+    word = tl.arange(0, WORDS2)
+    slot = tl.load(pending + word, mask=word < WORDS, other=0)
+    if is_pending == 1:
+        at = (step - 1) % SLOTS
+        tl.store(ring + at * WORDS + word, slot, mask=word < WORDS)
+        tl.store(pending + IS_PENDING, 0)
+        # As in `settle`: the barrier orders the CTA's stores before the release.
+        tl.debug_barrier()
+        if ON_DEVICE:
+            store_release_sys(ring_step + at, step)
+        else:
+            tl.store(ring_step + at, step)
+
+
+@triton.jit
 def _intake(
     mailbox,  # int32 [2, WORDS], pinned host memory
     forced_tokens,  # int32 [R, max_seq_len], pinned host memory
@@ -139,6 +171,9 @@ def _intake(
     forced,  # int32 [S]
     fault,  # int32 [1]
     begin_ns,  # int64 [1]
+    pending,  # int32 [RING_WORDS]
+    ring,  # int32 [SLOTS, RING_WORDS], pinned host memory
+    ring_step,  # int64 [SLOTS], pinned host memory
     T,
     S,
     max_pages,
@@ -166,14 +201,24 @@ def _intake(
     PROMPT_LEN: tl.constexpr,
     FORCED_LEN: tl.constexpr,
     MASKED: tl.constexpr,
+    RING_WORDS: tl.constexpr,
+    RING_WORDS2: tl.constexpr,
+    SLOTS: tl.constexpr,
+    IS_PENDING: tl.constexpr,
     BLOCK: tl.constexpr,
     ON_DEVICE: tl.constexpr,
     PDL: tl.constexpr,
 ):
     await_inputs(PDL)
+    step = tl.load(step_ptr)
+    if tl.program_id(0) == 1:  # the CTA that publishes, while the other one waits for the mailbox
+        _publish(
+            *(pending, step, ring, ring_step),
+            *(RING_WORDS, RING_WORDS2, SLOTS, IS_PENDING, ON_DEVICE),
+        )
+        return
     if ON_DEVICE:
         tl.store(begin_ns, globaltimer())
-    step = tl.load(step_ptr)
     box = mailbox + (step % 2) * WORDS
     fresh = tl.load(box) == step.to(tl.int32)
     num_admits = tl.where(fresh, tl.load(box + 1), 0)
@@ -331,9 +376,13 @@ def intake(
     forced: torch.Tensor,
     fault: torch.Tensor,
     begin_ns: torch.Tensor,
+    pending: torch.Tensor,
+    ring: torch.Tensor,
+    ring_step: torch.Tensor,
     on_device: bool = True,
 ) -> None:
-    """Apply this step's mailbox to the row state and list the step's tokens.
+    """Apply this step's mailbox to the row state and list the step's tokens; publish the step
+    before it, if that has been left to this one.
 
     Args:
         mailbox: int32 [2, layout.words], pinned host memory; read only if its step number is this
@@ -349,13 +398,16 @@ def intake(
             prompt whose log-probs are wanted), else -1.
         fault: int32 [1], out; FAULT_TOO_MANY if the rows or chunks do not fit the key.
         begin_ns: int64 [1], out; device time, ns.
+        pending: int32 [RingLayout.words], a ring slot as `settle` has left it; word IS_PENDING says
+            whether it is to be published, and is cleared.
+        ring, ring_step: see `settle`.
         on_device: False in Triton's interpreter, which has no device clock and no inline PTX: it
             takes what `begin_ns` holds for the time.
     Capture-safe: no sync, no allocation.
     """
     launch(
         _intake,
-        (1,),
+        (2,),
         mailbox,
         forced_tokens,
         step,
@@ -382,6 +434,9 @@ def intake(
         forced,
         fault,
         begin_ns,
+        pending,
+        ring,
+        ring_step,
         tok_row.shape[0],
         sample_tok.shape[0],
         rows.page_table.shape[1],
@@ -409,6 +464,10 @@ def intake(
         PROMPT_LEN=P_PROMPT_LEN,
         FORCED_LEN=P_FORCED_LEN,
         MASKED=F_MASKED,
+        RING_WORDS=pending.shape[0],
+        RING_WORDS2=triton.next_power_of_2(pending.shape[0]),
+        SLOTS=RING_SLOTS,
+        IS_PENDING=IS_PENDING,
         BLOCK=256,
         ON_DEVICE=on_device,
         num_warps=4,
@@ -432,9 +491,17 @@ def intake_ref(
     forced: torch.Tensor,
     fault: torch.Tensor,
     begin_ns: torch.Tensor,
+    pending: torch.Tensor,
+    ring: torch.Tensor,
+    ring_step: torch.Tensor,
     on_device: bool = True,
 ) -> None:
     """`intake` in plain torch; `begin_ns` is the host's clock."""
+    if int(pending[IS_PENDING]) == 1:
+        last = (int(step) - 1) % RING_SLOTS
+        ring[last] = pending
+        pending[IS_PENDING] = 0
+        ring_step[last] = step[0]
     begin_ns[0] = time.perf_counter_ns()
     box = mailbox[int(step) % 2]
     fresh = int(box[0]) == int(step)

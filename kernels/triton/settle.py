@@ -1,5 +1,5 @@
-"""After a step: append the sampled tokens, test the endings, publish to the ring; device
-timestamps.
+"""After a step: append the sampled tokens, test the endings, publish to the ring, or leave that to
+the next step; device timestamps.
 
 Layouts and constants: `kernels.triton.state`. Invariant: the ring's step number is stored last,
 with system-scope release.
@@ -16,6 +16,7 @@ from triton.language.extra.cuda import globaltimer
 
 from kernels.triton.launch import Launcher
 from kernels.triton.overlap import await_inputs, overlap
+from kernels.triton.publish import store_release_sys
 from kernels.triton.rows import RowState
 from kernels.triton.state import (
     DEADLINE,
@@ -23,6 +24,8 @@ from kernels.triton.state import (
     ERROR,
     FREE,
     HEADER,
+    IS_PENDING,
+    LAUNCHED,
     LENGTH,
     MAX_STOP_LENGTH,
     MAX_STOP_SEQUENCES,
@@ -38,24 +41,6 @@ from kernels.triton.state import (
     RUNNING,
     STOP,
 )
-
-
-@triton.jit
-def _store_release_sys(
-    ptr,  # int64 scalar pointer, host or device
-    value,
-):
-    # A plain store after a fence, not an atomic: PCIe need not offer atomics on host memory. Of one
-    # thread, since every fence waits for the bus.
-    tl.inline_asm_elementwise(
-        "{ .reg .pred p; .reg .u32 t; mov.u32 t, %tid.x; setp.eq.u32 p, t, 0; "
-        "@p st.release.sys.global.s64 [$1], $2; mov.u32 $0, 0; }",
-        "=r,l,l",
-        [ptr, value],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
 
 
 @triton.jit
@@ -75,6 +60,8 @@ def _settle(
     tail,  # int32 [R, LEN]
     fault,  # int32 [1]
     begin_ns,  # int64 [1]
+    mailbox,  # int32 [2, …], pinned host memory
+    pending,  # int32 [WORDS]
     ring,  # int32 [RING_SLOTS, WORDS], pinned host memory
     ring_step,  # int64 [RING_SLOTS], pinned host memory
     S,
@@ -87,6 +74,8 @@ def _settle(
     WORDS: tl.constexpr,
     SLOTS: tl.constexpr,
     HEAD: tl.constexpr,
+    LAUNCHED: tl.constexpr,
+    IS_PENDING: tl.constexpr,
     PROMPT_LEN: tl.constexpr,
     MIN_LEN: tl.constexpr,
     SEQUENCES: tl.constexpr,
@@ -98,7 +87,8 @@ def _settle(
 ):
     await_inputs(PDL)
     # Loads that do not need each other come first and together: each trip to memory is half a
-    # microsecond in which nothing else of the step runs.
+    # microsecond, one to the host's a whole one, in which nothing else of the step runs.
+    launched = tl.load(mailbox + LAUNCHED)
     step = tl.load(step_ptr)
     bad, begin = tl.load(fault), tl.load(begin_ns)
     s = tl.arange(0, S2)
@@ -106,14 +96,8 @@ def _settle(
     token = tl.load(out_token + s, mask=s < S, other=0)
     pos = tl.load(sample_pos + s, mask=s < S, other=0)
     logprob = tl.load(out_logprob + s, mask=s < S, other=0.0)
+    tl.debug_barrier()  # else the compiler puts off those whose results are needed last
     live = row >= 0
-    # What is known goes out over the bus while the rows' parameters come in.
-    out = ring + (step % SLOTS) * WORDS
-    tl.store(out + HEAD + s, row, mask=live)
-    tl.store(out + HEAD + R + s, token, mask=live)
-    tl.store(out + HEAD + 2 * R + s, logprob.to(tl.int32, bitcast=True), mask=live)
-    tl.store(out + HEAD + 4 * R + s, pos, mask=live)
-
     params = row_params + row
     output_from = tl.load(params + PROMPT_LEN * PITCH, mask=live, other=0)
     stops_from = tl.load(params + MIN_LEN * PITCH, mask=live, other=0)
@@ -164,25 +148,38 @@ def _settle(
     line = tl.cumsum(wants.to(tl.int32), 0)
     count = tl.where(new, new_top, prompt_top)
     answers = count + tl.where(wants, 256 * line, 0)
+    # At most three steps apart, so the difference is right where the numbers' low words wrap.
+    follows = launched - (step + 2).to(tl.int32) >= 0
+    if follows:
+        out = pending
+    else:
+        out = ring + (step % SLOTS) * WORDS
+    tl.store(out + HEAD + s, row, mask=live)
+    tl.store(out + HEAD + R + s, token, mask=live)
+    tl.store(out + HEAD + 2 * R + s, logprob.to(tl.int32, bitcast=True), mask=live)
     tl.store(out + HEAD + 3 * R + s, reason, mask=live)
+    tl.store(out + HEAD + 4 * R + s, pos, mask=live)
     tl.store(out + HEAD + 5 * R + s, answers, mask=live)
     word = tl.arange(0, 8)
     header = tl.where(word == 0, tl.sum(live.to(tl.int32), 0), bad)
+    header = tl.where(word == IS_PENDING, follows.to(tl.int32), header)
     if ON_DEVICE:
         end = globaltimer()
         header = tl.where(word == 2, begin.to(tl.int32), header)
         header = tl.where(word == 3, (begin >> 32).to(tl.int32), header)
         header = tl.where(word == 4, end.to(tl.int32), header)
         header = tl.where(word == 5, (end >> 32).to(tl.int32), header)
-    tl.store(out + word, header, mask=word < (6 if ON_DEVICE else 2))
+    has_time = (word >= 2) & (word < 6)
+    tl.store(out + word, header, mask=(word <= IS_PENDING) & (ON_DEVICE | ~has_time))
     # The barrier orders the CTA's stores before thread 0's release; it pairs with the host's poll
     # of ring_step, which reads the slot only after it has seen step + 1.
     tl.debug_barrier()
     tl.store(step_ptr, step + 1)
-    if ON_DEVICE:
-        _store_release_sys(ring_step + step % SLOTS, step + 1)
-    else:
-        tl.store(ring_step + step % SLOTS, step + 1)
+    if not follows:
+        if ON_DEVICE:
+            store_release_sys(ring_step + step % SLOTS, step + 1)
+        else:
+            tl.store(ring_step + step % SLOTS, step + 1)
 
 
 def settle(
@@ -196,11 +193,14 @@ def settle(
     fault: torch.Tensor,
     begin_ns: torch.Tensor,
     *,
+    mailbox: torch.Tensor,
+    pending: torch.Tensor,
     ring: torch.Tensor,
     ring_step: torch.Tensor,
     on_device: bool = True,
 ) -> None:
-    """Append the sampled tokens, test the endings, free ended rows and publish the step.
+    """Append the sampled tokens, test the endings, free ended rows and publish the step, or leave
+    that to the next one, if its launch is known of.
 
     A row ends, in this order of precedence: with an error, by a stop id or stop sequence at or past
     its P_MIN_LEN, at its limit, past its deadline. Entries below their row's P_PROMPT_LEN are
@@ -213,6 +213,8 @@ def settle(
         out_logprob: fp32 [S], natural log.
         step: int64 [1], incremented.
         rows, fault, begin_ns: see `intake`; `rows` is changed.
+        mailbox: int32 [2, words], pinned host memory; of it, word LAUNCHED.
+        pending: int32 [RingLayout.words], takes the slot that the next step is to publish.
         ring: int32 [RING_SLOTS, RingLayout.words], pinned host memory.
         ring_step: int64 [RING_SLOTS], pinned host memory; stored last.
         on_device: see `intake`.
@@ -237,6 +239,8 @@ def settle(
         rows.tail,
         fault,
         begin_ns,
+        mailbox,
+        pending,
         ring,
         ring_step,
         sample_row.shape[0],
@@ -249,6 +253,8 @@ def settle(
         WORDS=ring.shape[1],
         SLOTS=ring.shape[0],
         HEAD=HEADER,
+        LAUNCHED=LAUNCHED,
+        IS_PENDING=IS_PENDING,
         PROMPT_LEN=P_PROMPT_LEN,
         MIN_LEN=P_MIN_LEN,
         SEQUENCES=P_SEQUENCES,
@@ -271,6 +277,8 @@ def settle_ref(
     fault: torch.Tensor,
     begin_ns: torch.Tensor,
     *,
+    mailbox: torch.Tensor,
+    pending: torch.Tensor,
     ring: torch.Tensor,
     ring_step: torch.Tensor,
     on_device: bool = True,
@@ -294,14 +302,17 @@ def settle_ref(
     count = torch.where(new, rows.param(P_TOP)[row], rows.param(P_PROMPT_TOP)[row])
     answers = (count + wants * wants.cumsum(0) * 256).int()
     reason = torch.where(new, reason, PROMPT_ENTRY)
-    out, width = ring[now % RING_SLOTS], rows.phase.shape[0]
+    ahead = (int(mailbox[0, LAUNCHED]) - now - 2) % 2**32
+    follows, width = ahead < 2**31, rows.phase.shape[0]
+    out = pending if follows else ring[now % RING_SLOTS]
     bits = out_logprob[:n].contiguous().view(torch.int32)
     for i, field in enumerate((row.int(), token, bits, reason, pos, answers)):
         out[HEADER + i * width : HEADER + i * width + n] = field
-    out[0], out[1] = n, int(fault)
+    out[0], out[1], out[IS_PENDING] = n, int(fault), int(follows)
     out[2:4] = begin_ns.view(torch.int32)
     out[4:6] = torch.tensor([time.perf_counter_ns()]).view(torch.int32)
-    ring_step[now % RING_SLOTS] = now + 1
+    if not follows:
+        ring_step[now % RING_SLOTS] = now + 1
     step[0] = now + 1
 
 

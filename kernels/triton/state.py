@@ -4,8 +4,14 @@ The host writes a mailbox slot and launches; these kernels apply it, list the st
 publish what came of them to a ring. Invariants: row state is written by one CTA only, so its order
 is program order; the ring's step number is stored last, with system-scope release.
 
+A step that has a successor leaves its ring slot in `pending`, on the device, and the successor's
+intake publishes it beside its own work: writing to host memory and waiting until it is there would
+take longer than all else between two steps. The last step that was launched publishes itself. So
+nothing that has been launched waits to be published for a launch that may never come.
+
 Mailbox slot (int32; slot = step % 2), offsets in `MailboxLayout`:
-  header   HEADER words: step, admits, cancels, pages, chunks, chunk tokens, masks
+  header   HEADER words: step, admits, cancels, pages, chunks, chunk tokens, masks; word LAUNCHED of
+           slot 0, whatever the step: how many steps have been launched (its low 32 bits)
   cancels  [max_rows]            row
   admits   records one after the other, each as long as its first word says (`ADMIT_*`)
   pages    [max_tokens, 3]       row, page index, page id
@@ -24,7 +30,8 @@ Beside the mailbox in pinned memory:
   masks          int32 [2, max_rows, words], token masks of the slot's step, bit 1 = allowed
 
 Ring slot (int32; slot = step % RING_SLOTS), offsets in `RingLayout`:
-  header   HEADER words: entries, fault, begin ns (2 words), end ns (2 words), -, -
+  header   HEADER words: entries, fault, begin ns (2 words), end ns (2 words), 1 while it lies in
+           `pending` and has not been published, -
   RING_FIELDS arrays of [max_rows] words: row, token, log-prob bits, finish reason (PROMPT_ENTRY for
   a scored prompt token), position of the token, answers (alternatives, and 256 * (1 + line of its
   logits))
@@ -39,6 +46,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 HEADER = 8
+LAUNCHED = 7  # word of mailbox slot 0
+IS_PENDING = 6  # word of a ring slot
 RING_SLOTS = 4
 RING_FIELDS = 6
 # Row phases.

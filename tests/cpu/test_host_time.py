@@ -11,7 +11,15 @@ import numpy as np
 import pytest
 
 from bench import host_time
-from kernels.triton.state import HEADER, MAX_TOP, RING_FIELDS, RING_SLOTS, RingLayout
+from graphs.keys import GraphKey
+from kernels.triton.state import (
+    HEADER,
+    LAUNCHED,
+    MAX_TOP,
+    RING_FIELDS,
+    RING_SLOTS,
+    RingLayout,
+)
 from runtime import Runtime, SamplingParams, StepOutput
 from runtime.cli import run
 from runtime.history import MOST_ASIDE, History
@@ -332,6 +340,35 @@ def test_a_wait_lets_nobody_in_who_could_still_be_passed() -> None:
     assert later not in served
 
 
+def test_a_step_hears_of_its_successor_only_once_that_is_launched() -> None:
+    device = FakeDevice(FakeConfig(max_rows=2), "1,2,2+16")
+    runtime = Runtime(device)  # type: ignore[arg-type]
+    assert device.mailbox[0, LAUNCHED] == -1
+    runtime.add([1, 2], SamplingParams(max_tokens=9, ignore_eos=True))
+    replay, known = device.replay, []
+
+    def watched(key: GraphKey) -> None:
+        known.append(int(device.mailbox[0, LAUNCHED]))
+        replay(key)
+
+    device.replay = watched  # type: ignore[method-assign]
+    runtime.launch()
+    for _ in range(2):
+        runtime.launch()
+        runtime.collect()
+    assert known == [-1, 1, 2]
+    assert device.mailbox[0, LAUNCHED] == 3
+
+    def broken(_: GraphKey) -> None:
+        raise RuntimeError("no launch")
+
+    device.replay = broken  # type: ignore[method-assign]
+    runtime.collect()
+    with pytest.raises(RuntimeError, match="no launch"):
+        runtime.launch()
+    assert device.mailbox[0, LAUNCHED] == 3
+
+
 # ------------------------------------------------------------------ what a step takes
 
 
@@ -339,7 +376,7 @@ def test_a_step_takes_as_few_calls_for_many_decoding_rows_as_for_few() -> None:
     """Counted, of Python and of numpy, for times differ from machine to machine."""
     calls = [sum(n for _, n, _ in host_time.profiled(rows, 64, most=None)) for rows in (2, 32, 256)]
     assert calls[0] == calls[1] == calls[2], f"{calls} calls a step at 2, 32 and 256 rows"
-    assert calls[0] < 48, f"{calls[0]} calls a step"
+    assert calls[0] < 50, f"{calls[0]} calls a step"
 
 
 def _calls(run: Callable[[], object]) -> int:

@@ -88,6 +88,54 @@ def test_endings(kernel: bool, token: int, limit: int, reason: int) -> None:
     assert int(device.step) == 1
 
 
+def _decoded(device: Device, launched: int) -> None:
+    """A step of row 2, while so many steps are known to have been launched."""
+    device.phase[2], device.seq_len[2], device.limit[2] = 2, 5, 20
+    device.page_table[2, :2] = 1
+    device.host.tell_launched(launched - 1)
+    device.intake()
+    device.out_token[0], device.out_logprob[0] = 50, -0.5
+    device.settle()
+
+
+@pytest.mark.parametrize("step", [0, 6, 2**31 - 2, 2**32 - 1])
+def test_a_step_that_has_a_successor_is_published_by_it(kernel: bool, step: int) -> None:
+    device, alone = device_of(kernel, 4, 2), device_of(kernel, 4, 2)
+    device.step[0] = alone.step[0] = step
+    _decoded(alone, step + 1)
+    _decoded(device, step + 2)
+    assert int(device.ring_step[step % state.RING_SLOTS]) == 0
+    assert not device.ring.any()
+    assert int(device.step) == step + 1
+    device.intake()
+    published, at_once = device.read(step), alone.read(step)
+    for name in ("rows", "tokens", "logprobs", "reasons", "positions"):
+        assert getattr(published, name).tolist() == getattr(at_once, name).tolist() != []
+    # It is published once.
+    device.ring[:] = 7
+    device.intake()
+    assert (device.ring == 7).all()
+
+
+@pytest.mark.parametrize("launched", [0, 1])
+def test_the_last_step_that_was_launched_publishes_itself(kernel: bool, launched: int) -> None:
+    device = device_of(kernel, 4, 2)
+    _decoded(device, launched)
+    assert device.read(0).tokens.tolist() == [50]
+    assert int(device.pending[state.IS_PENDING]) == 0
+    before = device.ring.clone()
+    device.intake()
+    assert torch.equal(device.ring, before)
+
+
+def test_what_was_there_of_earlier_steps_is_not_taken_for_a_successor(kernel: bool) -> None:
+    device = device_of(kernel, 4, 2)
+    device.step[0] = 9
+    assert int(device.mailbox[0, state.LAUNCHED]) == -1  # nothing was launched through a mailbox
+    device.settle()
+    assert int(device.ring_step[1]) == 10
+
+
 def test_stale_mailbox_is_not_applied_again(kernel: bool) -> None:
     device = device_of(kernel, 8, 3)
     _two_rows(device, kernel)
