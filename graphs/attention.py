@@ -7,7 +7,7 @@ them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -24,6 +24,8 @@ Buffers = Mapping[str, torch.Tensor]
 class Attention(Protocol):
     """Decode attention of a step: `plan` once, then `run` once a layer; both capture-safe.
 
+    `run` may be given weights that are read next: the merge of splits asks for them.
+
     Attributes:
         libraries: host libraries that hold kernels of it which we did not compile.
     """
@@ -33,7 +35,9 @@ class Attention(Protocol):
 
     def plan(self, b: Buffers) -> None: ...
 
-    def run(self, b: Buffers, kv_cache: torch.Tensor) -> None: ...
+    def run(
+        self, b: Buffers, kv_cache: torch.Tensor, ahead: Sequence[torch.Tensor] = ()
+    ) -> None: ...
 
 
 class TritonAttention:
@@ -50,7 +54,8 @@ class TritonAttention:
     def plan(self, b: Buffers) -> None:
         """Nothing to plan: a token's splits follow from its own length."""
 
-    def run(self, b: Buffers, kv_cache: torch.Tensor) -> None:
+    def run(self, b: Buffers, kv_cache: torch.Tensor, ahead: Sequence[torch.Tensor] = ()) -> None:
+        """As `Attention.run`."""
         self._ops.mla_decode(
             b["q_latent"],
             kv_cache,
@@ -63,6 +68,7 @@ class TritonAttention:
             out=b["o_latent"],
             part_o=b["part_o"],
             part_lse=b["part_lse"],
+            ahead=ahead,
         )
 
 
@@ -94,7 +100,8 @@ class FlashinferAttention:
             part_o=b["part_o"],
         )
 
-    def run(self, b: Buffers, kv_cache: torch.Tensor) -> None:
+    def run(self, b: Buffers, kv_cache: torch.Tensor, ahead: Sequence[torch.Tensor] = ()) -> None:
+        """As `Attention.run`."""
         self._mla.run(
             self._launch,
             b["q_latent"],
@@ -105,4 +112,5 @@ class FlashinferAttention:
             part_o=b["part_o"],
             part_lse=b["part_lse"],
             out=b["o_latent"],
+            ahead=ahead,
         )
