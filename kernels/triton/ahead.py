@@ -29,6 +29,27 @@ MOST_TENSORS = 2
 
 
 @triton.jit
+def _requests(
+    base,
+    programs,
+    FIRST: tl.constexpr,
+    SECOND: tl.constexpr,
+    THREADS: tl.constexpr,
+):
+    """([THREADS] whether of the first tensor, offset in it, bytes) of one request a thread.
+
+    They are every `programs`-th from `base` on, of all in order; past the last one, 0 bytes.
+    """
+    first_count: tl.constexpr = (FIRST + _REQUEST - 1) // _REQUEST
+    count: tl.constexpr = first_count + (SECOND + _REQUEST - 1) // _REQUEST
+    request = base + tl.arange(0, THREADS) * programs
+    is_first = request < first_count
+    at = tl.where(is_first, request, request - first_count) * _REQUEST
+    size = tl.minimum(tl.where(is_first, FIRST, SECOND) - at, _REQUEST)
+    return is_first, at, tl.where(request < count, size, 0)
+
+
+@triton.jit
 def ask_ahead(
     first,  # any [FIRST bytes], 16-byte aligned
     second,  # any [SECOND bytes], 16-byte aligned
@@ -38,18 +59,27 @@ def ask_ahead(
     SECOND: tl.constexpr,
 ):
     """Ask for one program's share of two tensors, the first one's bytes before the second one's."""
-    first_count: tl.constexpr = (FIRST + _REQUEST - 1) // _REQUEST
-    count: tl.constexpr = first_count + (SECOND + _REQUEST - 1) // _REQUEST
     # One element a thread: of fewer, several threads would hold each, and repeat its request.
     threads: tl.constexpr = num_threads()
+    count: tl.constexpr = (FIRST + _REQUEST - 1) // _REQUEST + (SECOND + _REQUEST - 1) // _REQUEST
+    byte: tl.constexpr = tl.pointer_type(tl.uint8)
     for base in range(program, count, programs * threads):
-        request = base + tl.arange(0, threads) * programs
-        is_first = request < first_count
-        at = tl.where(is_first, request, request - first_count) * _REQUEST
-        size = tl.minimum(tl.where(is_first, FIRST, SECOND) - at, _REQUEST)
-        byte: tl.constexpr = tl.pointer_type(tl.uint8)
-        src = tl.where(is_first, first.to(byte) + at, second.to(byte) + at)
-        _ask_bulk(src, tl.where(request < count, size, 0))
+        is_first, at, size = _requests(base, programs, FIRST, SECOND, threads)
+        _ask_bulk(tl.where(is_first, first.to(byte) + at, second.to(byte) + at), size)
+
+
+@triton.jit
+def _ask_bulk(at, size):
+    """One asynchronous request for each lane whose size is not 0."""
+    tl.inline_asm_elementwise(
+        "{ .reg .pred p; setp.ne.s32 p, $2, 0;"
+        " @p cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0; }",
+        "=r,l,r",
+        [at, size],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
 
 
 @triton.jit
@@ -66,20 +96,6 @@ def only_asks(
         program = tl.program_id(1) * ASKING + place
         ask_ahead(first, second, program, ASKING * tl.num_programs(1), FIRST, SECOND)
     return place >= 0
-
-
-@triton.jit
-def _ask_bulk(at, size):
-    """One asynchronous request for each lane whose size is not 0."""
-    tl.inline_asm_elementwise(
-        "{ .reg .pred p; setp.ne.s32 p, $2, 0;"
-        " @p cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0; }",
-        "=r,l,r",
-        [at, size],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
 
 
 @dataclass(frozen=True)
