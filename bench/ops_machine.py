@@ -16,7 +16,6 @@ from barriers.transport import Local
 from bench.ops_specs import Floors
 from bench.routing import expert_ids
 from capture_cache.store import Store
-from graphs.ahead import NOTHING_AHEAD
 from graphs.buffers import kv_bytes_per_token, transport_config
 from graphs.calls import Call, RecordingOps, RecordingTransport
 from graphs.capture import CudaBackend
@@ -152,8 +151,7 @@ class Machine:
         ops = RecordingOps(self.ops, hook)
         sizes = transport_config(engine.model_config, engine.config, engine.ladder.max_tokens)
         transport = RecordingTransport(Local(sizes, engine.launcher), hook)
-        # What is timed alone asks for nobody.
-        step = make_step(engine.selection, ops, self._views, transport, ahead=NOTHING_AHEAD)
+        step = make_step(engine.selection, ops, self._views, transport)
         phase, length = self._views["phase"], self.setting.ctx_len - 1
         with engine.graphs.backend.on_stream():
             self._views["seq_len"].fill_(length)

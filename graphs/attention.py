@@ -7,7 +7,7 @@ them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -24,8 +24,6 @@ Buffers = Mapping[str, torch.Tensor]
 class Attention(Protocol):
     """Decode attention of a step: `plan` once, then `run` once a layer; both capture-safe.
 
-    `run` may be given weights that are read next: the merge of splits asks for them.
-
     Attributes:
         libraries: host libraries that hold kernels of it which we did not compile.
     """
@@ -35,9 +33,7 @@ class Attention(Protocol):
 
     def plan(self, b: Buffers) -> None: ...
 
-    def run(
-        self, b: Buffers, kv_cache: torch.Tensor, ahead: Sequence[torch.Tensor] = ()
-    ) -> None: ...
+    def run(self, b: Buffers, kv_cache: torch.Tensor) -> None: ...
 
 
 class TritonAttention:
@@ -54,8 +50,7 @@ class TritonAttention:
     def plan(self, b: Buffers) -> None:
         """Nothing to plan: a token's splits follow from its own length."""
 
-    def run(self, b: Buffers, kv_cache: torch.Tensor, ahead: Sequence[torch.Tensor] = ()) -> None:
-        """As `Attention.run`."""
+    def run(self, b: Buffers, kv_cache: torch.Tensor) -> None:
         self._ops.mla_decode(
             b["q_latent"],
             kv_cache,
@@ -68,7 +63,6 @@ class TritonAttention:
             out=b["o_latent"],
             part_o=b["part_o"],
             part_lse=b["part_lse"],
-            ahead=ahead,
         )
 
 
@@ -100,8 +94,7 @@ class FlashinferAttention:
             part_o=b["part_o"],
         )
 
-    def run(self, b: Buffers, kv_cache: torch.Tensor, ahead: Sequence[torch.Tensor] = ()) -> None:
-        """As `Attention.run`."""
+    def run(self, b: Buffers, kv_cache: torch.Tensor) -> None:
         self._mla.run(
             self._launch,
             b["q_latent"],
@@ -112,5 +105,4 @@ class FlashinferAttention:
             part_o=b["part_o"],
             part_lse=b["part_lse"],
             out=b["o_latent"],
-            ahead=ahead,
         )

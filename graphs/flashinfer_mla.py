@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
-from collections.abc import Sequence
 from functools import cached_property
 from importlib import metadata
 from pathlib import Path
@@ -152,7 +151,6 @@ class FlashinferMla:
         part_o: torch.Tensor,
         part_lse: torch.Tensor,
         out: torch.Tensor,
-        ahead: Sequence[torch.Tensor] = (),
     ) -> None:
         """Attend with every token of the planned step.
 
@@ -170,7 +168,6 @@ class FlashinferMla:
             part_o: bf16 [T, splits, H, 512], scratch.
             part_lse: float32 [T, splits, H], scratch.
             out: bf16 [T, H, 512].
-            ahead: weights that the merge is to ask into L2; see `kernels.triton.ahead`.
         Raises:
             ValueError: buffers that do not fit.
         """
@@ -200,7 +197,7 @@ class FlashinferMla:
                 None,  # no FP8 scales
             )
         if part_o.shape[1] > 1:
-            merge(launch, kv_len, part_o, part_lse, cut=self.cut, out=out, ahead=ahead)
+            merge(launch, kv_len, part_o, part_lse, cut=self.cut, out=out)
 
     @cached_property
     def _module(self) -> Any:

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 import torch
 
 from barriers.transport import Received, Transport
-from graphs.ahead import AHEAD_PLAN, NOTHING_AHEAD, AheadPlan, AskAhead, Spans
 from graphs.attention import Attention
 from graphs.branch import Branch
 from graphs.buffers import StaticBuffers, query_fuses
@@ -22,7 +21,6 @@ from graphs.model_config import ModelConfig
 from graphs.ops import Ops
 from graphs.step_config import StepConfig
 from graphs.weights import shared_joins
-from kernels.triton.overlap import MODES, OFF
 from kernels.triton.rows import RowState
 
 Buffers = Mapping[str, torch.Tensor]
@@ -77,7 +75,6 @@ class DecodeStep:
         weights: packed tensors by the names of `graphs.weights.stored_table`, plus `rope_table`.
         transport: None for a model without experts.
         branch: where the shared expert runs with `config.overlap`.
-        ahead: what is asked into L2 ahead of time, where kernels overlap.
     """
 
     def __init__(
@@ -92,7 +89,6 @@ class DecodeStep:
         *,
         on_device: bool,
         branch: Branch,
-        ahead: AheadPlan = AHEAD_PLAN,
     ) -> None:
         self.cfg, self.config = cfg, config
         self.ops, self.buffers, self.weights = ops, buffers, weights
@@ -100,7 +96,6 @@ class DecodeStep:
         self.on_device = on_device
         self.shared_joins = shared_joins(cfg, config.transport)
         self._branch, self._beside = branch, ops.ordinary()
-        self._ahead_plan = NOTHING_AHEAD if MODES[config.pdl] == OFF else ahead
 
     @property
     def transport_or_none(self) -> Transport | None:
@@ -210,7 +205,6 @@ class DecodeStep:
         delta: Delta | None,
         *,
         plain: bool,
-        ahead: Spans = (),
     ) -> Activation:
         """x += delta, then RMSNorm, as the consumers want it."""
         norm = Activation.of(b, "norm")
@@ -223,18 +217,15 @@ class DecodeStep:
             self.weights[name],
             eps=self.cfg.rms_eps,
             choices=None if delta is None else delta.choices,
-            ahead=ahead,
             **outs,
         )
         return norm
 
     def _attention(self, b: Buffers, layer: int, delta: Delta | None) -> None:
         cfg, w, name = self.cfg, self.weights, f"layers.{layer}."
-        compressed, ahead = cfg.q_lora_rank is not None, AskAhead(self._ahead_plan)
-        asked = ahead.by("norm", qkv_a=w[name + "qkv_a"])
-        x = self._norm(b, name + "attn_norm", delta, plain=False, ahead=asked)
+        x = self._norm(b, name + "attn_norm", delta, plain=False)
         self._linear(b, name + "qkv_a", x, b["qkv"])
-        q_b = {"q_b": w[name + "q_b"]} if compressed else {}
+        compressed = cfg.q_lora_rank is not None
         q_norm = Activation.of(b, "q_norm")
         self.ops.mla_prep(
             b["qkv"],
@@ -248,34 +239,28 @@ class DecodeStep:
             kv_start=cfg.q_part_padded,
             interleave=cfg.rope_interleave,
             kv_cache=b[f"kv.{layer}"],
-            ahead=ahead.by("prep", **q_b, w_uk=w[name + "w_uk"]),
             **(q_norm.quantised_only if compressed else {}),
         )
-        self._query(b, name, q_norm, ahead)
-        o, w_uv, w_o = Activation.of(b, "o"), w[name + "w_uv"], w[name + "o"]
-        merges = self.config.splits > 1
-        asked = ahead.by("merge", w_uv=w_uv, o=w_o) if merges else ()
-        self.attention.run(b, b[f"kv.{layer}"], asked)
-        attended = (b["o_latent"], b["kv_len"], w_uv)
-        asked = ahead.by("absorb" if merges else "merge", o=w_o)
+        self._query(b, name, q_norm)
+        self.attention.run(b, b[f"kv.{layer}"])
+        o, attended = Activation.of(b, "o"), (b["o_latent"], b["kv_len"], w[name + "w_uv"])
         if o.plain is None:
-            self.ops.absorb_v(*attended, ahead=asked, **o.quantised_only)
+            self.ops.absorb_v(*attended, **o.quantised_only)
         else:
-            self.ops.absorb_v(*attended, ahead=asked, out=o.plain)
+            self.ops.absorb_v(*attended, out=o.plain)
             if o.q is not None:
                 self.ops.quantize(o.plain, out_q=o.q, out_scale=o.scale)
         self._linear(b, name + "o", o, b["o_out"])
 
-    def _query(self, b: Buffers, name: str, q_norm: Activation, ahead: AskAhead) -> None:
+    def _query(self, b: Buffers, name: str, q_norm: Activation) -> None:
         """From the normed, compressed query to that of every head in the latent space."""
         cfg, w = self.cfg, self.weights
         places = (b["tok_pos"], b["tok_row"], w["rope_table"])
         rest = {"interleave": cfg.rope_interleave, "out": b["q_latent"]}
         if query_fuses(cfg):
-            asked = ahead.by("query", w_uv=w[name + "w_uv"], o=w[name + "o"])
             weight, scale = w[name + "q_b"], w[name + "q_b_scale"]
             x = (q_norm.q, q_norm.scale)
-            self.ops.latent_query(*x, weight, scale, w[name + "w_uk"], *places, ahead=asked, **rest)
+            self.ops.latent_query(*x, weight, scale, w[name + "w_uk"], *places, **rest)
             return
         q = b["qkv"][:, : cfg.q_part_width]
         if cfg.q_lora_rank is not None:
@@ -307,23 +292,21 @@ class DecodeStep:
 
     def _dense(self, b: Buffers, layer: int) -> Delta:
         name = f"layers.{layer}."
-        asked = AskAhead(self._ahead_plan).by("norm", gate_up=self.weights[name + "gate_up"])
-        x = self._norm(b, name + "mlp_norm", Delta(b["o_out"]), plain=False, ahead=asked)
+        x = self._norm(b, name + "mlp_norm", Delta(b["o_out"]), plain=False)
         out = b["delta" if self._is_last(layer) else "dense_out"]
         self._mlp(b, name, "dense", x, out)
         return Delta(out)
 
     def _moe(self, b: Buffers, layer: int) -> Delta:
         cfg, name = self.cfg, f"layers.{layer}."
-        ahead = AskAhead(self._ahead_plan)
-        x = self._route(b, name, ahead)
+        x = self._route(b, name)
         shared = b["shared_out"] if cfg.num_shared_experts and not self.shared_joins else None
         if shared is not None and self.config.overlap:
             # Its weights stream while the exchange waits for other ranks.
             with self._branch.beside():
                 self._shared(b, name, x, ops=self._beside, workspace="shared_workspace")
         received = self._dispatch(b, x, layer)
-        self._experts(b, name, received, ahead)
+        self._experts(b, name, received)
         joined = self.shared_joins or not cfg.num_shared_experts
         if self.config.transport == "local" and joined and not self._is_last(layer):
             # The next norm reads every expert's result anyway: it does the sum as well.
@@ -338,15 +321,10 @@ class DecodeStep:
         )
         return Delta(b["delta"])
 
-    def _first_expert(self, name: str) -> dict[str, torch.Tensor]:
-        """The gate and up that every token needs: `grouped_gate_up` takes the last expert first."""
-        return {"gate_up": self.weights[name + "all_gate_up"][-1]} if self.shared_joins else {}
-
-    def _route(self, b: Buffers, name: str, ahead: AskAhead) -> Activation:
+    def _route(self, b: Buffers, name: str) -> Activation:
         """What goes to the experts; to which of them, is in `topk_ids` and `topk_weights`."""
-        cfg, w, first = self.cfg, self.weights, self._first_expert(name)
-        asked = ahead.by("norm", router=w[name + "router"], **first)
-        x = self._norm(b, name + "mlp_norm", Delta(b["o_out"]), plain=True, ahead=asked)
+        cfg, w = self.cfg, self.weights
+        x = self._norm(b, name + "mlp_norm", Delta(b["o_out"]), plain=True)
         self.ops.router(x.plain, w[name + "router"], out=b["router_logits"])
         self.ops.route(
             b["router_logits"],
@@ -360,7 +338,6 @@ class DecodeStep:
             shared_id=cfg.num_experts if self.shared_joins else None,
             out_ids=b["topk_ids"],
             out_weights=b["topk_weights"],
-            ahead=ahead.by("route", **first),
         )
         return x
 
@@ -381,13 +358,12 @@ class DecodeStep:
             opens_step=layer == self.cfg.first_k_dense_replace,
         )
 
-    def _experts(self, b: Buffers, name: str, received: Received, ahead: AskAhead) -> None:
+    def _experts(self, b: Buffers, name: str, received: Received) -> None:
         """This rank's experts over the received rows; `expert_y` gets a line per (row, choice)."""
         w, h = self.weights, Activation.of(b, "expert_h")
-        asked = ahead.by("align", **self._first_expert(name))
         name += "all_" if self.shared_joins else "experts_"
         lists = {field: b[field] for field in ("offsets", "pairs", "ready")}
-        self.ops.align(received.ids, expert_start=0, ahead=asked, **lists)
+        self.ops.align(received.ids, expert_start=0, **lists)
         hidden = h.plain if h.q is None else h.q
         self.ops.grouped_gate_up(
             received.x,
@@ -415,7 +391,6 @@ class DecodeStep:
 
     def _sample(self, b: Buffers) -> None:
         w = self.weights
-        head = w["embed"] if self.cfg.tie_word_embeddings else w["head"]
         self.ops.gather_add_rmsnorm(
             b["x"],
             b["delta"],
@@ -423,8 +398,8 @@ class DecodeStep:
             w["final_norm"],
             eps=self.cfg.rms_eps,
             out=b["final"],
-            ahead=AskAhead(self._ahead_plan).by("norm", head=head),
         )
+        head = w["embed"] if self.cfg.tie_word_embeddings else w["head"]
         self.ops.linear(b["final"], head, out=b["logits"], workspace=b["workspace"])
         self.ops.sample(b)
         self.ops.answer(

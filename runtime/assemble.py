@@ -12,7 +12,6 @@ import torch
 from barriers.deepep import DeepEpLowLatency, DeepEpNormal
 from barriers.rdep import Rdep
 from barriers.transport import Local, Transport, TransportConfig, deepep_capacity
-from graphs.ahead import AHEAD_PLAN, AheadPlan
 from graphs.attention import Attention, FlashinferAttention, TritonAttention
 from graphs.attention_choice import run_every_cut
 from graphs.branch import Branch, InLine
@@ -38,7 +37,6 @@ def make_step(
     views: Mapping[str, torch.Tensor],
     transport: Transport | None,
     branch: Branch | None = None,
-    ahead: AheadPlan = AHEAD_PLAN,
 ) -> DecodeStep:
     """The step over bound views; on `meta` views it can be listed but not run."""
     model, step = selection.model, selection.step
@@ -58,7 +56,6 @@ def make_step(
         transport,
         on_device=selection.on_device,
         branch=branch or InLine(),
-        ahead=ahead,
     )
 
 

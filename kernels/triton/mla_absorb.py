@@ -8,7 +8,6 @@ on T.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -16,7 +15,6 @@ import triton
 import triton.language as tl
 
 from kernels.triton.activation import check_quantized, quantize_groups, quantize_ref
-from kernels.triton.ahead import Asking, ask_ahead
 from kernels.triton.launch import Launcher
 from kernels.triton.mla_prep import rope_pair, rope_ref
 from kernels.triton.overlap import (
@@ -117,8 +115,6 @@ def _absorb_v(
     out,  # act [T, H*DV], row pitch out_pitch, or unused
     out_q,  # e4m3 [T, H*DV], row pitch out_q_pitch, or unused
     out_scale,  # fp32 [T, H*DV/128], row pitch scale_pitch, or unused
-    ahead_1,  # any [FIRST bytes], or unused
-    ahead_2,  # any [SECOND bytes], or unused
     T,
     o_pitch,
     out_pitch,
@@ -132,15 +128,8 @@ def _absorb_v(
     HAS_OUT: tl.constexpr,
     HAS_Q: tl.constexpr,
     PRECISION: tl.constexpr,
-    FIRST: tl.constexpr,
-    SECOND: tl.constexpr,
-    ASKING: tl.constexpr,  # 0: these programs, which fill the chip, ask themselves
     PDL: tl.constexpr,
 ):
-    if FIRST + SECOND > 0:
-        program = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
-        programs = tl.num_programs(0) * tl.num_programs(1)
-        ask_ahead(ahead_1, ahead_2, program, programs, FIRST, SECOND)
     V_TILES: tl.constexpr = (DV + BLOCK_V - 1) // BLOCK_V
     head = tl.program_id(0) // V_TILES
     v = (tl.program_id(0) % V_TILES) * BLOCK_V + tl.arange(0, BLOCK_V)
@@ -263,7 +252,6 @@ def absorb_v(
     out: torch.Tensor | None = None,
     out_q: torch.Tensor | None = None,
     out_scale: torch.Tensor | None = None,
-    ahead: Sequence[torch.Tensor] = (),
 ) -> None:
     """Bring each head's latent attention output back to its value dimension.
 
@@ -274,7 +262,6 @@ def absorb_v(
         out: act [T, H*dv]; the row pitch may exceed the width.
         out_q, out_scale: the same (after its rounding to act) quantised, e4m3 [T, H*dv] and
             fp32 [T, H*dv/128]; only where dv is a multiple of 128.
-        ahead: weights to ask into L2; see `kernels.triton.ahead`.
     Raises:
         ValueError: no output, shapes that do not fit, or a quantised output of another dv.
     Capture-safe.
@@ -285,7 +272,6 @@ def absorb_v(
     num_heads, dv, dc = w_uv.shape
     tile = _v_tile(w_uv)
     block_t = _token_tile(o_latent)
-    asking = Asking.of(launch, ahead, w_uv, own=True)
     launch(
         _absorb_v,
         (num_heads * triton.cdiv(dv, tile.rows), triton.cdiv(tokens, block_t)),
@@ -295,7 +281,6 @@ def absorb_v(
         o_latent if out is None else out,
         o_latent if out_q is None else out_q,
         o_latent if out_scale is None else out_scale,
-        *asking.tensors,
         tokens,
         o_latent.stride(0),
         0 if out is None else out.stride(0),
@@ -309,7 +294,6 @@ def absorb_v(
         HAS_OUT=out is not None,
         HAS_Q=out_q is not None,
         PRECISION=_precision(o_latent),
-        **asking.constexprs,
         num_warps=4,
         num_stages=4,  # deep enough that one head's whole weight is in flight
         **overlap(launch),
@@ -324,7 +308,6 @@ def absorb_v_ref(
     out: torch.Tensor | None = None,
     out_q: torch.Tensor | None = None,
     out_scale: torch.Tensor | None = None,
-    ahead: Sequence[torch.Tensor] = (),
 ) -> None:
     """`absorb_v` in plain torch."""
     _check_v(o_latent, w_uv, out, out_q, out_scale)

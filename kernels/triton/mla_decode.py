@@ -7,14 +7,12 @@ past a token's kv_len is read as data: the last, partial tile is loaded masked.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from kernels.triton.ahead import Asking, only_asks
 from kernels.triton.launch import Launcher, TensorMap
 from kernels.triton.overlap import await_inputs, await_inputs_streaming, overlap
 
@@ -177,8 +175,6 @@ def _merge(
     part_o,  # fp32 or act [T, SPLITS, H, DC]
     part_lse,  # fp32 [T, SPLITS, H], base 2
     out,  # act [T, H, DC], row pitch out_pitch
-    ahead_1,  # any [FIRST bytes], or unused
-    ahead_2,  # any [SECOND bytes], or unused
     out_pitch,
     H: tl.constexpr,
     DC: tl.constexpr,
@@ -187,14 +183,8 @@ def _merge(
     BLOCK_H: tl.constexpr,
     BLOCK_C: tl.constexpr,
     AHEAD: tl.constexpr,  # load two splits before it is known whether there are any
-    FIRST: tl.constexpr,
-    SECOND: tl.constexpr,
-    ASKING: tl.constexpr,  # programs past those of the tokens
     PDL: tl.constexpr,
 ):
-    if ASKING > 0:  # noqa: SIM102
-        if only_asks(ahead_1, ahead_2, FIRST, SECOND, ASKING):
-            return
     await_inputs(PDL)
     t = tl.program_id(0).to(tl.int64)
     used = (tl.load(kv_len + t) + CUT - 1) // CUT
@@ -253,7 +243,6 @@ def mla_decode(
     out: torch.Tensor,
     part_o: torch.Tensor,
     part_lse: torch.Tensor,
-    ahead: Sequence[torch.Tensor] = (),
 ) -> None:
     """Attend with every token of the step over its own row's latent KV.
 
@@ -269,7 +258,6 @@ def mla_decode(
         out: act [T, H, dc].
         part_o: float32 [T, num_splits, H, dc], scratch.
         part_lse: float32 [T, num_splits, H], scratch.
-        ahead: weights that the merge is to ask into L2; see `kernels.triton.ahead`.
     Raises:
         ValueError: shapes that do not fit.
     Capture-safe.
@@ -314,7 +302,7 @@ def mla_decode(
         **overlap(launch),
     )
     if splits > 1:
-        merge(launch, kv_len, part_o, part_lse, cut=cut, out=out, ahead=ahead)
+        merge(launch, kv_len, part_o, part_lse, cut=cut, out=out)
 
 
 def mla_decode_ref(
@@ -330,7 +318,6 @@ def mla_decode_ref(
     out: torch.Tensor,
     part_o: torch.Tensor,
     part_lse: torch.Tensor,
-    ahead: Sequence[torch.Tensor] = (),
 ) -> None:
     """`mla_decode` in plain torch; the scratch is left alone.
 
@@ -371,7 +358,6 @@ def merge(
     *,
     cut: int,
     out: torch.Tensor,
-    ahead: Sequence[torch.Tensor] = (),
 ) -> None:
     """Add the splits of every token, in order; leave tokens of one split, zero those of none.
 
@@ -381,23 +367,19 @@ def merge(
         part_lse: float32 [T, num_splits, H], log2 of each split's sum of 2**score.
         cut: tokens of a split; token t has ceil(kv_len[t] / cut) of them.
         out: act [T, H, dc].
-        ahead: weights to ask into L2; see `kernels.triton.ahead`.
     Raises:
         ValueError: shapes that do not fit.
     Capture-safe.
     """
     _check_parts(part_o, part_lse, out)
     tokens, num_heads, dc = out.shape
-    lines = triton.cdiv(num_heads, MERGE_HEADS)
-    asking = Asking.of(launch, ahead, out, lines=lines)
     launch(
         _merge,
-        (tokens + asking.programs, lines),
+        (tokens, triton.cdiv(num_heads, MERGE_HEADS)),
         kv_len,
         part_o,
         part_lse,
         out,
-        *asking.tensors,
         out.stride(0),
         H=num_heads,
         DC=dc,
@@ -406,7 +388,6 @@ def merge(
         BLOCK_H=MERGE_HEADS,
         BLOCK_C=_pow2(dc),
         AHEAD=cut < LONG_CUT,
-        **asking.constexprs,
         num_warps=4,
         **overlap(launch),
     )
@@ -419,7 +400,6 @@ def merge_ref(
     *,
     cut: int,
     out: torch.Tensor,
-    ahead: Sequence[torch.Tensor] = (),
 ) -> None:
     """`merge` in plain torch."""
     _check_parts(part_o, part_lse, out)

@@ -6,14 +6,11 @@ every token of a step is written before any attends, so a prompt chunk sees itse
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import triton
 import triton.language as tl
 
 from kernels.triton.activation import GROUP, check_quantized, quantize_groups, quantize_ref
-from kernels.triton.ahead import Asking, only_asks
 from kernels.triton.launch import Launcher
 from kernels.triton.norm import _norm_weight, _rmsnorm, _rmsnorm_ref
 from kernels.triton.overlap import (
@@ -70,8 +67,6 @@ def _mla_prep(
     out,  # act [T, QW], row pitch out_pitch, or unused
     out_q,  # e4m3 [T, QW], row pitch q_pitch, or unused
     out_scale,  # fp32 [T, ceil(QW/128)], row pitch scale_pitch, or unused
-    ahead_1,  # any [FIRST bytes], or unused
-    ahead_2,  # any [SECOND bytes], or unused
     qkv_pitch,
     part_stride,
     kv_start,
@@ -90,14 +85,8 @@ def _mla_prep(
     PARTS: tl.constexpr,
     HAS_OUT: tl.constexpr,
     HAS_Q: tl.constexpr,
-    FIRST: tl.constexpr,
-    SECOND: tl.constexpr,
-    ASKING: tl.constexpr,  # programs past those of the tokens
     PDL: tl.constexpr,
 ):
-    if ASKING > 0:  # noqa: SIM102
-        if only_asks(ahead_1, ahead_2, FIRST, SECOND, ASKING):
-            return
     t = tl.program_id(0).to(tl.int64)
     row = qkv + t * qkv_pitch
     if tl.program_id(1) == 0:
@@ -153,7 +142,6 @@ def mla_prep(
     out: torch.Tensor | None = None,
     out_q: torch.Tensor | None = None,
     out_scale: torch.Tensor | None = None,
-    ahead: Sequence[torch.Tensor] = (),
 ) -> None:
     """Norm the compressed query, and write each token's normed latent and rotated key to its slot.
 
@@ -174,7 +162,6 @@ def mla_prep(
         kv_cache: act [num_slots, dc+dr].
         out: act [T, q_width], the normed query.
         out_q, out_scale: the same quantised, e4m3 [T, q_width] and fp32 [T, ceil(q_width/128)].
-        ahead: weights to ask into L2; see `kernels.triton.ahead`.
     Raises:
         ValueError: outputs without q_norm_weight or the other way round, or shapes that do not fit.
     Capture-safe.
@@ -185,11 +172,9 @@ def mla_prep(
     )
     latent, half = kv_norm_weight.shape[0], rope_table.shape[1] // 2
     width = 0 if q_norm_weight is None else q_norm_weight.shape[0]
-    lines = 1 if q_norm_weight is None else 2
-    asking = Asking.of(launch, ahead, kv_norm_weight, lines=lines)
     launch(
         _mla_prep,
-        (tok_row.shape[0] + asking.programs, lines),
+        (tok_row.shape[0], 1 if q_norm_weight is None else 2),
         qkv,
         tok_row,
         tok_pos,
@@ -201,7 +186,6 @@ def mla_prep(
         qkv if out is None else out,
         qkv if out_q is None else out_q,
         rope_table if out_scale is None else out_scale,
-        *asking.tensors,
         qkv.stride(-2),
         qkv.stride(0) if qkv.ndim == 3 else 0,
         kv_start,
@@ -220,7 +204,6 @@ def mla_prep(
         PARTS=num_parts(qkv),
         HAS_OUT=out is not None,
         HAS_Q=out_q is not None,
-        **asking.constexprs,
         num_warps=8,
         **overlap(launch),
     )
@@ -242,7 +225,6 @@ def mla_prep_ref(
     out: torch.Tensor | None = None,
     out_q: torch.Tensor | None = None,
     out_scale: torch.Tensor | None = None,
-    ahead: Sequence[torch.Tensor] = (),
 ) -> None:
     """`mla_prep` in plain torch."""
     _check(

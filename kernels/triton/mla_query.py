@@ -8,13 +8,10 @@ those of `linear_fp8` followed by `absorb_q`; the order of every sum is set by t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import triton
 import triton.language as tl
 
-from kernels.triton.ahead import Asking, ask_ahead
 from kernels.triton.launch import Launcher, TensorMap
 from kernels.triton.linear import linear_fp8_ref
 from kernels.triton.mla_absorb import absorb_q_ref
@@ -75,8 +72,6 @@ def _latent_query(
     tok_row,  # int32 [T]
     rope_table,  # fp32 [max_seq_len, DR]
     out,  # act [T, H, DC+DR], row pitch out_pitch
-    ahead_1,  # any [FIRST bytes], or unused
-    ahead_2,  # any [SECOND bytes], or unused
     T,
     out_pitch,
     K: tl.constexpr,
@@ -94,9 +89,6 @@ def _latent_query(
     EVEN_K: tl.constexpr,
     INTERLEAVE: tl.constexpr,
     STAGES: tl.constexpr,
-    FIRST: tl.constexpr,
-    SECOND: tl.constexpr,
-    ASKING: tl.constexpr,  # 0: these programs ask themselves
     PDL: tl.constexpr,
 ):
     t0 = tl.program_id(0) * BLOCK_T
@@ -131,10 +123,6 @@ def _latent_query(
         y = tl.dot(tl.trans(w), q)
         mask = (t < T)[:, None] & (c < DC)[None, :]
         tl.store(out_head + c[None, :], tl.trans(y).to(act), mask=mask)
-    if FIRST + SECOND > 0:  # this program's own stream is through
-        program = head * tl.num_programs(0) + tl.program_id(0)
-        programs = tl.num_programs(0) * tl.num_programs(1)
-        ask_ahead(ahead_1, ahead_2, program, programs, FIRST, SECOND)
     pos = tl.load(tok_pos + t, mask=real, other=0).to(tl.int64)
     turned = tl.trans(tl.where(real[None, :], rope, 0.0).to(act)).to(tl.float32)
     first, second = _rotate(turned, rope_table + pos[:, None] * DR, DR // 2, INTERLEAVE)
@@ -164,7 +152,6 @@ def latent_query(
     *,
     interleave: bool,
     out: torch.Tensor,
-    ahead: Sequence[torch.Tensor] = (),
 ) -> None:
     """q = x @ w.T by head, its first dn elements @ w_uk, the rest rotated.
 
@@ -179,7 +166,6 @@ def latent_query(
         rope_table: float32 [max_seq_len, dr]: cos of each pair, then sin of each.
         interleave: see `mla_prep`.
         out: act [T, H, dc+dr].
-        ahead: weights to ask into L2; see `kernels.triton.ahead`.
     Raises:
         ValueError: shapes that do not fit, or sizes that `fuses_query` does not allow.
     Capture-safe.
@@ -194,7 +180,6 @@ def latent_query(
     nope, rope = (tile_source(w, (rows, FP8_GROUP)) for rows in (dn, dr))
     stages = pipeline_stages(dn + dr, block_t, BUDGET_BYTES[1])
     bulk = isinstance(nope, TensorMap)
-    asking = Asking.of(launch, ahead, w_uk, own=True)
     launch(
         _latent_query,
         (triton.cdiv(tokens, block_t), heads),
@@ -208,7 +193,6 @@ def latent_query(
         tok_row,
         rope_table,
         out,
-        *asking.tensors,
         tokens,
         out.stride(0),
         K=k,
@@ -226,7 +210,6 @@ def latent_query(
         EVEN_K=k % FP8_GROUP == 0,
         INTERLEAVE=bool(interleave),
         STAGES=stages,
-        **asking.constexprs,
         num_warps=8,
         num_stages=stages,
         **overlap(launch),
@@ -245,7 +228,6 @@ def latent_query_ref(
     *,
     interleave: bool,
     out: torch.Tensor,
-    ahead: Sequence[torch.Tensor] = (),
 ) -> None:
     """`latent_query` in plain torch: the two products one after the other."""
     _check(xq, xs, w, ws, w_uk, rope_table, out)
@@ -262,7 +244,6 @@ def _check(
     w_uk: torch.Tensor,
     rope_table: torch.Tensor,
     out: torch.Tensor,
-    ahead: Sequence[torch.Tensor] = (),
 ) -> None:
     heads, dn, dc = w_uk.shape
     dr, (tokens, k) = rope_table.shape[1], xq.shape

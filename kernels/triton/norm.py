@@ -6,14 +6,11 @@ depend on how many rows there are; the residual stream is kept in the act dtype,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import triton
 import triton.language as tl
 
 from kernels.triton.activation import GROUP, check_quantized, quantize_groups, quantize_ref
-from kernels.triton.ahead import Asking, only_asks
 from kernels.triton.launch import Launcher
 from kernels.triton.overlap import (
     await_inputs,
@@ -97,8 +94,6 @@ def _add_rmsnorm(
     out,  # act [T, H], row pitch out_pitch, or unused
     out_q,  # e4m3 [T, H], row pitch q_pitch, or unused
     out_scale,  # fp32 [T, ceil(H/128)], row pitch scale_pitch, or unused
-    ahead_1,  # any [FIRST bytes], or unused
-    ahead_2,  # any [SECOND bytes], or unused
     x_pitch,
     delta_pitch,
     part_stride,
@@ -113,14 +108,8 @@ def _add_rmsnorm(
     K: tl.constexpr,
     HAS_OUT: tl.constexpr,
     HAS_Q: tl.constexpr,
-    FIRST: tl.constexpr,
-    SECOND: tl.constexpr,
-    ASKING: tl.constexpr,  # programs past those of the rows
     PDL: tl.constexpr,
 ):
-    if ASKING > 0:  # noqa: SIM102
-        if only_asks(ahead_1, ahead_2, FIRST, SECOND, ASKING):
-            return
     t = tl.program_id(0).to(tl.int64)
     group = tl.arange(0, GROUPS)
     col = group[:, None] * 128 + tl.arange(0, 128)[None, :]
@@ -156,8 +145,6 @@ def _gather_add_rmsnorm(
     index,  # int32 [S]
     weight,  # act or fp32 [H]
     out,  # act [S, H], row pitch out_pitch
-    ahead_1,  # any [FIRST bytes], or unused
-    ahead_2,  # any [SECOND bytes], or unused
     x_pitch,
     delta_pitch,
     out_pitch,
@@ -165,14 +152,8 @@ def _gather_add_rmsnorm(
     H: tl.constexpr,
     GROUPS: tl.constexpr,
     HAS_DELTA: tl.constexpr,
-    FIRST: tl.constexpr,
-    SECOND: tl.constexpr,
-    ASKING: tl.constexpr,  # programs past those of the rows
     PDL: tl.constexpr,
 ):
-    if ASKING > 0:  # noqa: SIM102
-        if only_asks(ahead_1, ahead_2, FIRST, SECOND, ASKING):
-            return
     s = tl.program_id(0).to(tl.int64)
     col = tl.arange(0, GROUPS)[:, None] * 128 + tl.arange(0, 128)[None, :]
     w = _norm_weight(weight, col, H)
@@ -249,7 +230,6 @@ def add_rmsnorm(
     out: torch.Tensor | None = None,
     out_q: torch.Tensor | None = None,
     out_scale: torch.Tensor | None = None,
-    ahead: Sequence[torch.Tensor] = (),
 ) -> None:
     """x += delta, then RMSNorm of x, written in the act dtype, quantised, or both.
 
@@ -265,7 +245,6 @@ def add_rmsnorm(
         out: act [T, H].
         out_q, out_scale: e4m3 [T, H] and fp32 [T, ceil(H/128)], made from the rounded norm; both or
             neither.
-        ahead: weights to ask into L2; see `kernels.triton.ahead`.
     Raises:
         ValueError: no output, shapes that do not fit, or H above MAX_WIDTH.
     Capture-safe.
@@ -273,10 +252,9 @@ def add_rmsnorm(
     """
     _check_norm(x, delta, weight, choices, out, out_q, out_scale)
     dummy = weight
-    asking = Asking.of(launch, ahead, dummy)
     launch(
         _add_rmsnorm,
-        (x.shape[0] + asking.programs,),
+        (x.shape[0],),
         x,
         dummy if delta is None else delta,
         dummy if choices is None else choices[0],
@@ -285,7 +263,6 @@ def add_rmsnorm(
         dummy if out is None else out,
         dummy if out_q is None else out_q,
         dummy if out_scale is None else out_scale,
-        *asking.tensors,
         x.stride(0),
         0 if delta is None else delta.stride(-2),
         delta.stride(0) if delta is not None and delta.ndim == 3 else 0,
@@ -300,7 +277,6 @@ def add_rmsnorm(
         K=0 if choices is None else choices[0].shape[1],
         HAS_OUT=out is not None,
         HAS_Q=out_q is not None,
-        **asking.constexprs,
         num_warps=_num_warps(x.shape[1]),
         **overlap(launch),
     )
@@ -316,7 +292,6 @@ def add_rmsnorm_ref(
     out: torch.Tensor | None = None,
     out_q: torch.Tensor | None = None,
     out_scale: torch.Tensor | None = None,
-    ahead: Sequence[torch.Tensor] = (),
 ) -> None:
     """`add_rmsnorm` in plain torch."""
     _check_norm(x, delta, weight, choices, out, out_q, out_scale)
@@ -342,7 +317,6 @@ def gather_add_rmsnorm(
     *,
     eps: float,
     out: torch.Tensor,
-    ahead: Sequence[torch.Tensor] = (),
 ) -> None:
     """out[s] = RMSNorm(x[index[s]] + delta[index[s]]): the final norm, for sampling rows only.
 
@@ -353,22 +327,19 @@ def gather_add_rmsnorm(
         weight: act or fp32 [H].
         eps: added to the mean square.
         out: act [S, H].
-        ahead: weights to ask into L2; see `kernels.triton.ahead`.
     Raises:
         ValueError: shapes that do not fit, or H above MAX_WIDTH.
     Capture-safe.
     """
     _check_gather(x, delta, index, weight, out)
-    asking = Asking.of(launch, ahead, weight)
     launch(
         _gather_add_rmsnorm,
-        (index.shape[0] + asking.programs,),
+        (index.shape[0],),
         x,
         x if delta is None else delta,
         index,
         weight,
         out,
-        *asking.tensors,
         x.stride(0),
         0 if delta is None else delta.stride(0),
         out.stride(0),
@@ -376,7 +347,6 @@ def gather_add_rmsnorm(
         H=x.shape[1],
         GROUPS=_num_groups(x.shape[1]),
         HAS_DELTA=delta is not None,
-        **asking.constexprs,
         num_warps=_num_warps(x.shape[1]),
         **overlap(launch),
     )
@@ -390,7 +360,6 @@ def gather_add_rmsnorm_ref(
     *,
     eps: float,
     out: torch.Tensor,
-    ahead: Sequence[torch.Tensor] = (),
 ) -> None:
     """`gather_add_rmsnorm` in plain torch."""
     _check_gather(x, delta, index, weight, out)

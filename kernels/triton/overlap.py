@@ -6,7 +6,6 @@ kernel of the step writes**, be it to read or to overwrite. Before that it may r
 step writes: weights, scales of weights, the rope table. `await_inputs` returns when the
 predecessor has completed and its writes are visible; that one had waited for its own predecessor,
 so all earlier kernels are complete, too, and a dependent may be let go as early as one likes.
-Programs that only ask for weights (`kernels.triton.ahead`) wait for nothing: the others do.
 
 Kernels that are launched in the ordinary way (other libraries', the transports') wait for the
 completion of what comes before them, and what comes after them waits for theirs.

@@ -7,13 +7,10 @@ id is -1 or in range whatever the logits are.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import triton
 import triton.language as tl
 
-from kernels.triton.ahead import Asking, only_asks
 from kernels.triton.launch import Launcher
 from kernels.triton.overlap import await_inputs, overlap
 from kernels.triton.tiles import check_ready, num_parts, sigmoid_rows, sum_parts
@@ -138,8 +135,6 @@ def _route(
     tok_row,  # int32 [T]
     out_ids,  # int32 [T, COLS]
     out_weights,  # fp32 [T, COLS]
-    ahead_1,  # any [FIRST bytes], or unused
-    ahead_2,  # any [SECOND bytes], or unused
     logits_pitch,
     part_stride,
     scaling,
@@ -158,14 +153,8 @@ def _route(
     PARTS: tl.constexpr,
     CHUNK: tl.constexpr,  # parts that are loaded at once
     SPAN: tl.constexpr,  # experts that lie across the lanes of a warp
-    FIRST: tl.constexpr,
-    SECOND: tl.constexpr,
-    ASKING: tl.constexpr,  # programs past those of the tokens
     PDL: tl.constexpr,
 ):
-    if ASKING > 0:  # noqa: SIM102
-        if only_asks(ahead_1, ahead_2, FIRST, SECOND, ASKING):
-            return
     # [E2 / SPAN, SPAN], row-major the same as [G2, S2].
     place = tl.arange(0, G2 * S2 // SPAN)[:, None] * SPAN + tl.arange(0, SPAN)[None, :]
     expert = place
@@ -220,22 +209,14 @@ def _align(
     offsets,  # int32 [E+1]
     pairs,  # int32 [N]
     ready,  # int32 [E], or unused
-    ahead_1,  # any [FIRST bytes], or unused
-    ahead_2,  # any [SECOND bytes], or unused
     N,
     expert_start,
     BLOCK: tl.constexpr,
     NUM_BLOCKS: tl.constexpr,
     RESETS: tl.constexpr,
-    FIRST: tl.constexpr,
-    SECOND: tl.constexpr,
-    ASKING: tl.constexpr,  # programs past those of the experts
     PDL: tl.constexpr,
 ):
     """CTA e reads all ids twice, so that it needs nothing from its neighbours."""
-    if ASKING > 0:  # noqa: SIM102
-        if only_asks(ahead_1, ahead_2, FIRST, SECOND, ASKING):
-            return
     await_inputs(PDL)
     e = tl.program_id(0)
     if RESETS:
@@ -251,7 +232,7 @@ def _align(
     at = tl.sum(lower, axis=0)
     count = tl.sum(equal, axis=0)
     tl.store(offsets + e, at)
-    if e == tl.num_programs(0) - ASKING - 1:
+    if e == tl.num_programs(0) - 1:
         tl.store(offsets + e + 1, at + count)
     if count == 0:
         return
@@ -308,7 +289,6 @@ def route(
     shared_id: int | None = None,
     out_ids: torch.Tensor,
     out_weights: torch.Tensor,
-    ahead: Sequence[torch.Tensor] = (),
 ) -> None:
     """Choose top_k experts a token by sigmoid score plus bias, among the best groups of experts.
 
@@ -326,7 +306,6 @@ def route(
         shared_id: of an expert that every real token goes to as well, with weight 1 and last.
         out_ids: int32 [T, top_k], by descending choice; with shared_id [T, top_k + 1].
         out_weights: fp32, as out_ids.
-        ahead: weights to ask into L2; see `kernels.triton.ahead`.
     Raises:
         ValueError: counts that do not divide or do not suffice, or shapes that do not fit.
     Capture-safe.
@@ -341,16 +320,14 @@ def route(
     )
     tile = groups2 * size2
     chunk = min(triton.next_power_of_2(parts), max(1, PART_ELEMS // tile))
-    asking = Asking.of(launch, ahead, out_ids)
     launch(
         _route,
-        (num_tokens + asking.programs,),
+        (num_tokens,),
         logits,
         logits if bias is None else bias,
         tok_row,
         out_ids,
         out_weights,
-        *asking.tensors,
         logits.stride(-2),
         logits.stride(0) if parts > 1 else 0,
         float(scaling),
@@ -369,7 +346,6 @@ def route(
         PARTS=parts,
         CHUNK=chunk,
         SPAN=min(tile, FULL_SPAN),
-        **asking.constexprs,
         # The order in which parts are added goes by the warps: they must not go by the tokens.
         num_warps=max(1, min(8, chunk * tile // 256)),
         **overlap(launch),
@@ -389,7 +365,6 @@ def route_ref(
     shared_id: int | None = None,
     out_ids: torch.Tensor,
     out_weights: torch.Tensor,
-    ahead: Sequence[torch.Tensor] = (),
 ) -> None:
     """`route` in plain torch."""
     columns = top_k + (shared_id is not None)
@@ -423,7 +398,6 @@ def align(
     offsets: torch.Tensor,
     pairs: torch.Tensor,
     ready: torch.Tensor | None = None,
-    ahead: Sequence[torch.Tensor] = (),
 ) -> None:
     """List the pairs of each local expert: pairs[offsets[e]:offsets[e+1]], ascending.
 
@@ -433,7 +407,6 @@ def align(
         offsets: int32 [E_local+1].
         pairs: int32 [T*K]; pair ids t*K + k. Entries from offsets[E_local] on are not written.
         ready: int32 [E_local], is set to zero, for the experts' products; may be left out.
-        ahead: weights to ask into L2; see `kernels.triton.ahead`.
     Raises:
         ValueError: ids strided, or pairs too short.
     Capture-safe.
@@ -442,21 +415,18 @@ def align(
     check_ready(ready, offsets.shape[0] - 1)
     num_pairs = ids.numel()
     block = min(ALIGN_BLOCK, max(128, triton.next_power_of_2(num_pairs)))
-    asking = Asking.of(launch, ahead, ids)
     launch(
         _align,
-        (offsets.shape[0] - 1 + asking.programs,),
+        (offsets.shape[0] - 1,),
         ids,
         offsets,
         pairs,
         ids if ready is None else ready,
-        *asking.tensors,
         num_pairs,
         expert_start,
         BLOCK=block,
         NUM_BLOCKS=triton.cdiv(num_pairs, block),
         RESETS=ready is not None,
-        **asking.constexprs,
         num_warps=max(1, min(8, block // 256)),
         **overlap(launch),
     )
@@ -469,7 +439,6 @@ def align_ref(
     offsets: torch.Tensor,
     pairs: torch.Tensor,
     ready: torch.Tensor | None = None,
-    ahead: Sequence[torch.Tensor] = (),
 ) -> None:
     """`align` in plain torch."""
     _check_align(ids, pairs)

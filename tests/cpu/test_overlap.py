@@ -70,12 +70,6 @@ def test_every_kernel_of_a_step_waits_before_it_touches_what_steps_write(
 
 def test_off_has_no_trace_of_it(listed: dict[str, list[dict[str, Any]]]) -> None:
     assert not [k["name"] for k in listed["off"] if k["pdl"] or k["waits"] or k["releases"]]
-    assert not [k["name"] for k in listed["off"] if k["asks"]]
-
-
-def test_kernels_ask_ahead_as_the_plan_says(listed: dict[str, list[dict[str, Any]]]) -> None:
-    asking = {k["name"] for k in listed["late"] if k["asks"]}
-    assert asking == {"_add_rmsnorm", "_mla_prep", "_merge"}
 
 
 def test_early_lets_dependents_go_and_late_does_so_after_the_stream(
@@ -160,7 +154,6 @@ def _facts(spec: Any, ptx: str) -> dict[str, Any]:
         "releases": release >= 0,
         "release_first": 0 <= release < wait,
         "stores_before_wait": before.count("st.global") + before.count("red.global"),
-        "asks": "cp.async.bulk.prefetch.L2" in ptx,
         "exits_before_wait": before.count("\tret;"),
     }
 
