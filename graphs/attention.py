@@ -17,12 +17,15 @@ from graphs.flashinfer_mla import FlashinferMla
 from graphs.model_config import ModelConfig
 from graphs.ops import Ops
 from graphs.step_config import StepConfig
+from kernels.triton.mla_absorb import MOST_PARTS, Parts
 
 Buffers = Mapping[str, torch.Tensor]
 
 
 class Attention(Protocol):
     """Decode attention of a step: `plan` once, then `run` once a layer; both capture-safe.
+
+    `run` returns what it has left in splits, if it does not merge them itself.
 
     Attributes:
         libraries: host libraries that hold kernels of it which we did not compile.
@@ -33,7 +36,7 @@ class Attention(Protocol):
 
     def plan(self, b: Buffers) -> None: ...
 
-    def run(self, b: Buffers, kv_cache: torch.Tensor) -> None: ...
+    def run(self, b: Buffers, kv_cache: torch.Tensor) -> Parts | None: ...
 
 
 class TritonAttention:
@@ -67,7 +70,10 @@ class TritonAttention:
 
 
 class FlashinferAttention:
-    """flashinfer's FA3 MLA kernel over a plan made on the device, and our own merge."""
+    """flashinfer's FA3 MLA kernel over a plan made on the device.
+
+    A few splits are left as they are; more of them our own merge takes, which loads many at once.
+    """
 
     def __init__(self, cfg: ModelConfig, config: StepConfig, ops: Ops) -> None:
         assert ops.launch is not None, "the CPU twin has no flashinfer"
@@ -94,7 +100,9 @@ class FlashinferAttention:
             part_o=b["part_o"],
         )
 
-    def run(self, b: Buffers, kv_cache: torch.Tensor) -> None:
+    def run(self, b: Buffers, kv_cache: torch.Tensor) -> Parts | None:
+        """As `Attention.run`."""
+        few = 1 < b["part_o"].shape[1] <= MOST_PARTS
         self._mla.run(
             self._launch,
             b["q_latent"],
@@ -105,4 +113,6 @@ class FlashinferAttention:
             part_o=b["part_o"],
             part_lse=b["part_lse"],
             out=b["o_latent"],
+            merges=not few,
         )
+        return Parts(b["part_o"], b["part_lse"], self._mla.cut) if few else None

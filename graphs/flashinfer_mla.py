@@ -151,6 +151,7 @@ class FlashinferMla:
         part_o: torch.Tensor,
         part_lse: torch.Tensor,
         out: torch.Tensor,
+        merges: bool = True,
     ) -> None:
         """Attend with every token of the planned step.
 
@@ -168,6 +169,7 @@ class FlashinferMla:
             part_o: bf16 [T, splits, H, 512], scratch.
             part_lse: float32 [T, splits, H], scratch.
             out: bf16 [T, H, 512].
+            merges: False leaves the splits of a token longer than `cut` where they are.
         Raises:
             ValueError: buffers that do not fit.
         """
@@ -196,7 +198,7 @@ class FlashinferMla:
                 1.0,
                 None,  # no FP8 scales
             )
-        if part_o.shape[1] > 1:
+        if merges and part_o.shape[1] > 1:
             merge(launch, kv_len, part_o, part_lse, cut=self.cut, out=out)
 
     @cached_property

@@ -243,12 +243,12 @@ class DecodeStep:
             **(q_norm.quantised_only if compressed else {}),
         )
         self._query(b, name, q_norm)
-        self.attention.run(b, b[f"kv.{layer}"])
+        parts = self.attention.run(b, b[f"kv.{layer}"])
         o, attended = Activation.of(b, "o"), (b["o_latent"], b["kv_len"], w[name + "w_uv"])
         if o.plain is None:
-            self.ops.absorb_v(*attended, **o.quantised_only)
+            self.ops.absorb_v(*attended, parts=parts, **o.quantised_only)
         else:
-            self.ops.absorb_v(*attended, out=o.plain)
+            self.ops.absorb_v(*attended, parts=parts, out=o.plain)
             if o.q is not None:
                 self.ops.quantize(o.plain, out_q=o.q, out_scale=o.scale)
         self._linear(b, name + "o", o, b["o_out"])

@@ -8,8 +8,8 @@ from kernels.triton.state import MailboxLayout
 
 MAX_STOPS = 16
 FULL_CHIP = 64  # work items of attention that fill a chip: a power of two just below 132 / 2
-ROW_TOKENS = 2048  # KV tokens of the rows that the default cut is made for
-MIN_CUT, MAX_CUT = 256, 2048  # of the default, where no row is too long for it
+ROW_TOKENS = 2048 + 128  # KV tokens of the rows that the default cut is made for
+MIN_CUT, CUT_STEP = 256, 64  # of the default; attention walks a split in tiles of 64
 FEW_SPLITS, LONE_SPLITS = 16, 32  # of a token, at most: among many rows, and of a row alone
 
 
@@ -73,22 +73,31 @@ def default_cut(max_rows: int, max_seq_len: int, page_size: int = 64) -> int:
 
     FA3 MLA runs a (token, split) of 128 heads on two SMs, so 66 fill a Hopper chip. Alone, a split
     takes about 12 us, and 25 us more for 1024 tokens of KV. So the best cut gives every pair of SMs
-    one split: 64 splits in all, of rows as long as ROW_TOKENS. Fewer leave SMs without work, more
-    make some pay the 12 us again. Measured on an H200 with rows of 2000 tokens, in us, at cuts of
-    256, 512, 1024 and 2048: 1 row 19, 24, 36, 63; 32 rows 68, 52, 43, 68; 64 rows 131, 98, 83, 72.
+    one split: at most 64 splits in all, of rows as long as ROW_TOKENS, of as many tokens as that
+    needs. Fewer leave SMs without work, more make some pay the 12 us again. Measured on an H200
+    with rows of 2000 tokens, in us, at cuts of 256, 512, 1024 and 2048: 1 row 19, 24, 36, 63;
+    32 rows 68, 52, 43, 68; 64 rows 131, 98, 83, 72.
+
+    ROW_TOKENS is a prompt of 2048 tokens and some of its answer: at half of 2048 a row of 2049
+    would bring 32 rows a third split each, which took 9 us more; 64 tokens more in a split take
+    1.6. Rows that grow past it pay all the same.
 
     Room for the splits of every step token is kept, prompts' included (16 of 128 heads are 2 MiB in
-    bf16), so there are limits to them: cuts get longer with `max_seq_len`.
+    bf16), so there are limits to them: rows that may be too long are cut at a power of two.
 
     Args:
         max_rows: concurrent requests of a rank.
         max_seq_len: tokens.
         page_size: tokens; a power of two, which the cut is a multiple of.
     """
-    wanted = ROW_TOKENS * max_rows // FULL_CHIP
-    cut = 1 << (max(1, wanted) - 1).bit_length()
-    cut = max(min(cut, MAX_CUT), MIN_CUT, page_size)
-    while cut * max(FEW_SPLITS, LONE_SPLITS // max_rows) < max_seq_len:
+    splits = max(1, FULL_CHIP // max_rows)
+    step = max(CUT_STEP, page_size)
+    cut = max(MIN_CUT, -(-ROW_TOKENS // (splits * step)) * step)
+    most = max(FEW_SPLITS, LONE_SPLITS // max_rows)
+    if cut * most >= max_seq_len:
+        return cut
+    cut = max(MIN_CUT, page_size)
+    while cut * most < max_seq_len:
         cut *= 2
     return cut
 

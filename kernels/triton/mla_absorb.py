@@ -16,15 +16,31 @@ import triton.language as tl
 
 from kernels.triton.activation import check_quantized, quantize_groups, quantize_ref
 from kernels.triton.launch import Launcher
+from kernels.triton.mla_decode import check_parts, merge_ref
 from kernels.triton.mla_prep import rope_pair, rope_ref
 from kernels.triton.overlap import (
     await_inputs,
     overlap,
 )
-from kernels.triton.tiles import einsum_rows
+from kernels.triton.tiles import BUDGET_BYTES, einsum_rows
 
 MIN_TOKENS, MAX_TOKENS = 16, 64  # of one tile; the narrow side of a tensor-core instruction
 TILES_PER_CTA = 4  # token tiles that share one read of W_UK
+MOST_PARTS = 4  # splits of attention that `absorb_v` merges; of more there would be too few loads
+
+
+class Parts(NamedTuple):
+    """What attention has left in splits of every token that is longer than `cut`.
+
+    Attributes:
+        o: act [T, splits, H, dc], each split normalised by its own sum; 2 to MOST_PARTS splits.
+        lse: float32 [T, splits, H], log2 of each split's sum of 2**score.
+        cut: tokens of a split; token t has ceil(kv_len[t] / cut) of them.
+    """
+
+    o: torch.Tensor
+    lse: torch.Tensor
+    cut: int
 
 
 class _Tile(NamedTuple):
@@ -108,8 +124,40 @@ def _absorb_q(
 
 
 @triton.jit
+def _split_weights(
+    lse,  # f32: pointers to the first split of each token, splits H apart
+    used,  # i32 [BLOCK_T]: splits of each token
+    H: tl.constexpr,
+    SPLITS: tl.constexpr,
+):
+    """f32 [BLOCK_T] of four splits each, and their sum; a token that has one gets 1, 0, 0 and 0."""
+    none = float("-inf")
+    lse_0 = tl.load(lse, mask=used > 1, other=0.0)
+    lse_1 = tl.load(lse + H, mask=used > 1, other=none)
+    lse_2 = tl.full(used.shape, none, tl.float32)
+    lse_3 = lse_2
+    if SPLITS > 2:
+        lse_2 = tl.load(lse + 2 * H, mask=used > 2, other=none)
+    if SPLITS > 3:
+        lse_3 = tl.load(lse + 3 * H, mask=used > 3, other=none)
+    high = tl.maximum(tl.maximum(lse_0, lse_1), tl.maximum(lse_2, lse_3))
+    weight_0, weight_1 = tl.exp2(lse_0 - high), tl.exp2(lse_1 - high)
+    weight_2, weight_3 = tl.exp2(lse_2 - high), tl.exp2(lse_3 - high)
+    return weight_0, weight_1, weight_2, weight_3, weight_0 + weight_1 + weight_2 + weight_3
+
+
+@triton.jit
+def _plus_split(total, part, weight, mask):
+    """total + part * weight, fused; said here, so that it is at every number of tokens."""
+    o = tl.load(part, mask=mask, other=0.0).to(tl.float32)
+    return tl.fma(o, tl.broadcast_to(weight[None, :], o.shape), total)
+
+
+@triton.jit
 def _absorb_v(
     o_latent,  # act [T, H, DC], row pitch o_pitch
+    part_o,  # act [T, SPLITS, H, DC], or unused
+    part_lse,  # f32 [T, SPLITS, H], base 2, or unused
     kv_len,  # int32 [T]
     w_uv,  # act [H, DV, DC]
     out,  # act [T, H*DV], row pitch out_pitch, or unused
@@ -128,6 +176,9 @@ def _absorb_v(
     HAS_OUT: tl.constexpr,
     HAS_Q: tl.constexpr,
     PRECISION: tl.constexpr,
+    H: tl.constexpr,
+    SPLITS: tl.constexpr,  # 2 to 4 of tokens longer than CUT; 0: all tokens are in o_latent
+    CUT: tl.constexpr,
     PDL: tl.constexpr,
 ):
     V_TILES: tl.constexpr = (DV + BLOCK_V - 1) // BLOCK_V
@@ -138,14 +189,30 @@ def _absorb_v(
     w_at = w_uv + head.to(tl.int64) * (DV * DC) + v[:, None] * DC + c[None, :]
     x_at = o_latent + head * DC + t.to(tl.int64)[None, :] * o_pitch + c[:, None]
     await_inputs(PDL)
-    real = tl.load(kv_len + t, mask=t < T, other=0) > 0
+    length = tl.load(kv_len + t, mask=t < T, other=0)
+    if SPLITS > 0:
+        used = (length + CUT - 1) // CUT
+        line = t.to(tl.int64) * (SPLITS * H) + head
+        w_0, w_1, w_2, w_3, sum_of_weights = _split_weights(part_lse + line, used, H, SPLITS)
+        parts = part_o + line[None, :] * DC + c[:, None]
+        x_at = tl.where((used > 1)[None, :], parts, x_at)
     acc = tl.zeros([BLOCK_V, BLOCK_T], tl.float32)
     for c0 in range(0, DC, BLOCK_C):
         w = tl.load(w_at + c0, mask=(v[:, None] < DV) & (c[None, :] + c0 < DC), other=0.0)
-        x = tl.load(x_at + c0, mask=(t[None, :] < T) & (c[:, None] + c0 < DC), other=0.0)
+        inside = c[:, None] + c0 < DC
+        x = tl.load(x_at + c0, mask=(t[None, :] < T) & inside, other=0.0)
+        if SPLITS > 0:
+            at = parts + c0
+            merged = x.to(tl.float32) * w_0[None, :]
+            merged = _plus_split(merged, at + H * DC, w_1, (used > 1)[None, :] & inside)
+            if SPLITS > 2:
+                merged = _plus_split(merged, at + 2 * H * DC, w_2, (used > 2)[None, :] & inside)
+            if SPLITS > 3:
+                merged = _plus_split(merged, at + 3 * H * DC, w_3, (used > 3)[None, :] & inside)
+            x = (merged / sum_of_weights[None, :]).to(x.dtype)
         acc = tl.dot(w, x, acc, input_precision=PRECISION)
     # Attention may leave a padded token as it was.
-    acc = tl.where(real[None, :], acc, 0.0)
+    acc = tl.where((length > 0)[None, :], acc, 0.0)
     y = tl.trans(acc.to(o_latent.dtype.element_ty))
     row = t.to(tl.int64)[:, None]
     col = head * DV + v[None, :]
@@ -252,6 +319,7 @@ def absorb_v(
     out: torch.Tensor | None = None,
     out_q: torch.Tensor | None = None,
     out_scale: torch.Tensor | None = None,
+    parts: Parts | None = None,
 ) -> None:
     """Bring each head's latent attention output back to its value dimension.
 
@@ -262,20 +330,27 @@ def absorb_v(
         out: act [T, H*dv]; the row pitch may exceed the width.
         out_q, out_scale: the same (after its rounding to act) quantised, e4m3 [T, H*dv] and
             fp32 [T, H*dv/128]; only where dv is a multiple of 128.
+        parts: tokens longer than `parts.cut` are there and not in o_latent; they are merged in
+            order, in fp32, and rounded to act.
     Raises:
-        ValueError: no output, shapes that do not fit, or a quantised output of another dv.
+        ValueError: no output, shapes that do not fit, a quantised output of another dv, or another
+            number of splits.
     Capture-safe.
     Source: DeepSeek-V2 report, section 2.1.2 (absorption of W_UV into W_O).
     """
     _check_v(o_latent, w_uv, out, out_q, out_scale)
+    _check_parts(o_latent, parts)
     tokens = o_latent.shape[0]
     num_heads, dv, dc = w_uv.shape
     tile = _v_tile(w_uv)
-    block_t = _token_tile(o_latent)
+    block_t, splits = _token_tile(o_latent), 0 if parts is None else parts.o.shape[1]
+    step_bytes = (tile.rows + block_t * max(1, splits)) * tile.steps * w_uv.element_size()
     launch(
         _absorb_v,
         (num_heads * triton.cdiv(dv, tile.rows), triton.cdiv(tokens, block_t)),
         o_latent,
+        o_latent if parts is None else parts.o,
+        w_uv if parts is None else parts.lse,
         kv_len,
         w_uv,
         o_latent if out is None else out,
@@ -294,8 +369,12 @@ def absorb_v(
         HAS_OUT=out is not None,
         HAS_Q=out_q is not None,
         PRECISION=_precision(o_latent),
+        H=num_heads,
+        SPLITS=splits,
+        CUT=1 if parts is None else parts.cut,
         num_warps=4,
-        num_stages=4,  # deep enough that one head's whole weight is in flight
+        # Deep enough that one head's whole weight is in flight, where there is room.
+        num_stages=min(4, BUDGET_BYTES[1] // step_bytes),
         **overlap(launch),
     )
 
@@ -308,10 +387,16 @@ def absorb_v_ref(
     out: torch.Tensor | None = None,
     out_q: torch.Tensor | None = None,
     out_scale: torch.Tensor | None = None,
+    parts: Parts | None = None,
 ) -> None:
     """`absorb_v` in plain torch."""
     _check_v(o_latent, w_uv, out, out_q, out_scale)
-    o = o_latent.masked_fill((kv_len == 0)[:, None, None], 0.0)
+    _check_parts(o_latent, parts)
+    o = o_latent
+    if parts is not None:
+        o = o.clone()
+        merge_ref(kv_len, parts.o, parts.lse, cut=parts.cut, out=o)
+    o = o.masked_fill((kv_len == 0)[:, None, None], 0.0)
     y = einsum_rows("thc,hvc->thv", o.float(), w_uv.float()).to(o.dtype)
     flat = y.reshape(y.shape[0], -1)
     if out is not None:
@@ -394,3 +479,15 @@ def _check_v(
                 "write `out` and quantise it apart"
             )
         check_quantized(tokens, num_heads * dv, out_q, out_scale)
+
+
+def _check_parts(o_latent: torch.Tensor, parts: Parts | None) -> None:
+    if parts is None:
+        return
+    check_parts(parts.o, parts.lse, o_latent)
+    if not 2 <= parts.o.shape[1] <= MOST_PARTS or parts.o.dtype != o_latent.dtype:
+        got = f"{parts.o.shape[1]} of {parts.o.dtype}"
+        raise ValueError(
+            f"parts must be 2 to {MOST_PARTS} splits of {o_latent.dtype}, got {got}; merge them "
+            "before"
+        )

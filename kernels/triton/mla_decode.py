@@ -371,7 +371,7 @@ def merge(
         ValueError: shapes that do not fit.
     Capture-safe.
     """
-    _check_parts(part_o, part_lse, out)
+    check_parts(part_o, part_lse, out)
     tokens, num_heads, dc = out.shape
     launch(
         _merge,
@@ -402,7 +402,7 @@ def merge_ref(
     out: torch.Tensor,
 ) -> None:
     """`merge` in plain torch."""
-    _check_parts(part_o, part_lse, out)
+    check_parts(part_o, part_lse, out)
     used = -(-kv_len // cut)
     unused = torch.arange(part_o.shape[1]) >= used[:, None]
     lse = part_lse.masked_fill(unused[..., None], float("-inf"))
@@ -465,10 +465,11 @@ def _check(
             f"part_o must be float32 [T, {want}, H, dc] ({page_table.shape[1]} pages of "
             f"{page_size} tokens cut at {cut}), got {part_o.dtype} {list(part_o.shape)}"
         )
-    _check_parts(part_o, part_lse, out)
+    check_parts(part_o, part_lse, out)
 
 
-def _check_parts(part_o: torch.Tensor, part_lse: torch.Tensor, out: torch.Tensor) -> None:
+def check_parts(part_o: torch.Tensor, part_lse: torch.Tensor, out: torch.Tensor) -> None:
+    """Refuse splits of attention that do not fit its output."""
     tokens, num_heads, dc = out.shape
     splits = part_o.shape[1]
     want = ((tokens, splits, num_heads, dc), (tokens, splits, num_heads))

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from kernels.triton.launch import JitLauncher
-from kernels.triton.mla_absorb import absorb_q, absorb_q_ref, absorb_v, absorb_v_ref
+from kernels.triton.mla_absorb import Parts, absorb_q, absorb_q_ref, absorb_v, absorb_v_ref
 from kernels.triton.mla_decode import (
     LONG_CUT,
     merge,
@@ -203,6 +203,53 @@ def test_absorb_v_matches_its_oracle(tokens: int, heads: int, dv: int, dc: int) 
         torch.testing.assert_close(
             quantised[0][name].float(), tensor.float(), rtol=rtol, atol=2**-9
         )
+
+
+def _parts(lengths: list[int], splits: int, cut: int, heads: int, dc: int) -> tuple[Any, ...]:
+    """(o_latent, kv_len, w_uv) and Parts; what no token has is NaN."""
+    torch.manual_seed(3)
+    tokens, kv_len = len(lengths), _i32(*lengths)
+    o, part_o = torch.randn(tokens, heads, dc), torch.randn(tokens, splits, heads, dc)
+    lse = torch.randn(tokens, splits, heads) * 20
+    for t, used in enumerate((-(-kv_len // cut)).tolist()):
+        if used != 1:
+            o[t] = NAN
+        part_o[t, used if used > 1 else 0 :] = NAN
+        lse[t, used if used > 1 else 0 :] = NAN
+    return (o, kv_len, torch.randn(heads, 20, dc)), Parts(part_o, lse, cut)
+
+
+@pytest.mark.parametrize("splits", [2, 3, 4])
+def test_absorb_v_merges_what_attention_left_in_splits(splits: int) -> None:
+    cut, last = 64, splits * 64
+    lengths = [0, 1, cut, cut + 1, last - cut + 1, last, 0, *range(5, last, 9)]
+    args, parts = _parts(lengths, splits, cut, 3, 48)
+    merged = args[0].clone()
+    merge_ref(args[1], parts.o, parts.lse, cut=cut, out=merged)
+    got, ref, want = torch.full((3, len(lengths), 60), 3.0)
+    absorb_v(LAUNCH, *args, out=got, parts=parts)
+    absorb_v_ref(*args, out=ref, parts=parts)
+    absorb_v_ref(merged, *args[1:], out=want)
+    assert torch.equal(ref, want)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-4)
+    assert (got[0] == 0.0).all()
+    for t in (1, 3, 5, len(lengths) - 1):  # alone as in company
+        one, alone = slice(t, t + 1), torch.empty(1, 60)
+        part = Parts(parts.o[one], parts.lse[one], cut)
+        absorb_v(LAUNCH, args[0][one], args[1][one], args[2], out=alone, parts=part)
+        assert torch.equal(alone, got[one]), t
+
+
+def test_absorb_v_merges_a_few_splits_of_its_own_dtype() -> None:
+    args, parts = _parts([5, 70], 5, 64, 3, 48)
+    with pytest.raises(ValueError, match="2 to 4 splits of torch.float32, got 5 of torch.float32"):
+        absorb_v(LAUNCH, *args, out=torch.empty(2, 60), parts=parts)
+    half = Parts(parts.o[:, :2].half().contiguous(), parts.lse[:, :2].contiguous(), 64)
+    with pytest.raises(ValueError, match="got 2 of torch.float16; merge them"):
+        absorb_v_ref(*args, out=torch.empty(2, 60), parts=half)
+    short = Parts(parts.o[:1, :2].contiguous(), parts.lse[:1, :2].contiguous(), 64)
+    with pytest.raises(ValueError, match="part_o and part_lse must be"):
+        absorb_v_ref(*args, out=torch.empty(2, 60), parts=short)
 
 
 def test_absorption_of_a_token_does_not_depend_on_the_others() -> None:

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
 import torch
 
+from graphs.attention import FlashinferAttention
+from graphs.calls import NoLauncher
+from graphs.devices import bind_views
 from graphs.flashinfer_mla import MAX_SMS, FlashinferMla
 from graphs.model_config import ModelConfig
+from graphs.ops import Ops
 from graphs.presets import PRESETS
 from kernels.triton.launch import JitLauncher
 from kernels.triton.mla_decode import merge
 from kernels.triton.mla_plan import ITEM_ARRAYS, PlanLayout, mla_plan, mla_plan_ref
+from runtime.config import RuntimeConfig
+from runtime.selection import choose
 
 LAUNCH = JitLauncher()
 UNWRITTEN = -7
@@ -196,6 +202,29 @@ def test_on_meta_tensors_only_our_kernels_are_launched(splits: int) -> None:
         out=meta(8, 128, 512),
     )
     assert launched == ["_mla_plan", *(["_merge"] if splits > 1 else [])]
+
+
+@pytest.mark.parametrize(("cut", "left"), [(4096, False), (2048, True), (1024, True), (512, False)])
+def test_a_few_splits_are_left_to_who_reads_them(cut: int, left: bool) -> None:
+    """One split is none; more than `absorb_v` merges are merged by a kernel of their own."""
+    launched: list[str] = []
+
+    class Lister(NoLauncher):
+        num_sms = 132
+
+        def __call__(self, kernel: Any, *_: Any, **__: Any) -> None:
+            launched.append(kernel.fn.__name__)
+
+    chosen = {"model": "deepseek-v3", "layers": 1, "bs": 8, "ladder": "8", "attention": "auto"}
+    selection = choose(RuntimeConfig.of(**chosen), compile_only=True)
+    step = replace(selection.step, attention="flashinfer", cut=cut)
+    views = bind_views(None, replace(selection, step=step).layout, torch.device("meta"))
+    attention = FlashinferAttention(selection.model, step, Ops(Lister()))
+    parts = attention.run(views, views["kv.0"])
+    assert (parts is not None) == left
+    assert launched == (["_merge"] if cut == 512 else [])
+    if parts is not None:
+        assert (parts.o.shape[1], parts.cut) == (4096 // cut, cut)
 
 
 def test_more_heads_than_a_query_tile_are_refused() -> None:

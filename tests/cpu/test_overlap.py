@@ -68,6 +68,15 @@ def test_every_kernel_of_a_step_waits_before_it_touches_what_steps_write(
 
 def test_off_has_no_trace_of_it(listed: dict[str, list[dict[str, Any]]]) -> None:
     assert not [k["name"] for k in listed["off"] if k["pdl"] or k["waits"] or k["releases"]]
+    assert not [k["name"] for k in listed["off"] if k["asks_before_wait"] or k["asks"]]
+
+
+def test_streams_ask_for_their_first_weights_before_they_wait(
+    listed: dict[str, list[dict[str, Any]]],
+) -> None:
+    asking = {k["name"] for k in listed["late"] if k["asks"]}
+    assert asking == {"_linear_fp8_kernel", "_linear_kernel", "_latent_query", "_down_kernel"}
+    assert all(k["asks"] == k["asks_before_wait"] for k in listed["late"])
 
 
 def test_early_lets_dependents_go_and_late_does_so_after_the_stream(
@@ -151,6 +160,8 @@ def _facts(spec: Any, ptx: str) -> dict[str, Any]:
         "waits": wait >= 0,
         "releases": release >= 0,
         "release_first": 0 <= release < wait,
+        "asks": ptx.count("prefetch.global.L2"),
+        "asks_before_wait": before.count("prefetch.global.L2"),
         "stores_before_wait": before.count("st.global") + before.count("red.global"),
         "exits_before_wait": before.count("\tret;"),
     }

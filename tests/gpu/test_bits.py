@@ -13,7 +13,7 @@ from tests.gpu.conftest import Load
 from tests.gpu.models import LADDERS, options_of
 from tests.serving import Request, alone, make_requests, serve
 
-# One takes five attention splits (of 256 tokens here), one comes to its second while it decodes;
+# One takes four attention splits (of 320 tokens here), one comes to its second while it decodes;
 # others end at and around page boundaries.
 LENGTHS = (1100, 1, 37, 63, 64, 65, 250, 7, 300, 128)
 TOKENS = (24, 31, 20)
