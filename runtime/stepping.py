@@ -238,8 +238,7 @@ class Stepping:
                     raise
                 if time.monotonic() > deadline:
                     raise self._fail(
-                        f"step {step} did not finish within {limit_s} s; "
-                        "close this runtime"
+                        f"step {step} did not finish within {limit_s} s; close this runtime"
                     )
 
     # ------------------------------------------------------------------ end
