@@ -29,6 +29,7 @@ def load_engine(options: RuntimeConfig, *, opening: Opening | None = None) -> Re
     if opening is not None and (not options.bundle or options.device == "cpu"):
         opening.close()  # nothing to restore
     elif options.bundle and options.device != "cpu":
+        opening = opening or Opening(options.local_rank)  # before the longest import
         from runtime.restore import restore
 
         try:
