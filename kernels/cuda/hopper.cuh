@@ -184,6 +184,8 @@ __device__ __forceinline__ void leave_registers() {
 
 // -- arithmetic ----------------------------------------------------------------------------------
 
+#define LOCKSTEP_INFINITY __int_as_float(0x7f800000)
+
 __device__ __forceinline__ float exp2_fast(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));

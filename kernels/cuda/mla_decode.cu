@@ -355,10 +355,10 @@ __device__ __forceinline__ float2 weigh(float (&s)[32], Softmax& x, u32 (&weight
 #pragma unroll
     for (int i = 0; i < 32; ++i) {
       int col = i / 4 * 8 + (threadIdx.x & 3) * 2 + (i & 1);
-      if (col >= live) s[i] = -INFINITY;
+      if (col >= live) s[i] = -LOCKSTEP_INFINITY;
     }
   }
-  float new0 = -INFINITY, new1 = -INFINITY;
+  float new0 = -LOCKSTEP_INFINITY, new1 = -LOCKSTEP_INFINITY;
 #pragma unroll
   for (int c = 0; c < 8; ++c) {
     new0 = fmaxf(new0, fmaxf(s[4 * c], s[4 * c + 1]));
@@ -443,7 +443,7 @@ __device__ __forceinline__ void scores(Shared sh, const Params& p, int first, in
   for (int slot = first; slot < last; ++slot) {
     Item item = read_item(p, slot);
     u32 turn = slot - first;
-    Softmax x = {-INFINITY, -INFINITY, 0.0f, 0.0f};
+    Softmax x = {-LOCKSTEP_INFINITY, -LOCKSTEP_INFINITY, 0.0f, 0.0f};
     if (kHeld > 0) hold_query(sh, held, turn & 1);
     multiply_scores<0, kGroups>(s, sh, held, block, turn & 1);
     wgmma_commit();
@@ -595,17 +595,28 @@ __device__ __forceinline__ void prepare_barriers(const Shared& sh) {
 extern "C" __global__ void __launch_bounds__(384, 1)
     mla_decode(const __grid_constant__ TensorMap q_map, const __grid_constant__ TensorMap kv_map, const char* cache,
                const int* page_table, const int* work, char* out, char* part_o, float* part_lse, const char* ask,
-               u64 ask_bytes, int ask_chunk, int capacity, int work_indptr, float scale, int* failed, float* seen) {
+               int ask_bytes, int ask_chunk, int capacity, int work_indptr, float scale
+#ifdef LOCKSTEP_TRIAL
+               , int* failed, float* seen
+#endif
+    ) {
+#ifndef LOCKSTEP_TRIAL
+  int* failed = nullptr;
+  float* seen = nullptr;
+#endif
+
   extern __shared__ __align__(1024) char memory[];
   Shared sh{shared_address(memory), failed};
   Params p{page_table, work, capacity, work_indptr, out,  part_o, part_lse, scale,
-           ask,        ask_bytes, u32(ask_chunk), failed, seen};
+           ask,        u64(ask_bytes), u32(ask_chunk), failed, seen};
   int role = __shfl_sync(kAll, threadIdx.x / 128, 0);
   if (threadIdx.x == 0) {
     prepare_barriers(sh);
     ask_map(&q_map);
     ask_map(&kv_map);
+#ifdef LOCKSTEP_TRIAL
     if (sh.base % 1024) atomicCAS(failed, 0, 99);
+#endif
   }
   if (kCluster > 1) {
     cluster_sync();
