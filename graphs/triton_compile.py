@@ -45,7 +45,7 @@ def toolchain(arch_number: int) -> str:
 
 
 def require_compilable(kernel: Any) -> None:
-    """Raises CompileError unless `kernel` is a Triton function that can be compiled, or CUDA C++."""
+    """Raises CompileError unless `kernel` is CUDA C++, or Triton that can be compiled."""
     if isinstance(kernel, CudaKernel):
         return
     if not hasattr(kernel, "cache_key") or not hasattr(kernel, "fn"):

@@ -593,7 +593,7 @@ __device__ __forceinline__ void prepare_barriers(const Shared& sh) {
 }  // namespace
 
 extern "C" __global__ void __launch_bounds__(384, 1)
-    mla_decode(const __grid_constant__ TensorMap q_map, const __grid_constant__ TensorMap kv_map, const char* cache,
+    hopper_mla(const __grid_constant__ TensorMap q_map, const __grid_constant__ TensorMap kv_map, const char* cache,
                const int* page_table, const int* work, char* out, char* part_o, float* part_lse, const char* ask,
                int ask_bytes, int ask_chunk, int capacity, int work_indptr, float scale
 #ifdef LOCKSTEP_TRIAL

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from graphs.flashinfer_mla import MAX_SMS, FlashinferMla
+from graphs.flashinfer_mla import FlashinferMla
 from graphs.model_config import ModelConfig
+from graphs.planned_mla import MAX_SMS
 from graphs.presets import PRESETS
 from kernels.triton.launch import JitLauncher
 from kernels.triton.mla_decode import merge
