@@ -39,6 +39,12 @@ using namespace lockstep;
 #define LOCKSTEP_SLACK 8  // powers of two that a score may pass the running maximum by before it moves
 #endif
 
+#ifndef LOCKSTEP_SCORES_REGISTERS  // of a thread of each warpgroup: together not more than the block started with
+#define LOCKSTEP_SCORES_REGISTERS 216
+#define LOCKSTEP_VALUES_REGISTERS 240
+#define LOCKSTEP_LOADS_REGISTERS 40
+#endif
+
 #ifdef LOCKSTEP_TRACE  // trials: when the first thread of a role of the first block passed its marks
 #define LOCKSTEP_MARK(role, what)                                                              \
   if (threadIdx.x % 128 == 0 && blockIdx.x == 0 && marks < 1000) {                             \
