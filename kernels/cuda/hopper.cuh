@@ -98,23 +98,14 @@ __device__ __forceinline__ void fence_async() {
 // bytes, at multiples of 1024 bytes: groups of 8 rows are 1024 bytes apart.
 constexpr u32 kSwizzled = (1u << 30) | (1024 >> 4);
 
-// Rows along M or N, columns along K.
-__device__ __forceinline__ u32 columns_along_k(u32 at) { return (1u << 16) | (at >> 4); }
+// In a cluster an address holds the block's rank, too, above what a descriptor takes.
+__device__ __forceinline__ u32 in_sixteens(u32 at) { return (at & 0x3ffff) >> 4; }
 
-#ifdef LOCKSTEP_SWAPPED  // trial: the two strides of the transposed operand the other way round
-constexpr u32 kTileStep = 1024, kTransposed = (1u << 30) | (8192 >> 4);
-#else
-constexpr u32 kTileStep = 8192, kTransposed = kSwizzled;
-#endif
+// Rows along M or N, columns along K.
+__device__ __forceinline__ u32 columns_along_k(u32 at) { return (1u << 16) | in_sixteens(at); }
 
 // Rows along K, columns along N; the next 64 columns are in the next tile, 8192 bytes on.
-__device__ __forceinline__ u32 rows_along_k(u32 at) { return ((kTileStep >> 4) << 16) | (at >> 4); }
-
-__device__ __forceinline__ u64 transposed(u32 lower) {
-  u64 both;
-  asm("mov.b64 %0, {%1, %2};" : "=l"(both) : "r"(lower), "r"(kTransposed));
-  return both;
-}
+__device__ __forceinline__ u32 rows_along_k(u32 at) { return ((8192u >> 4) << 16) | in_sixteens(at); }
 
 __device__ __forceinline__ u64 operand(u32 lower) {
   u64 both;

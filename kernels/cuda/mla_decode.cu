@@ -29,8 +29,8 @@ using namespace lockstep;
 #ifndef LOCKSTEP_HELD
 #define LOCKSTEP_HELD 0  // tiles of Q that `scores` holds in registers
 #endif
-#ifndef LOCKSTEP_DELAY
-#define LOCKSTEP_DELAY 1  // `values` waits for the next block's scores
+#ifndef LOCKSTEP_LATE
+#define LOCKSTEP_LATE 0  // groups that `values` multiplies only once the next block's scores are there
 #endif
 #ifndef LOCKSTEP_AHEAD
 #define LOCKSTEP_AHEAD 3  // KV blocks that L2 is asked for ahead of their load
@@ -52,9 +52,7 @@ using namespace lockstep;
     at[0] = what, at[1] = clock();                                                             \
   }
 #define LOCKSTEP_MARKS int marks = 0
-#define LOCKSTEP_PASS_MARKS , marks
 #else
-#define LOCKSTEP_PASS_MARKS
 #define LOCKSTEP_MARK(role, what)
 #define LOCKSTEP_MARKS
 #endif
@@ -66,11 +64,13 @@ constexpr int kRows = 64;             // heads of a block, and tokens of a KV bl
 constexpr int kLatent = 512, kWidth = 576;
 constexpr int kTileBytes = kRows * 128, kTiles = 9, kStageBytes = kTiles * kTileBytes;
 constexpr int kGroups = 5, kRope = 4, kValueGroups = 4;  // groups 0 … 3: two tiles each; 4: the rotary tile
-constexpr int kTheirs = kValueGroups - kOwn;
+constexpr int kTheirs = kValueGroups - kOwn, kLate = LOCKSTEP_LATE, kEarly = kTheirs - kLate;
 constexpr u32 kAll = 0xffffffffu;
 
-// The i-th group to be loaded and scored: the rotary tile is freed first.
-__device__ __forceinline__ constexpr int in_order(int i) { return i == 0 ? kRope : i - 1; }
+// The i-th group to be scored, in the order in which they are freed.
+__device__ __forceinline__ constexpr int in_order(int i) {
+  return i == 0 ? kRope : i <= kTheirs ? kOwn + i - 1 : i - 1 - kTheirs;
+}
 
 // Bytes of shared memory.
 constexpr int kQ = 0, kKv = kStageBytes, kP = 3 * kStageBytes, kFactors = kP + 8192, kBarriers = kFactors + 1024;
@@ -198,9 +198,11 @@ __device__ __forceinline__ void ask_page(const char* cache, int page, u32 rank) 
   ask_l2(cache + u64(page) * (kRows * kWidth * 2) + rank * kBytes, kBytes);
 }
 
+// One thread of each warp; warp w loads group w, the first one the rotary tile before it.
 __device__ __forceinline__ void loads(Shared sh, const Params& p, const TensorMap* q, const TensorMap* kv,
                                       const char* cache, int first, int last, u32 half, u32 rank) {
   u32 block = 0;
+  int own = (threadIdx.x >> 5) & 3;
   LOCKSTEP_MARKS;
   LOCKSTEP_MARK(2, 0);
   for (int slot = first; slot < last; ++slot) {
@@ -209,24 +211,27 @@ __device__ __forceinline__ void loads(Shared sh, const Params& p, const TensorMa
     u32 turn = slot - first;
     int page = pages[0];
     int later = LOCKSTEP_AHEAD < item.blocks ? pages[LOCKSTEP_AHEAD] : -1;
+    sh.wait(sh.q_empty(), (turn & 1) ^ 1, 1);
+    int query = (item.token * kBlocks + half) * kRows;
     for (int n = 0; n < item.blocks; ++n, ++block) {
       int next = n + 1 < item.blocks ? pages[n + 1] : 0;
-      if (n == 0) sh.wait(sh.q_empty(), (turn & 1) ^ 1, 1);
-#pragma unroll
-      for (int i = 0; i < kGroups; ++i) {
-        int group = in_order(i);
-        if (n == 0) load_query(sh, q, group, (item.token * kBlocks + half) * kRows);
-        sh.wait(sh.empty(block & 1, group), ((block >> 1) & 1) ^ 1, 2 + group);
-        LOCKSTEP_MARK(2, 1 + i);
-        load_group(sh, kv, group, block, page, rank);
+      if (own == 0) {
+        if (n == 0) load_query(sh, q, kRope, query);
+        sh.wait(sh.empty(block & 1, kRope), ((block >> 1) & 1) ^ 1, 2);
+        load_group(sh, kv, kRope, block, page, rank);
       }
-      if (n == 0)
-        for (int i = 2; i < LOCKSTEP_AHEAD && i < item.blocks; ++i) ask_page(cache, pages[i], rank);
-      if (LOCKSTEP_AHEAD > 0 && later >= 0) ask_page(cache, later, rank);
-      int ahead = n + 1 + LOCKSTEP_AHEAD;
-      later = ahead < item.blocks ? pages[ahead] : -1;
-      u64 at = (u64(block) * gridDim.x + blockIdx.x) * p.ask_chunk;
-      if (p.ask_chunk > 0 && at + p.ask_chunk <= p.ask_bytes) ask_l2(p.ask + at, p.ask_chunk);
+      if (n == 0) load_query(sh, q, own, query);
+      sh.wait(sh.empty(block & 1, own), ((block >> 1) & 1) ^ 1, 3 + own);
+      LOCKSTEP_MARK(2, 1);
+      load_group(sh, kv, own, block, page, rank);
+      LOCKSTEP_MARK(2, 2);
+      if (own == 0) {
+        if (LOCKSTEP_AHEAD > 0 && later >= 0) ask_page(cache, later, rank);
+        int ahead = n + 1 + LOCKSTEP_AHEAD;
+        later = ahead < item.blocks ? pages[ahead] : -1;
+        u64 at = (u64(block) * gridDim.x + blockIdx.x) * p.ask_chunk;
+        if (p.ask_chunk > 0 && at + p.ask_chunk <= p.ask_bytes) ask_l2(p.ask + at, p.ask_chunk);
+      }
       page = next;
     }
   }
@@ -238,7 +243,7 @@ __device__ __forceinline__ void loads(Shared sh, const Params& p, const TensorMa
 __device__ __forceinline__ void multiply_values(float (&o)[64], const u32 (&weights)[16], u32 stage, int group) {
 #pragma unroll
   for (int k = 0; k < 4; ++k)
-    wgmma_128(o, weights + 4 * k, transposed(rows_along_k(stage) + (2 * group * kTileBytes + k * 2048) / 16), 1);
+    wgmma_128(o, weights + 4 * k, operand(rows_along_k(stage) + (2 * group * kTileBytes + k * 2048) / 16), 1);
 }
 
 template <int kCount>
@@ -355,21 +360,24 @@ struct Softmax {
   float high0, high1, total0, total1;
 };
 
-// Scores to weights in bf16, and what the rows' earlier results are to be multiplied by.
-__device__ __forceinline__ float2 weigh(float (&s)[32], Softmax& x, u32 (&weights)[16], float scale, int live) {
-  if (live < kRows) {
+// What no token stands for weighs nothing.
+__device__ __forceinline__ void mask_scores(float (&s)[32], int live) {
+  if (live == kRows) return;
 #pragma unroll
-    for (int i = 0; i < 32; ++i) {
-      int col = i / 4 * 8 + (threadIdx.x & 3) * 2 + (i & 1);
-      if (col >= live) s[i] = -LOCKSTEP_INFINITY;
-    }
+  for (int i = 0; i < 32; ++i) {
+    int col = i / 4 * 8 + (threadIdx.x & 3) * 2 + (i & 1);
+    if (col >= live) s[i] = -LOCKSTEP_INFINITY;
   }
-  float new0 = -LOCKSTEP_INFINITY, new1 = -LOCKSTEP_INFINITY;
+}
+
+// The running maxima with these scores, and what the rows' earlier results are to be multiplied by.
+__device__ __forceinline__ float2 raise(const float (&s)[32], Softmax& x, float scale) {
+  float most[4];  // two of each row: the shorter the chains, the better
 #pragma unroll
-  for (int c = 0; c < 8; ++c) {
-    new0 = fmaxf(new0, fmaxf(s[4 * c], s[4 * c + 1]));
-    new1 = fmaxf(new1, fmaxf(s[4 * c + 2], s[4 * c + 3]));
-  }
+  for (int i = 0; i < 4; ++i) most[i] = fmaxf(s[2 * i], s[2 * i + 1]);
+#pragma unroll
+  for (int i = 4; i < 16; ++i) most[i & 3] = fmaxf(most[i & 3], fmaxf(s[2 * i], s[2 * i + 1]));
+  float new0 = fmaxf(most[0], most[2]), new1 = fmaxf(most[1], most[3]);
   new0 = quad_max(new0) * scale;
   new1 = quad_max(new1) * scale;
   float2 factor = make_float2(1.0f, 1.0f);
@@ -381,6 +389,12 @@ __device__ __forceinline__ float2 weigh(float (&s)[32], Softmax& x, u32 (&weight
     factor.y = exp2_fast(x.high1 - new1);
     x.high1 = new1;
   }
+  return factor;
+}
+
+// Scores to weights in bf16.
+__device__ __forceinline__ void weigh(const float (&s)[32], Softmax& x, float2 factor, u32 (&weights)[16],
+                                      float scale) {
   float sum0 = 0.0f, sum1 = 0.0f;
 #pragma unroll
   for (int c = 0; c < 8; ++c) {
@@ -393,7 +407,6 @@ __device__ __forceinline__ float2 weigh(float (&s)[32], Softmax& x, u32 (&weight
   }
   x.total0 = x.total0 * factor.x + sum0;
   x.total1 = x.total1 * factor.y + sum1;
-  return factor;
 }
 
 __device__ __forceinline__ void give_factors(Shared& sh, float2 factor) {
@@ -410,34 +423,35 @@ __device__ __forceinline__ void give_weights(Shared& sh, const u32 (&w)[16]) {
                  : "memory");
 }
 
-// The scores of a KV block to weights, for both warpgroups; the earlier results rescaled.
-__device__ __forceinline__ void take_scores(Shared& sh, const Params& p, float (&s)[32], Softmax& x, u32 (&weights)[16],
-                                            float (&o)[kOwn][64], u32 block, u32& given, int live
-#ifdef LOCKSTEP_TRACE
-                                            , int& marks
-#endif
-) {
-  wgmma_wait<0>();
-  LOCKSTEP_MARK(0, 1);
+// The compiler moves arithmetic over signals and over waits for products, but not over a loop: this one is left at
+// once, or soon, and no weights may be handed over before it anyway.
+__device__ __forceinline__ void keep_order(Shared& sh, u32 given) { sh.wait(sh.p_empty(), (given & 1) ^ 1, 30); }
+
+// The scores of a KV block are there: free what only they need.
+__device__ __forceinline__ void end_scores(Shared& sh, u32 block, u32 given) {
+  if (kLate > 0) arrive_once_a_warp(sh.scored());
   free_group(sh, block, kRope);
-  arrive_once_a_warp(sh.scored());
-#ifdef LOCKSTEP_SEEN
-  if (blockIdx.x == 0 && block == 0) {
-    for (int i = 0; i < 32; ++i) {
-      int row = threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4 + (i & 2) * 4;
-      p.seen[row * 64 + i / 4 * 8 + threadIdx.x % 4 * 2 + i % 2] = s[i];
-    }
-  }
-#endif
-  float2 factor = weigh(s, x, weights, p.scale, live);
-  LOCKSTEP_MARK(0, 2);
-  sh.wait(sh.p_empty(), (given & 1) ^ 1, 30);
+  keep_order(sh, given);
+}
+
+// The product with the first columns of V is through.
+__device__ __forceinline__ void end_values(Shared& sh, u32 block) {
+#pragma unroll
+  for (int g = 0; g < kOwn; ++g) free_group(sh, block, g);
+}
+
+__device__ __forceinline__ void hand_over(Shared& sh, const u32 (&weights)[16], float2 factor, u32& given) {
   give_weights(sh, weights);
   give_factors(sh, factor);
   arrive_once_a_warp(sh.p_full());
   ++given;
-  LOCKSTEP_MARK(0, 3);
-  rescale(o, factor.x, factor.y);
+}
+
+__device__ __forceinline__ void multiply_own(float (&o)[kOwn][64], const u32 (&weights)[16], u32 stage) {
+  wgmma_fence();
+#pragma unroll
+  for (int g = 0; g < kOwn; ++g) multiply_values(o[g], weights, stage, g);
+  wgmma_commit();
 }
 
 __device__ __forceinline__ void scores(Shared sh, const Params& p, int first, int last, u32 half) {
@@ -454,39 +468,58 @@ __device__ __forceinline__ void scores(Shared sh, const Params& p, int first, in
     multiply_scores<0, kGroups>(s, sh, held, block, turn & 1);
     wgmma_commit();
     clear(o);
-    for (int n = 1; n < item.blocks; ++n, ++block) {
-      take_scores(sh, p, s, x, weights, o, block, given, kRows LOCKSTEP_PASS_MARKS);
-      wgmma_fence();
-#pragma unroll
-      for (int g = 0; g < kOwn; ++g) multiply_values(o[g], weights, sh.stage(block), g);
-      wgmma_commit();
-      LOCKSTEP_MARK(0, 4);
-      // What was multiplied is freed as soon as the next scores have begun.
-      multiply_scores<0, 2>(s, sh, held, block + 1);
-      wgmma_commit();
-      wgmma_wait<1>();
-      LOCKSTEP_MARK(0, 5);
-#pragma unroll
-      for (int g = 0; g < kOwn; ++g) free_group(sh, block, g);
-      multiply_scores<2, kGroups>(s, sh, held, block + 1);
-      wgmma_commit();
-      LOCKSTEP_MARK(0, 6);
+    float2 factor;
+    // In flight at the top: the scores of this block, and behind them the values of the one before.
+    if (item.blocks > 1) {
+      wgmma_wait<0>();
+      for (int n = 1;; ++n) {
+        LOCKSTEP_MARK(0, 1);
+        end_scores(sh, block, given);
+        factor = raise(s, x, p.scale);
+        keep_order(sh, given);
+        wgmma_wait<0>();
+        LOCKSTEP_MARK(0, 2);
+        if (n > 1) end_values(sh, block - 1);
+        keep_order(sh, given);
+        weigh(s, x, factor, weights, p.scale);
+        LOCKSTEP_MARK(0, 3);
+        multiply_scores<0, 1>(s, sh, held, block + 1);
+        wgmma_commit();
+        hand_over(sh, weights, factor, given);
+        rescale(o, factor.x, factor.y);
+        LOCKSTEP_MARK(0, 4);
+        multiply_scores<1, kGroups>(s, sh, held, block + 1);
+        wgmma_commit();
+        LOCKSTEP_MARK(0, 5);
+        multiply_own(o, weights, sh.stage(block));
+        LOCKSTEP_MARK(0, 6);
+        ++block;
+        wgmma_wait<1>();
+        if (n + 1 == item.blocks) break;
+      }
+    } else {
+      wgmma_wait<0>();
     }
-    take_scores(sh, p, s, x, weights, o, block, given, item.tail LOCKSTEP_PASS_MARKS);
+    LOCKSTEP_MARK(0, 1);
+    end_scores(sh, block, given);
     arrive_once_a_warp(sh.q_empty());
-    if (item.tail < kRows) sh.wait(sh.cleared(), tails++ & 1, 31);
-    wgmma_fence();
-#pragma unroll
-    for (int g = 0; g < kOwn; ++g) multiply_values(o[g], weights, sh.stage(block), g);
-    wgmma_commit();
+    mask_scores(s, item.tail);
+    factor = raise(s, x, p.scale);
+    keep_order(sh, given);
     wgmma_wait<0>();
-#pragma unroll
-    for (int g = 0; g < kOwn; ++g) free_group(sh, block, g);
+    if (item.blocks > 1) end_values(sh, block - 1);
+    weigh(s, x, factor, weights, p.scale);
+    hand_over(sh, weights, factor, given);
+    rescale(o, factor.x, factor.y);
+    if (item.tail < kRows) sh.wait(sh.cleared(), tails++ & 1, 31);
+    multiply_own(o, weights, sh.stage(block));
+    wgmma_wait<0>();
+    end_values(sh, block);
     ++block;
     LOCKSTEP_MARK(0, 7);
     if (slot + 1 == last) release_dependents();
     float total0 = quad_sum(x.total0), total1 = quad_sum(x.total1);
-    float2 factor = make_float2(1.0f / total0, 1.0f / total1);
+    factor = make_float2(1.0f / total0, 1.0f / total1);
     sh.wait(sh.p_empty(), (given & 1) ^ 1, 32);
     give_factors(sh, factor);
     arrive_once_a_warp(sh.p_full());
@@ -533,6 +566,30 @@ __device__ __forceinline__ void clear_tail(Shared& sh, u32 block, int live) {
   arrive_once_a_warp(sh.cleared());
 }
 
+// Products with groups of columns, each freed as soon as it is through.
+template <int kFrom, int kTo>
+__device__ __forceinline__ void multiply_groups(float (&o)[kTheirs][64], Shared& sh, const u32 (&weights)[16],
+                                                u32 block) {
+  wgmma_fence();
+#pragma unroll
+  for (int g = kFrom; g < kTo; ++g) {
+    multiply_values(o[g], weights, sh.stage(block), kOwn + g);
+    wgmma_commit();
+  }
+  if (kTo - kFrom > 2) {
+    wgmma_wait<2>();
+    free_group(sh, block, kOwn + kTo - 3);
+  }
+  if (kTo - kFrom > 1) {
+    wgmma_wait<1>();
+    free_group(sh, block, kOwn + kTo - 2);
+  }
+  if (kTo > kFrom) {
+    wgmma_wait<0>();
+    free_group(sh, block, kOwn + kTo - 1);
+  }
+}
+
 __device__ __forceinline__ void values(Shared sh, const Params& p, int first, int last, u32 half) {
   u32 block = 0, taken = 0, tails = 0;
   float o[kTheirs][64];
@@ -553,34 +610,25 @@ __device__ __forceinline__ void values(Shared sh, const Params& p, int first, in
       arrive_once_a_warp(sh.p_empty());
       ++taken;
       rescale(o, factor.x, factor.y);
-      if (partial && n + 2 == item.blocks) clear_tail(sh, block + 1, item.tail);
-      if (LOCKSTEP_DELAY && !at_end) sh.wait(sh.scored(), (block + 1) & 1, 42);
-      if (partial && at_end) sh.wait(sh.cleared(), tails++ & 1, 43);
 #pragma unroll
       for (int g = 0; g < kTheirs; ++g) sh.wait(sh.full(block & 1, kOwn + g), (block >> 1) & 1, 44);
+      if (partial && at_end) sh.wait(sh.cleared(), tails++ & 1, 43);
       LOCKSTEP_MARK(1, 2);
-      wgmma_fence();
-#pragma unroll
-      for (int g = 0; g < kTheirs; ++g) {
-        multiply_values(o[g], weights, sh.stage(block), kOwn + g);
-        wgmma_commit();
+      multiply_groups<0, kEarly>(o, sh, weights, block);
+      if (kLate > 0) {
+        if (!at_end) sh.wait(sh.scored(), (block + 1) & 1, 42);
+        LOCKSTEP_MARK(1, 3);
+        multiply_groups<kEarly, kTheirs>(o, sh, weights, block);
       }
-      if (kTheirs > 2) {
-        wgmma_wait<2>();
-        free_group(sh, block, kValueGroups - 3);
-      }
-      wgmma_wait<1>();
-      free_group(sh, block, kValueGroups - 2);
-      wgmma_wait<0>();
-      LOCKSTEP_MARK(1, 3);
-      free_group(sh, block, kValueGroups - 1);
+      LOCKSTEP_MARK(1, 4);
+      if (partial && n + 2 == item.blocks) clear_tail(sh, block + 1, item.tail);
     }
     sh.wait(sh.p_full(), taken & 1, 45);
     float2 factor = take_factors(sh);
     arrive_once_a_warp(sh.p_empty());
     ++taken;
     store_values(p, item, half, kOwn, o, factor.x, factor.y);
-    LOCKSTEP_MARK(1, 4);
+    LOCKSTEP_MARK(1, 5);
   }
 }
 
@@ -640,7 +688,7 @@ extern "C" __global__ void __launch_bounds__(384, 1)
     values(sh, p, first, last, half);
   } else {
     leave_registers<LOCKSTEP_LOADS_REGISTERS>();
-    if (threadIdx.x == 256) loads(sh, p, &q_map, &kv_map, cache, first, last, half, rank);
+    if (threadIdx.x % 32 == 0) loads(sh, p, &q_map, &kv_map, cache, first, last, half, rank);
   }
   if (kCluster > 1) {
     // A neighbour may still write here, and arrive here.
