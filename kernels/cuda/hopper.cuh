@@ -76,6 +76,24 @@ __device__ __forceinline__ void load_box_to(u32 to, const TensorMap* map, int co
       : "memory");
 }
 
+__device__ __forceinline__ void store_box(const TensorMap* map, int col, int row, u32 from) {
+  asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%1, %2}], [%3];" ::"l"(map), "r"(col),
+               "r"(row), "r"(from)
+               : "memory");
+}
+
+// Wait until what this thread stored has been read from shared memory.
+__device__ __forceinline__ void end_stores() {
+  asm volatile("cp.async.bulk.commit_group;\ncp.async.bulk.wait_group.read 0;" ::: "memory");
+}
+
+// Four 8 by 8 matrices of bf16, as accumulators lie in registers; lane i names row i % 8 of matrix i / 8.
+__device__ __forceinline__ void store_matrices(u32 row, u32 a, u32 b, u32 c, u32 d) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(row), "r"(a), "r"(b), "r"(c),
+               "r"(d)
+               : "memory");
+}
+
 __device__ __forceinline__ void ask_l2(const void* from, u32 bytes) {
   asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
 }

@@ -35,6 +35,9 @@ using namespace lockstep;
 #ifndef LOCKSTEP_AHEAD
 #define LOCKSTEP_AHEAD 3  // KV blocks that L2 is asked for ahead of their load
 #endif
+#ifndef LOCKSTEP_WARM
+#define LOCKSTEP_WARM 2  // KV blocks that L2 is asked for before the inputs are known to be there
+#endif
 #ifndef LOCKSTEP_SLACK
 #define LOCKSTEP_SLACK 8  // powers of two that a score may pass the running maximum by before it moves
 #endif
@@ -61,7 +64,7 @@ namespace {
 
 constexpr int kCluster = LOCKSTEP_CLUSTER, kBlocks = LOCKSTEP_BLOCKS, kOwn = LOCKSTEP_OWN, kHeld = LOCKSTEP_HELD;
 constexpr int kRows = 64;             // heads of a block, and tokens of a KV block and of a page
-constexpr int kLatent = 512, kWidth = 576;
+constexpr int kWidth = 576;
 constexpr int kTileBytes = kRows * 128, kTiles = 9, kStageBytes = kTiles * kTileBytes;
 constexpr int kGroups = 5, kRope = 4, kValueGroups = 4;  // groups 0 … 3: two tiles each; 4: the rotary tile
 constexpr int kTheirs = kValueGroups - kOwn, kLate = LOCKSTEP_LATE, kEarly = kTheirs - kLate;
@@ -82,13 +85,14 @@ struct Params {
   const int* work;        // int32, as `mla_plan` lays it out
   int capacity;           // words of each of its arrays
   int work_indptr;        // where in it the clusters' items are bounded
-  char* out;              // bf16 [T, heads, 512]
-  char* part_o;           // bf16 [T, splits, heads, 512]
+  const TensorMap* out;     // bf16 [T * heads, 512]
+  const TensorMap* part_o;  // bf16 [T * splits * heads, 512]
   float* part_lse;        // fp32 [T, splits, heads], base 2
   float scale;            // of the scores, in powers of two
   const char* ask;        // bytes that are read after this kernel, for L2; or null
   u64 ask_bytes;
   u32 ask_chunk;          // of them, for each KV block
+  int table_entries, num_pages;
   int* failed;            // int32 [1]: a wait that took too long
   float* seen;            // debugging
 };
@@ -96,6 +100,16 @@ struct Params {
 struct Item {
   int token, pages, part, blocks, tail;  // tail: live tokens of the last block, 1 … 64
 };
+
+// The items of this block's cluster: from, to.
+struct Span {
+  int first, last;
+};
+
+__device__ __forceinline__ Span own_items(const Params& p) {
+  const int* at = p.work + p.work_indptr + blockIdx.x / kBlocks;
+  return {at[0], at[1]};
+}
 
 __device__ __forceinline__ Item read_item(const Params& p, int slot) {
   const int* at = p.work + slot;
@@ -198,11 +212,29 @@ __device__ __forceinline__ void ask_page(const char* cache, int page, u32 rank) 
   ask_l2(cache + u64(page) * (kRows * kWidth * 2) + rank * kBytes, kBytes);
 }
 
+// A guess at what is read first, while the kernels before this one still run: what it goes by may be of the step
+// before, and nothing but time depends on it. Past L1, where stale lines would stay; within bounds, whatever is read.
+__device__ __forceinline__ void warm(const Params& p, const char* cache, u32 rank) {
+  int slot = __ldcg(p.work + p.work_indptr + blockIdx.x / kBlocks);
+  if (slot < 0 || slot >= p.capacity) return;
+  int begin = __ldcg(p.work + 6 * p.capacity + slot), end = __ldcg(p.work + 7 * p.capacity + slot);
+  int at = __ldcg(p.work + p.capacity + slot) + begin / kRows;
+  for (int i = 0; i < LOCKSTEP_WARM && begin + i * kRows < end; ++i) {
+    if (at < 0 || at + i >= p.table_entries) return;
+    int page = __ldcg(p.page_table + at + i);
+    if (page >= 0 && page < p.num_pages) ask_page(cache, page, rank);
+  }
+}
+
 // One thread of each warp; warp w loads group w, the first one the rotary tile before it.
 __device__ __forceinline__ void loads(Shared sh, const Params& p, const TensorMap* q, const TensorMap* kv,
-                                      const char* cache, int first, int last, u32 half, u32 rank) {
-  u32 block = 0;
+                                      const char* cache) {
+  u32 half = blockIdx.x % kBlocks, rank = kCluster > 1 ? half : 0;
   int own = (threadIdx.x >> 5) & 3;
+  if (LOCKSTEP_WARM > 0 && own == 0) warm(p, cache, rank);
+  await_inputs();
+  auto [first, last] = own_items(p);
+  u32 block = 0;
   LOCKSTEP_MARKS;
   LOCKSTEP_MARK(2, 0);
   for (int slot = first; slot < last; ++slot) {
@@ -267,46 +299,32 @@ __device__ __forceinline__ void rescale(float (&o)[kCount][64], float f0, float 
   }
 }
 
-// Four words of each of four lanes, turned: lane i gets everybody's word i.
-__device__ __forceinline__ void turn_quad(u32 (&w)[4]) {
-  u32 lane = threadIdx.x;
-#pragma unroll
-  for (int i = 0; i < 4; i += 2) {
-    u32 got = __shfl_xor_sync(kAll, lane & 1 ? w[i] : w[i + 1], 1);
-    if (lane & 1) w[i] = got; else w[i + 1] = got;
-  }
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    u32 got = __shfl_xor_sync(kAll, lane & 2 ? w[i] : w[i + 2], 2);
-    if (lane & 2) w[i] = got; else w[i + 2] = got;
-  }
-}
-
-// Columns of group `first` and on, each row times its factor, as bf16.
+// Columns of group `first` and on, each row times its factor, as bf16: through shared memory where Q was, 16 rows of
+// a tile at a time.
 template <int kCount>
-__device__ __forceinline__ void store_values(const Params& p, const Item& item, u32 half, int first,
+__device__ __forceinline__ void store_values(const Shared& sh, const Params& p, const Item& item, u32 half, int first,
                                              const float (&o)[kCount][64], float f0, float f1) {
   int lane = threadIdx.x & 31, warp = (threadIdx.x >> 5) & 3;
-  u64 row = u64(half) * kRows + warp * 16 + (lane >> 2);
-  row += item.part < 0 ? u64(item.token) * kBlocks * kRows : u64(item.part);
-  char* to = (item.part < 0 ? p.out : p.part_o) + row * (kLatent * 2) + first * 256 + (lane & 3) * 16;
+  u32 own = sh.base + kQ + 2 * first * kTileBytes + warp * 2048;
+  u32 row = own + (lane & 15) * 128, side = lane >> 4;  // matrices: upper and lower rows, then eight columns further
 #pragma unroll
   for (int g = 0; g < kCount; ++g) {
 #pragma unroll
-    for (int c = 0; c < 16; c += 4) {
-      u32 upper[4], lower[4];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const float* v = &o[g][4 * (c + i)];
-        upper[i] = pack_bf16(v[0] * f0, v[1] * f0);
-        lower[i] = pack_bf16(v[2] * f1, v[3] * f1);
-      }
-      turn_quad(upper);
-      turn_quad(lower);
-      char* at = to + g * 256 + c * 16;
-      *reinterpret_cast<uint4*>(at) = make_uint4(upper[0], upper[1], upper[2], upper[3]);
-      *reinterpret_cast<uint4*>(at + 8 * kLatent * 2) = make_uint4(lower[0], lower[1], lower[2], lower[3]);
+    for (int c = 0; c < 16; c += 2) {
+      const float* v = &o[g][4 * c];
+      u32 at = row + (2 * g + c / 8) * kTileBytes + (((c % 8 + side) ^ (lane & 7)) * 16);
+      store_matrices(at, pack_bf16(v[0] * f0, v[1] * f0), pack_bf16(v[2] * f1, v[3] * f1),
+                     pack_bf16(v[4] * f0, v[5] * f0), pack_bf16(v[6] * f1, v[7] * f1));
     }
+  }
+  fence_async();
+  __syncwarp();
+  if (lane == 0) {
+    const TensorMap* to = item.part < 0 ? p.out : p.part_o;
+    int at = (item.part < 0 ? item.token * kBlocks * kRows : item.part) + half * kRows + warp * 16;
+    for (int i = 0; i < 2 * kCount; ++i) store_box(to, (2 * first + i) * 64, at, own + i * kTileBytes);
+    end_stores();
+    barrier_arrive(sh.q_empty());
   }
 }
 
@@ -454,7 +472,10 @@ __device__ __forceinline__ void multiply_own(float (&o)[kOwn][64], const u32 (&w
   wgmma_commit();
 }
 
-__device__ __forceinline__ void scores(Shared sh, const Params& p, int first, int last, u32 half) {
+__device__ __forceinline__ void scores(Shared sh, const Params& p) {
+  await_inputs();
+  auto [first, last] = own_items(p);
+  u32 half = blockIdx.x % kBlocks;
   u32 block = 0, given = 0, tails = 0;
   float o[kOwn][64], s[32];
   u32 held[kHeld * 16 + 1], weights[16];
@@ -502,7 +523,6 @@ __device__ __forceinline__ void scores(Shared sh, const Params& p, int first, in
     }
     LOCKSTEP_MARK(0, 1);
     end_scores(sh, block, given);
-    arrive_once_a_warp(sh.q_empty());
     mask_scores(s, item.tail);
     factor = raise(s, x, p.scale);
     keep_order(sh, given);
@@ -524,7 +544,7 @@ __device__ __forceinline__ void scores(Shared sh, const Params& p, int first, in
     give_factors(sh, factor);
     arrive_once_a_warp(sh.p_full());
     ++given;
-    store_values(p, item, half, 0, o, factor.x, factor.y);
+    store_values(sh, p, item, half, 0, o, factor.x, factor.y);
     if (item.part >= 0 && (threadIdx.x & 3) == 0) {
       int row = (threadIdx.x >> 5) * 16 + (threadIdx.x & 31) / 4;
       float* lse = p.part_lse + item.part + half * kRows + row;
@@ -590,7 +610,10 @@ __device__ __forceinline__ void multiply_groups(float (&o)[kTheirs][64], Shared&
   }
 }
 
-__device__ __forceinline__ void values(Shared sh, const Params& p, int first, int last, u32 half) {
+__device__ __forceinline__ void values(Shared sh, const Params& p) {
+  await_inputs();
+  auto [first, last] = own_items(p);
+  u32 half = blockIdx.x % kBlocks;
   u32 block = 0, taken = 0, tails = 0;
   float o[kTheirs][64];
   u32 weights[16];
@@ -627,7 +650,7 @@ __device__ __forceinline__ void values(Shared sh, const Params& p, int first, in
     float2 factor = take_factors(sh);
     arrive_once_a_warp(sh.p_empty());
     ++taken;
-    store_values(p, item, half, kOwn, o, factor.x, factor.y);
+    store_values(sh, p, item, half, kOwn, o, factor.x, factor.y);
     LOCKSTEP_MARK(1, 5);
   }
 }
@@ -640,16 +663,18 @@ __device__ __forceinline__ void prepare_barriers(const Shared& sh) {
     }
   }
   for (int group = 0; group < kGroups; ++group) barrier_init(sh.q_full(group), 1);
-  for (u32 bar : {sh.q_empty(), sh.p_full(), sh.p_empty(), sh.scored(), sh.cleared()}) barrier_init(bar, 4);
+  barrier_init(sh.q_empty(), 8);
+  for (u32 bar : {sh.p_full(), sh.p_empty(), sh.scored(), sh.cleared()}) barrier_init(bar, 4);
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
 
 }  // namespace
 
 extern "C" __global__ void __launch_bounds__(384, 1)
-    hopper_mla(const __grid_constant__ TensorMap q_map, const __grid_constant__ TensorMap kv_map, const char* cache,
-               const int* page_table, const int* work, char* out, char* part_o, float* part_lse, const char* ask,
-               int ask_bytes, int ask_chunk, int capacity, int work_indptr, float scale
+    hopper_mla(const __grid_constant__ TensorMap q_map, const __grid_constant__ TensorMap kv_map,
+               const __grid_constant__ TensorMap out_map, const __grid_constant__ TensorMap part_map,
+               const char* cache, const int* page_table, const int* work, float* part_lse, const char* ask,
+               int ask_bytes, int ask_chunk, int capacity, int work_indptr, int table_entries, int num_pages, float scale
 #ifdef LOCKSTEP_TRIAL
                , int* failed, float* seen
 #endif
@@ -661,8 +686,8 @@ extern "C" __global__ void __launch_bounds__(384, 1)
 
   extern __shared__ __align__(1024) char memory[];
   Shared sh{shared_address(memory), failed};
-  Params p{page_table, work, capacity, work_indptr, out,  part_o, part_lse, scale,
-           ask,        u64(ask_bytes), u32(ask_chunk), failed, seen};
+  Params p{page_table, work, capacity, work_indptr, &out_map, &part_map, part_lse, scale,
+           ask,        u64(ask_bytes), u32(ask_chunk), table_entries, num_pages, failed, seen};
   int role = __shfl_sync(kAll, threadIdx.x / 128, 0);
   if (threadIdx.x == 0) {
     prepare_barriers(sh);
@@ -677,18 +702,15 @@ extern "C" __global__ void __launch_bounds__(384, 1)
   } else {
     __syncthreads();
   }
-  await_inputs();
-  u32 half = blockIdx.x % kBlocks, rank = kCluster > 1 ? half : 0;
-  int first = work[work_indptr + blockIdx.x / kBlocks], last = work[work_indptr + blockIdx.x / kBlocks + 1];
   if (role == 0) {
     take_registers<LOCKSTEP_SCORES_REGISTERS>();
-    scores(sh, p, first, last, half);
+    scores(sh, p);
   } else if (role == 1) {
     take_registers<LOCKSTEP_VALUES_REGISTERS>();
-    values(sh, p, first, last, half);
+    values(sh, p);
   } else {
     leave_registers<LOCKSTEP_LOADS_REGISTERS>();
-    if (threadIdx.x % 32 == 0) loads(sh, p, &q_map, &kv_map, cache, first, last, half, rank);
+    if (threadIdx.x % 32 == 0) loads(sh, p, &q_map, &kv_map, cache);
   }
   if (kCluster > 1) {
     // A neighbour may still write here, and arrive here.

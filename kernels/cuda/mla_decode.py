@@ -12,6 +12,7 @@ from kernels.triton.overlap import OFF
 LATENT, WIDTH = 512, 576  # of a KV token: the part that is value, too, and all of it
 PAGE = TILE_KV  # KV tokens of a page: what one copy moves
 TILE_COLS = 64  # bf16 of a swizzled row of shared memory
+WARP_ROWS = 16  # heads that one warp writes
 NUM_WARPS = 12  # scores, values and loads: a warpgroup each
 LOG2_E = 1.4426950408889634
 
@@ -20,8 +21,9 @@ HOPPER_MLA = CudaKernel(
     where="kernels.cuda.mla_decode:HOPPER_MLA",
     file="mla_decode.cu",
     params=(
-        *("q_map", "kv_map", "cache", "page_table", "work", "out", "part_o", "part_lse"),
-        *("ask", "ask_bytes", "ask_chunk", "capacity", "work_indptr", "scale"),
+        *("q_map", "kv_map", "out_map", "part_map", "cache", "page_table", "work", "part_lse"),
+        *("ask", "ask_bytes", "ask_chunk", "capacity", "work_indptr"),
+        *("table_entries", "num_pages", "scale"),
     ),
     constexprs=("CLUSTER", "BLOCKS"),
     cluster="CLUSTER",
@@ -70,17 +72,19 @@ def hopper_mla(
         (layout.num_clusters,),
         TensorMap(q.view(-1, WIDTH), (TILE_Q, TILE_COLS)),
         TensorMap(kv_cache, (PAGE // blocks, TILE_COLS)),
+        TensorMap(out.view(-1, LATENT), (WARP_ROWS, TILE_COLS)),
+        TensorMap(part_o.view(-1, LATENT), (WARP_ROWS, TILE_COLS)),
         kv_cache,
         page_table,
         ws,
-        out,
-        part_o,
         part_lse,
         kv_cache,  # nothing is asked for
         0,
         0,
         layout.capacity,
         layout.work_indptr,
+        page_table.numel(),
+        kv_cache.shape[0] // PAGE,
         float(softmax_scale) * LOG2_E,
         num_warps=NUM_WARPS,
         num_stages=0,
