@@ -10,7 +10,6 @@ This is for starting and for diagnosis. No step of a run goes through here.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import selectors
@@ -24,6 +23,7 @@ from barriers.config import GroupConfig, all_fields, compare_fields
 from barriers.errors import RankError, RankMismatch, RanksMissing, name_ranks
 from barriers.members import Member
 from barriers.packets import address_of, check_user, close_all, open_socket, receive, tell
+from barriers.refusal import PATIENCE_S, turn_away, verdict_on
 
 MAX_VALUE_BYTES = 4096  # of one rank's part of a gathering; all parts must fit in one packet
 _TICK_S = 0.1  # how often rank 0 tells the others whom it waits for
@@ -38,6 +38,14 @@ class Part:
     fds: tuple[int, ...]
 
 
+class _CannotStart(Exception):
+    """A rank came to say that it does not."""
+
+    def __init__(self, rank: int, reason: str) -> None:
+        super().__init__(reason)
+        self.rank, self.reason = rank, reason
+
+
 class RankGroup:
     """All ranks of a run, connected.
 
@@ -49,7 +57,8 @@ class RankGroup:
     Raises:
         RankMismatch: two ranks differ; names the field, both values and both ranks.
         RanksMissing: not all ranks came in time.
-        RankError: the meeting point is taken by another run.
+        RankError: a rank said that it cannot start (`barriers.refusal`), or the meeting point is
+            taken by another run.
     """
 
     def __init__(self, config: GroupConfig, fields: Mapping[str, str] | None = None) -> None:
@@ -155,8 +164,21 @@ class RankGroup:
                 if time.monotonic() > deadline:
                     self._give_up("start", missing, self.config.timeout_s)
                 listener.settimeout(_TICK_S)
-                with contextlib.suppress(TimeoutError):
+                try:
                     self._admit(listener.accept()[0])
+                except TimeoutError:
+                    continue
+                except _CannotStart as e:
+                    self._pass_on(e, listener, deadline)
+
+    def _pass_on(self, failed: _CannotStart, listener: socket.socket, deadline: float) -> NoReturn:
+        """Rank 0: a rank cannot start. Tell those who are here, and those who still come."""
+        verdict = verdict_on(failed.rank, failed.reason)
+        for link in self._links.values():
+            tell(link, verdict)
+        others = set(range(1, self.world)) - {failed.rank, *self._links}
+        turn_away(listener, verdict, others, min(deadline, time.monotonic() + PATIENCE_S))
+        _raise(verdict)
 
     def _bind(self, listener: socket.socket, deadline: float) -> None:
         while True:
@@ -193,6 +215,9 @@ class RankGroup:
                 f"rank {rank} came twice to {self.config.name!r}: two runs share the name; "
                 "set another MASTER_PORT"
             )
+        if problem is None and "failed" in hello:
+            link.close()
+            raise _CannotStart(rank, str(hello["failed"]))
         if problem is None:
             self._links[rank] = link
             return

@@ -14,9 +14,9 @@ from contextlib import contextmanager
 from barriers.errors import BarrierTimeout, RankError, name_ranks
 from barriers.group import RankGroup
 from barriers.host_barrier import HostBarrier
+from barriers.members import GONE
 from barriers.symmetric import HostMemory
 
-GONE = ("has ended", "is stopped")
 _NOTICE_S = 1.0  # from a broken connection to the system's word that its process has ended
 
 

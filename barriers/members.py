@@ -6,6 +6,8 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+GONE = ("has ended", "is stopped")  # states in which a process comes to no meeting
+
 
 @dataclass(frozen=True)
 class Member:

@@ -2,6 +2,20 @@
 
 An agent is one graph running on one rank. What crosses the link is under way until a move lets it
 arrive; payloads and signals are each in order between two agents, as stores to one address are.
+
+The reduced machine takes fewer moves and reaches a violation exactly where the full one does:
+
+- An agent looks at all words of a wait in one move. A look changes nothing that others see, so if
+  a word that satisfies a wait goes on satisfying it, the looks before the last can wait for it.
+  That "if" is checked after every move, as a property like the others.
+- It reads all its peers' payloads in one move, too. That each is right is checked in every state
+  from the end of the wait to that move: where one is wrong, the full machine can read it there.
+- Payloads arrive as they are sent. The full machine may let them arrive at any moment until the
+  sender signals, for a signal waits for them (`release`, without which there is no reduction). Too
+  late is found when the wait ends: its sender has not entered. Too early cannot be earlier.
+
+`Machine.merged` says which of its states stands for a state of the full machine; tests compare the
+two sets, state by state, where the full one is small enough.
 """
 
 from __future__ import annotations
@@ -53,8 +67,13 @@ class Machine:
     (to, from) for memory and (from, to) for what is under way.
     """
 
-    def __init__(self, protocol: Protocol, ranks: int, coarse: bool) -> None:
-        self.protocol, self.ranks, self.coarse = protocol, ranks, coarse
+    def __init__(self, protocol: Protocol, ranks: int, *, reduced: bool) -> None:
+        if reduced and not protocol.release:
+            raise ValueError(
+                f"{protocol.name}: signals that overtake payloads need the full machine; explore "
+                "with reduced=False"
+            )
+        self.protocol, self.ranks, self.reduced = protocol, ranks, reduced
         agents = self.agents = ranks * protocol.graphs
         self.rank_of = [a % ranks for a in range(agents)]
         self.peers = [
@@ -76,12 +95,42 @@ class Machine:
 
     def moves(self, s: bytes) -> Iterator[tuple[Move, bytes]]:
         """Every move that is possible in `s`, and the state after it. Raises Violation."""
+        for move, after in self._moves(s):
+            if self.reduced and s[self.words : self.payloads] != after[self.words : self.payloads]:
+                self._check_waits(s, after)
+            yield move, after
+
+    def merged(self, s: bytes) -> bytes:
+        """The reduced machine's state that stands for `s`: payloads have arrived, and whoever has
+        begun to look or to read has it all before him."""
+        n = bytearray(s)
+        for a in range(self.agents):
+            for p in self.peers[a]:
+                while n[self._under_way(self.payloads_flying, a, p)]:
+                    self._land_payload(n, a, p)
+            if n[self.left + a]:
+                n[self.left + a] = self.lanes[a]
+        return bytes(n)
+
+    def _moves(self, s: bytes) -> Iterator[tuple[Move, bytes]]:
         for a in range(self.agents):
             yield from self._arrivals(s, a)
             if s[self.round + a] < ROUNDS:
                 yield from (self._write, self._signal, self._wait, self._read)[s[self.phase + a]](
                     s, a
                 )
+
+    def _check_waits(self, s: bytes, after: bytes) -> None:
+        """Raises Violation where a word satisfied a wait and does no longer."""
+        for a in range(self.agents):
+            if s[self.phase + a] == after[self.phase + a] == _WAIT:
+                for p in self.peers[a]:
+                    if self._arrived(s, a, p) and not self._arrived(after, a, p):
+                        raise Violation(
+                            f"{self._name(a)} saw {self._shown(s[self._word(a, p)])} from "
+                            f"{self._name(p)}, enough to leave barrier {s[self.round + a] + 1}, "
+                            f"and now sees {self._shown(after[self._word(a, p)])}"
+                        )
 
     def describe(self, s: bytes, move: Move, after: bytes) -> str:
         """A move out of `s`, for a reader."""
@@ -130,7 +179,7 @@ class Machine:
         n[self.phase + a] = _SIGNAL
         for p in self.peers[a]:
             n[self._under_way(self.payloads_flying, a, p)] += 1
-            if self.coarse:
+            if self.reduced:
                 self._land_payload(n, a, p)
         yield ("write", a, ()), bytes(n)
 
@@ -149,7 +198,7 @@ class Machine:
     def _wait(self, s: bytes, a: int) -> Iterator[tuple[Move, bytes]]:
         waiting = [p for p in self.peers[a] if s[self.left + a] >> p & 1]
         seen = [p for p in waiting if self._arrived(s, a, p)]
-        if self.coarse:  # a word that satisfies a wait goes on satisfying it: look at all at once
+        if self.reduced:
             if seen == waiting:
                 yield ("wait", a, tuple(seen)), self._pass(s, a, seen)
             return
@@ -179,7 +228,7 @@ class Machine:
     def _read(self, s: bytes, a: int) -> Iterator[tuple[Move, bytes]]:
         want = s[self.round + a] + 1
         left = [p for p in self.peers[a] if s[self.left + a] >> p & 1]
-        for group in [left] if self.coarse else [[p] for p in left]:
+        for group in [left] if self.reduced else [[p] for p in left]:
             n = bytearray(s)
             for p in group:
                 got = s[self._payload(a, p, want)]

@@ -3,15 +3,22 @@
 The engine here does nothing: a launch publishes its step at once. What remains is `Runtime.launch`
 and `Runtime.collect`, over rows that all decode. Needs no GPU. On one, add what launching a graph
 takes (`runtime.replay_bench` shows both, "python us" and "launch us").
+
+In a tight loop code and data stay in the processor's caches; beside a device that takes
+milliseconds they do not. So the same is timed with steps that another process publishes `--wait-ms`
+after their launch, which needs a core of its own.
 """
 
 from __future__ import annotations
 
 import argparse
 import cProfile
+import mmap
+import multiprocessing
 import pstats
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -34,6 +41,7 @@ MARK_US = 30.0
 PAGE = 64
 CTX_LEN = 2000
 WARM_UP = 100
+WAITED_STEPS, WAITED_WARM_UP = 100, 10
 
 
 class NoDevice:
@@ -86,6 +94,54 @@ class NoDevice:
         """Nothing to release."""
 
 
+class SlowDevice(NoDevice):
+    """A device whose steps end a while after their launch: another process publishes them."""
+
+    def __init__(self, rows: int, max_seq_len: int) -> None:
+        super().__init__(rows, max_seq_len)
+        self.ring, self.ring_step = _shared(self.ring), _shared(self.ring_step)
+        self.launched = _shared(np.zeros(1, np.int64))
+
+    def replay(self, key: GraphKey) -> None:
+        """Tell the other process."""
+        self.steps += 1
+        self.launched[0] = self.steps
+
+    @contextmanager
+    def running(self, step_s: float) -> Iterator[None]:
+        """Within it steps end, each `step_s` after the last or after its launch."""
+        args = (self.launched, self.ring, self.ring_step, step_s)
+        # Forked, for the arrays lie in memory that only a fork shares.
+        process = multiprocessing.get_context("fork").Process(target=_publish, args=args)
+        process.start()
+        try:
+            yield
+        finally:
+            self.launched[0] = -1
+            process.join()
+
+
+def _shared(array: Any) -> Any:
+    """A copy in memory that forked processes share."""
+    memory = mmap.mmap(-1, array.nbytes)
+    copy = np.frombuffer(memory, array.dtype).reshape(array.shape)
+    copy[:] = array
+    return copy
+
+
+def _publish(launched: Any, ring: Any, ring_step: Any, step_s: float) -> None:
+    """What a slow device does, until `launched` says -1."""
+    clock, done, entry = time.perf_counter, 0, ring[0].copy()
+    while launched[0] >= 0:
+        if launched[0] > done:
+            end = clock() + step_s
+            while clock() < end:
+                pass
+            ring[done % RING_SLOTS] = entry  # as the device's own writes: in no cache of the host
+            done += 1
+            ring_step[(done - 1) % RING_SLOTS] = done
+
+
 @dataclass(frozen=True)
 class HostTime:
     """Microseconds of the driver's calls for one number of rows; medians over steps.
@@ -94,6 +150,7 @@ class HostTime:
         crossing_us: launch and collect of a step in which a row begins a page.
         changed_us: launch and collect of a step after a row has changed hands: every entry is
             looked up.
+        waited_us: launch and collect after a wait for the device; None where that was not asked.
         functions: (function, calls a step, us a step in itself), the dearest first, under a
             profiler, which makes each call dearer than it is.
     """
@@ -104,6 +161,7 @@ class HostTime:
     p99_us: float
     crossing_us: float
     changed_us: float
+    waited_us: float | None
     functions: list[tuple[str, float, float]]
 
     @property
@@ -111,8 +169,8 @@ class HostTime:
         return self.launch_us + self.collect_us
 
 
-def measure(rows: int, steps: int) -> HostTime:
-    """Time `steps` steps of `rows` decoding rows, two in flight."""
+def measure(rows: int, steps: int, wait_ms: float) -> HostTime:
+    """Time `steps` steps of `rows` decoding rows, two in flight; some with steps of `wait_ms`."""
     launch, collect, crossing = _timed(rows, steps)
     both = launch + collect
     return HostTime(
@@ -122,16 +180,21 @@ def measure(rows: int, steps: int) -> HostTime:
         p99_us=float(np.percentile(both, 99)),
         crossing_us=float(np.median(both[crossing])) if crossing.any() else float(np.median(both)),
         changed_us=float(np.median(sum(_timed(rows, steps, changing=True)[:2]))),
+        waited_us=float(np.median(_waited(rows, wait_ms / 1e3))) if wait_ms else None,
         functions=profiled(rows, steps, most=12),
     )
 
 
-def _runtime(rows: int, steps: int) -> Runtime:
-    tokens = WARM_UP + steps + 4
-    runtime = Runtime(cast(Replayer, NoDevice(rows, CTX_LEN + PAGE + tokens + 1)))
+def _occupied(device: type[NoDevice], rows: int, tokens: int) -> Runtime:
+    runtime = Runtime(cast(Replayer, device(rows, CTX_LEN + PAGE + tokens + 1)))
     # Rows of equal length would all begin a page in the same step.
     for row in range(rows):
         runtime.occupy(1, CTX_LEN + row % PAGE, tokens)
+    return runtime
+
+
+def _runtime(rows: int, steps: int) -> Runtime:
+    runtime = _occupied(NoDevice, rows, WARM_UP + steps + 4)
     runtime.launch()
     for _ in range(WARM_UP):
         runtime.launch()
@@ -163,6 +226,23 @@ def _timed(rows: int, steps: int, *, changing: bool = False) -> tuple[Any, Any, 
     return times[0] / 1e3, times[1] / 1e3, crossing
 
 
+def _waited(rows: int, step_s: float) -> Any:
+    """Microseconds of collect and launch of each step, of steps that take `step_s`."""
+    runtime = _occupied(SlowDevice, rows, WAITED_WARM_UP + WAITED_STEPS + 4)
+    clock = time.perf_counter_ns
+    times = []
+    with runtime.engine.running(step_s):
+        runtime.launch()
+        runtime.launch()
+        for _ in range(WAITED_WARM_UP + WAITED_STEPS):
+            runtime.wait()
+            begin = clock()
+            runtime.collect()
+            runtime.launch()
+            times.append(clock() - begin)
+    return np.array(times[WAITED_WARM_UP:]) / 1e3
+
+
 def profiled(rows: int, steps: int, most: int | None) -> list[tuple[str, float, float]]:
     """The `most` dearest functions, as in `HostTime.functions`; None: all of them."""
     runtime = _runtime(rows, steps)
@@ -184,6 +264,9 @@ def parser() -> argparse.ArgumentParser:
     p = command("bench.host_time", __doc__)
     p.add_argument("--rows", default="32,256", help="decoding rows, such as 32,256")
     p.add_argument("--steps", type=int, default=2000, help="timed steps")
+    p.add_argument(
+        "--wait-ms", type=float, default=10.0, help="length of the slow steps; 0: none of them"
+    )
     p.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     return p
 
@@ -195,27 +278,35 @@ def main(argv: list[str] | None = None) -> int:
         raise ValueError(f"--rows must be positive numbers such as 32,256, got {args.rows!r}")
     if args.steps < PAGE:
         raise ValueError(f"--steps {args.steps}: expected at least {PAGE}, a page of tokens")
-    found = [measure(int(c), args.steps) for c in counts]
+    if not 0 <= args.wait_ms <= 1000:
+        raise ValueError(f"--wait-ms {args.wait_ms}: expected milliseconds, 0 … 1000")
+    found = [measure(int(c), args.steps, args.wait_ms) for c in counts]
     for times in found:
-        _show(times)
+        _show(times, args.wait_ms)
     if args.json:
         print_json(
             provenance("none: host only")
             | {
                 "steps": args.steps,
                 "mark_us": MARK_US,
+                "wait_ms": args.wait_ms,
                 "rows": [vars(t) | {"step_us": t.step_us} for t in found],
             }
         )
     return 0
 
 
-def _show(times: HostTime) -> None:
+def _show(times: HostTime, wait_ms: float) -> None:
     console.print(
         f"{times.rows} rows: launch {times.launch_us:.1f} + collect {times.collect_us:.1f} = "
         f"{times.step_us:.1f} us a step, p99 {times.p99_us:.1f}, mark {MARK_US:.0f}; "
         f"{times.crossing_us:.1f} where a page begins, {times.changed_us:.1f} where a row has "
         "changed hands"
+        + (
+            ""
+            if times.waited_us is None
+            else f", {times.waited_us:.1f} after steps of {wait_ms} ms"
+        )
     )
     table = Table()
     for column in ("function", "calls a step", "us a step, profiled"):

@@ -17,7 +17,8 @@ mean and the highest of all ranks, and the range from the lowest p10 to the high
 A library that hangs takes the device's context with it. So our own modes are measured at all sizes
 before one is made ready, and again beside it; `deepep-normal` comes by itself, after the others.
 Each mode and size is told as soon as it is measured (with --json: on stderr; with --lines: in a
-file as well); where the context is lost, that is told and the command ends with 1.
+file as well, behind a header that says how); where the context is lost, that is told and the
+command ends with 1.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from functools import partial
@@ -48,7 +49,9 @@ from bench.transport_layer import Layer, Plan, TimedLayer
 from bench.transport_modes import LAST, MODES, SizesMissing, Subject, make_subject
 from bench.transport_report import merge, print_mode
 from bench.transport_timing import WARM_UP, Aligner
+from capture_cache.command import command, error_line, exit_code
 from capture_cache.driver import Device
+from runtime.config import tell_ranks
 from runtime.report import provenance
 
 _MEET_S = 120.0  # for the slowest rank of a part
@@ -107,13 +110,15 @@ def main(argv: Sequence[str] | None = None) -> int:
                 "transports are timed on GPUs, got none; tests/cpu checks them without"
             )
     except ValueError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2
+        print(error_line(e), file=sys.stderr)
+        tell_ranks(str(e))
+        return exit_code(e)
     torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", place.rank)))
     torch.cuda.set_stream(torch.cuda.Stream())  # type: ignore[no-untyped-call]
     report: dict[str, Any] = {
         "config": {k: v for k, v in asdict(config).items() if k != "rank"},
         "routing": args.routing,
+        "routing_file": args.routing_file and str(args.routing_file),
         "prequantized": args.prequantized,
         "replays": args.replays,
         "back_to_back": args.back_to_back,
@@ -131,6 +136,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             deadline_ms=args.deadline_ms,
             tunings=[replace(RdepTuning(), **c) for c in (SWEEP if args.sweep else SWEEP[:1])],
         )
+        if place.rank == 0 and args.lines is not None:
+            _add_line(args.lines, {"header": {**report, **provenance(device.name)}})
         bench = Bench(args, plan, config, group, aligner, make)
         report["modes"] = modes = bench.run(args.mode, rows)
         if place.rank == 0 and args.json:
@@ -144,7 +151,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m bench.transport_microbench")
+    parser = command("bench.transport_microbench", __doc__)
     add = parser.add_argument
     add("--mode", default="all", help=f"all, or some of {','.join(MODES)}")
     add("--decode-batch-size", type=int, default=256, help="global batch: rows a rank times ranks")
@@ -164,7 +171,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--back-to-back", action="store_true", help="ranks do not meet in front of every call")
     add("--deadline-ms", type=int, default=3000, help="of each wait of rdep and of each meeting")
     add("--link-gbps", type=float, default=LINK_GBPS, help="one way; for the floor")
-    add("--lines", type=Path, help="file that gets a JSON line a mode and size, once measured")
+    add(
+        "--lines",
+        type=Path,
+        help="file that gets a header and a JSON line a mode and size, once measured",
+    )
     add("--json", action="store_true", help="print one JSON object as the last line")
     return parser
 
@@ -191,6 +202,11 @@ def _rows(args: argparse.Namespace, world: int) -> list[int]:
     if not all(p.strip().isdigit() and int(p) > 0 for p in parts):
         raise ValueError(f"--rows must be positive numbers such as 8,32, got {args.rows!r}")
     return [int(p) for p in parts]
+
+
+def _add_line(path: Path, line: Mapping[str, Any]) -> None:
+    with path.open("a") as file:
+        file.write(json.dumps(line) + "\n")
 
 
 # -- all modes -----------------------------------------------------------------------------------
@@ -297,8 +313,7 @@ class Bench:
         merged = self._merged(name, [count])
         print_mode(name, merged, self._told_to)
         if self.args.lines is not None:
-            with self.args.lines.open("a") as file:
-                file.write(json.dumps({"mode": name, **merged["cases"][0]}) + "\n")
+            _add_line(self.args.lines, {"mode": name, **merged["cases"][0]})
 
     def _set_up(self, name: str, opened: ExitStack) -> None:
         def make() -> None:

@@ -46,9 +46,7 @@ def merge(
             case["net_us"] = _beyond(same, "sum")
         if "dispatch_us" in case and "combine_us" not in case:
             case["combine_us"] = _beyond(same, "dispatch") | {"derived": True}
-        # Next to nothing may be left when the meetings are taken off: then there is no speed.
-        took = case["both_us"]["max"]
-        case["gb_per_s"] = round((sent + got) / took / 1e3, 1) if took > 0 else 0.0
+        case["gb_per_s"] = _speed(sent + got, case["both_us"]["max"])
         case["ok"] = case["rel_error"] < MAX_ERROR and case["repeats"]
         cases.append(case)
     merged: dict[str, Any] = {"ok": all(c["ok"] for c in cases), "cases": cases}
@@ -58,6 +56,11 @@ def merge(
             for change, *lines in zip(sweep, *(v["sweep"] for v in ranks), strict=True)
         ]
     return merged
+
+
+def _speed(nbytes: int, us: float) -> float | None:
+    """GB/s; None where nothing crosses a link, or next to no time is left without the meetings."""
+    return round(nbytes / us / 1e3, 1) if nbytes and us > 0 else None
 
 
 def _beyond(same: Sequence[Mapping[str, Any]], part: str) -> dict[str, Any]:
@@ -83,9 +86,10 @@ def print_mode(name: str, result: Mapping[str, Any], file: TextIO) -> None:
         )
         verdict = "ok" if case["ok"] else "WRONG"
         bits = "yes" if case["oracle_bits"] else "no"
+        speed = "-" if case["gb_per_s"] is None else f"{case['gb_per_s']:.0f}"
         print(
             f"{name:14s} rows {case['rows']:4d}  us mean/max (p10-p90): {times}"
-            f"  floor {case['floor_us']:.1f}  {case['gb_per_s']:.0f} GB/s"
+            f"  floor {case['floor_us']:.1f}  {speed} GB/s"
             f"  error {case['rel_error']:.1e}  oracle bits {bits}  {verdict}",
             file=file,
         )

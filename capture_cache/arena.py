@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
 
-from capture_cache.driver import Device
+from capture_cache.dataclass import dataclass
 from capture_cache.errors import ArenaError, CudaError
 from capture_cache.layout import SECTION_ALIGNMENT, ArenaLayout, Place
 
@@ -122,6 +121,8 @@ class DeviceArena(_Ranges):
         memory: the driver calls to use, in place of that device's own.
         base: the address wanted; a multiple of 2 MiB.
         exact: refuse any other address (a stored graph needs this), instead of taking what comes.
+        back: put memory behind the addresses at once; else `back` does, and until then only
+            addresses may be asked for.
 
     Raises:
         ArenaError: not enough memory, by section; or another address than an exact `base`.
@@ -136,18 +137,27 @@ class DeviceArena(_Ranges):
         memory: Memory | None = None,
         base: int = ARENA_BASE,
         exact: bool = False,
+        back: bool = True,
     ) -> None:
         super().__init__(layout)
-        self._memory: Memory = Device(device) if memory is None else memory
+        self._memory: Memory = _device(device) if memory is None else memory
         self._undo: list[Callable[[], None]] = []  # what gives everything back, last first
         try:
             if layout.host_bytes:
                 self._pin()
             if layout.device_bytes:
-                self._map_device(base, exact)
+                self._reserve(base, exact)
+            if back:
+                self.back()
         except BaseException:
             self.close()
             raise
+
+    def back(self) -> None:
+        """Put physical memory behind the device range, once. Raises as the constructor."""
+        for extent in self.layout.extents:
+            if not extent.section.host:
+                self._back(self.base + extent.offset, extent.nbytes)
 
     def close(self) -> None:
         """Unmap and free everything; idempotent. Graphs and views that used it are dead."""
@@ -172,7 +182,7 @@ class DeviceArena(_Ranges):
         self._undo.append(partial(self._memory.host_free, address))
         self._set_base(host=True, address=address)
 
-    def _map_device(self, base: int, exact: bool) -> None:
+    def _reserve(self, base: int, exact: bool) -> None:
         memory, nbytes = self._memory, self.layout.device_bytes
         granularity = memory.granularity()
         if any(e.nbytes % granularity for e in self.layout.extents):
@@ -192,9 +202,6 @@ class DeviceArena(_Ranges):
                 "there; close the other runtime of this process, or capture again"
             )
         self._set_base(host=False, address=address)
-        for extent in self.layout.extents:
-            if not extent.section.host:
-                self._back(address + extent.offset, extent.nbytes)
 
     def _back(self, address: int, nbytes: int) -> None:
         """Put physical memory behind a section."""
@@ -256,6 +263,12 @@ class HostArena(_Ranges):
         """Forget the memory, which goes with its last view; idempotent."""
         self._bases = None
         self._memory = {}
+
+
+def _device(ordinal: int) -> Memory:
+    from capture_cache.driver import Device  # what a restore does without
+
+    return Device(ordinal)
 
 
 def _anonymous(nbytes: int, layout: ArenaLayout) -> np.ndarray[Any, np.dtype[np.uint8]]:

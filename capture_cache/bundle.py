@@ -40,12 +40,13 @@ sorted and unique.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from capture_cache.dataclass import dataclass
 
 SCHEMA = 1
 PROGRAM_FILE = "program"

@@ -6,14 +6,13 @@ needs goes through `restore_driver` instead, without cuda-python.
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import time
 from collections import Counter
 from typing import Any
 
 from capture_cache.errors import CudaError
-from capture_cache.libcuda import DEFAULT_REMEDY, REMEDIES
+from capture_cache.libcuda import DEFAULT_REMEDY, REMEDIES, nvml_release
 from capture_cache.restore_driver import Driver
 
 
@@ -77,18 +76,6 @@ def driver_version() -> str:
     """The driver's release and the CUDA version it serves, as "580.95.05 (CUDA 13.0)"."""
     version = int(check(cuda().cuDriverGetVersion(), "asking for the driver's version"))
     return f"{nvml_release()} (CUDA {version // 1000}.{version % 1000 // 10})"
-
-
-def nvml_release() -> str:
-    """The driver's release, such as "580.95.05"."""
-    text = ctypes.create_string_buffer(96)
-    try:
-        nvml = ctypes.CDLL("libnvidia-ml.so.1")  # comes with every driver
-    except OSError:
-        nvml = None
-    if nvml is None or nvml.nvmlInit_v2() or nvml.nvmlSystemGetDriverVersion(text, len(text)):
-        text.value = b"unknown release"
-    return text.value.decode()
 
 
 def wait_stream(stream: int, timeout_s: float, doing: str) -> None:

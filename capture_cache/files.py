@@ -120,21 +120,34 @@ def open_dir(root: Path, parts: tuple[str, ...], *, entry: bool = True) -> Itera
             os.close(fd)
 
 
+def open_folder(dir_fd: int, name: str, shown: Path) -> int:
+    """A handle of a directory of ours in another; `name` is one part, and no link.
+
+    Raises:
+        CorruptBundle: it is missing, not a directory, not ours or world-writable.
+    """
+    try:
+        fd = os.open(name, _READ | os.O_DIRECTORY, dir_fd=dir_fd)
+    except OSError as e:
+        raise _unreadable(e, shown / name) from e
+    try:
+        _require_safe(os.fstat(fd), shown / name)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
 def read_file(dir_fd: int, name: str, shown: Path, max_bytes: int) -> bytes:
-    """Read a regular file of ours, no link followed at any depth of `name`.
+    """Read a regular file of ours; `name` is one part, and no link.
 
     Raises:
         CorruptBundle: missing, not a regular file, not ours, world-writable, or above `max_bytes`.
     """
-    held: list[int] = []
+    fd = -1
     try:
-        *folders, last = name.split("/")
-        for folder in folders:
-            fd = os.open(folder, _READ | os.O_DIRECTORY, dir_fd=held[-1] if held else dir_fd)
-            held.append(fd)
-            _require_safe(os.fstat(fd), shown / folder)
-        held.append(os.open(last, _READ, dir_fd=held[-1] if held else dir_fd))
-        info = os.fstat(held[-1])
+        fd = os.open(name, _READ, dir_fd=dir_fd)
+        info = os.fstat(fd)
         _require_safe(info, shown / name)
         if not stat.S_ISREG(info.st_mode):
             raise CorruptBundle(f"{shown / name}: expected a regular file, got another; {REMEDY}")
@@ -142,15 +155,14 @@ def read_file(dir_fd: int, name: str, shown: Path, max_bytes: int) -> bytes:
             raise CorruptBundle(
                 f"{shown / name}: expected at most {max_bytes} bytes, got {info.st_size}; {REMEDY}"
             )
-        with os.fdopen(held.pop(), "rb") as file:
-            # Never more than was checked, should it grow meanwhile.
-            return file.read(max_bytes + 1)
+        data = os.read(fd, info.st_size)
+        while len(data) < info.st_size and (more := os.read(fd, info.st_size - len(data))):
+            data += more
+        return data
     except OSError as e:
-        raise CorruptBundle(
-            f"{shown / name}: expected a readable file, {_read_problem(e)}; {REMEDY}"
-        ) from e
+        raise _unreadable(e, shown / name) from e
     finally:
-        for fd in held:
+        if fd >= 0:
             os.close(fd)
 
 
@@ -165,6 +177,8 @@ def write_failure(e: OSError, path: Path, option: str) -> StoreError:
         errno.EDQUOT: f"free quota, or give another directory with {option}",
         errno.EACCES: f"make it writable, or give another directory with {option}",
         errno.EPERM: f"make it writable, or give another directory with {option}",
+        errno.ENOTDIR: f"a file is in the way: give another directory with {option}",
+        errno.EEXIST: f"a file is in the way: give another directory with {option}",
         errno.EROFS: f"it is read-only: give another directory with {option}",
     }
     remedy = remedies.get(e.errno or 0, f"check the file system, or give another {option}")
@@ -195,6 +209,10 @@ def _require_safe(info: os.stat_result, shown: Path) -> None:
     problem = unsafe(info)
     if problem is not None:
         raise CorruptBundle(f"{shown}: {problem}; {REMEDY}")
+
+
+def _unreadable(e: OSError, shown: Path) -> CorruptBundle:
+    return CorruptBundle(f"{shown}: expected a readable file, {_read_problem(e)}; {REMEDY}")
 
 
 def _read_problem(e: OSError) -> str:

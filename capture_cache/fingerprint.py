@@ -9,8 +9,8 @@ import hashlib
 import json
 import math
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
 
+from capture_cache.dataclass import dataclass
 from capture_cache.errors import FingerprintMismatch
 
 Value = str | int | float | bool | None

@@ -11,10 +11,10 @@ import hashlib
 import json
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from capture_cache.dataclass import dataclass
 from capture_cache.errors import LayoutError
 
 SECTION_ALIGNMENT = 2 << 20  # bytes
@@ -75,7 +75,7 @@ class Entry:
     dtype: str
     alignment: int = ENTRY_ALIGNMENT
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
         return math.prod(self.shape) * ITEM_BYTES[self.dtype]
 
@@ -88,7 +88,8 @@ class Entry:
             raise LayoutError(
                 f"{who}: unknown dtype {self.dtype!r}; use one of {_known(ITEM_BYTES)}"
             )
-        if any(not isinstance(d, int) or isinstance(d, bool) or d < 0 for d in self.shape):
+        # A bool is an int to isinstance, and no dimension.
+        if not all(type(d) is int and d >= 0 for d in self.shape):
             raise LayoutError(f"{who}: dimensions must be integers >= 0, got {self.shape}")
         power_of_two = self.alignment > 0 and self.alignment & (self.alignment - 1) == 0
         if not power_of_two or not ITEM_BYTES[self.dtype] <= self.alignment <= SECTION_ALIGNMENT:
@@ -206,18 +207,7 @@ class ArenaLayout:
                 {"name": e.section.name, "host": e.section.host, "bytes": e.nbytes}
                 for e in self.extents
             ],
-            "entries": [
-                {
-                    "section": p.entry.section,
-                    "name": p.entry.name,
-                    "shape": list(p.entry.shape),
-                    "dtype": p.entry.dtype,
-                    "alignment": p.entry.alignment,
-                    "offset": p.offset,
-                    "bytes": p.nbytes,
-                }
-                for p in self.places
-            ],
+            "entries": [_row(p) for p in self.places],
         }
 
     @classmethod
@@ -238,12 +228,28 @@ class ArenaLayout:
             raise LayoutError(f"stored arena table is malformed ({e!r}); capture again") from e
         computed = layout._table
         for field in ("sections", "entries"):
+            if table[field] == computed[field]:
+                continue
             for stored, now in zip(table[field], computed[field], strict=True):
                 if stored != now:
                     raise LayoutError(
                         f"stored arena table disagrees: expected {now}, got {stored}; capture again"
                     )
         return layout
+
+
+def _row(place: Place) -> dict[str, Any]:
+    """A place as the table has it, its keys sorted."""
+    entry = place.entry
+    return {
+        "alignment": entry.alignment,
+        "bytes": entry.nbytes,
+        "dtype": entry.dtype,
+        "name": entry.name,
+        "offset": place.offset,
+        "section": entry.section,
+        "shape": list(entry.shape),
+    }
 
 
 def _round_up(value: int, multiple: int) -> int:

@@ -10,9 +10,12 @@ Addresses are passed as integers, results written to memory that the caller owns
 from __future__ import annotations
 
 import ctypes
-from typing import Any
 
 from capture_cache.errors import CudaError
+
+TYPE_CHECKING = False  # as typing's, which would keep the driver waiting
+if TYPE_CHECKING:
+    from typing import Any
 
 REMEDIES = {
     "CUDA_ERROR_OUT_OF_MEMORY": "free device memory or lower --num-pages, --max-seq-len or --bs",
@@ -130,3 +133,15 @@ class LibCuda:
             raise CudaError("no driver", doing, "install it, or use --device cpu") from e
         except AttributeError as e:
             raise CudaError(str(e), doing, "update the driver to release 580 or later") from e
+
+
+def nvml_release() -> str:
+    """The driver's release, such as "580.95.05"."""
+    text = ctypes.create_string_buffer(96)
+    try:
+        nvml = ctypes.CDLL("libnvidia-ml.so.1")  # comes with every driver
+    except OSError:
+        nvml = None
+    if nvml is None or nvml.nvmlInit_v2() or nvml.nvmlSystemGetDriverVersion(text, len(text)):
+        text.value = b"unknown release"
+    return text.value.decode()

@@ -14,9 +14,9 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from capture_cache.driver import nvml_release
 from capture_cache.errors import CudaError
 from capture_cache.fingerprint import Value
+from capture_cache.libcuda import nvml_release
 from capture_cache.restore_driver import Driver
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -175,15 +175,25 @@ def source_digest(root: Path, parts: tuple[str, ...]) -> str:
         parts: files, or folders with all that is in them, relative to `root`.
     """
     digest = hashlib.sha256()
-    for path in _sources(root, parts):
-        data = path.read_bytes()
-        digest.update(f"{path.relative_to(root).as_posix()}\0{len(data)}\0".encode())
-        digest.update(data)
+    for part in parts:
+        for name in sorted(_sources(str(root), part)):
+            with open(f"{root}/{name}", "rb", buffering=0) as file:
+                data = file.read()
+            digest.update(f"{name}\0{len(data)}\0".encode())
+            digest.update(data)
     return digest.hexdigest()
 
 
-def _sources(root: Path, parts: Iterable[str]) -> Iterable[Path]:
-    for part in parts:
-        whole = root / part
-        found = sorted(whole.rglob("*")) if whole.is_dir() else [whole]
-        yield from (path for path in found if path.suffix in SOURCE_SUFFIXES)
+def _sources(root: str, name: str) -> Iterable[str]:
+    """Source files of a folder, or the one file that `name` is; relative to `root`."""
+    if name.endswith(SOURCE_SUFFIXES):
+        yield name
+        return
+    with os.scandir(f"{root}/{name}") as entries:
+        for entry in entries:
+            inner = f"{name}/{entry.name}"
+            if entry.is_dir():
+                if entry.name != "__pycache__":
+                    yield from _sources(root, inner)
+            elif entry.name.endswith(SOURCE_SUFFIXES):
+                yield inner

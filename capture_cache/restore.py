@@ -2,18 +2,17 @@
 
 Everything that can be computed for all nodes at once is (`prepare_graph`): relocated parameters,
 the arrays of pointers to them, the driver's own structs. What is left for each node is one driver
-call (`build_graph`). One thread may prepare a graph while another builds the one before.
+call (`add_graph`). One thread may make a graph while another instantiates the one before.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 
 from capture_cache.bundle import ATTRIBUTE_BYTES, EMPTY, KERNEL, MEMCPY, MEMSET, Graph, Table
+from capture_cache.dataclass import dataclass
 from capture_cache.restore_code import Code
 from capture_cache.restore_driver import Driver
 
@@ -77,25 +76,30 @@ def prepare_graph(driver: Driver, code: Code, graph: Graph, symbols: Table) -> P
     return Prepared(graph, payload, kernels, params, pointers)
 
 
-def build_graph(
-    driver: Driver,
-    code: Code,
-    prepared: Prepared,
-    shown: str,
-    parts: Parts | None = None,
-    waiting: Callable[[], object] = lambda: None,
-) -> int:
+def build_graph(driver: Driver, code: Code, prepared: Prepared, shown: str) -> int:
     """Rebuild and instantiate a graph; returns its CUgraphExec.
 
     Args:
         shown: what it is, for messages.
-        parts: told how long what took.
-        waiting: called where only the driver has work left, and Python's lock is about to go.
     Raises:
         CudaError: the driver refuses a node, or the whole.
     """
-    parts = parts or Parts()
-    parts.start()
+    handle = add_graph(driver, code, prepared, shown, Parts())
+    try:
+        return driver.instantiate(handle, f"instantiating {shown}")
+    finally:
+        driver.drop_graph(handle)
+
+
+def add_graph(driver: Driver, code: Code, prepared: Prepared, shown: str, parts: Parts) -> int:
+    """A CUgraph with all nodes, attributes and edges; `prepared` is not needed any more.
+
+    Args:
+        shown: what it is, for messages.
+        parts: told how long what took.
+    Raises:
+        CudaError: the driver refuses a node, or the whole.
+    """
     handle = driver.new_graph()
     try:
         nodes = _add_nodes(driver, code, prepared, handle, shown)
@@ -103,12 +107,10 @@ def build_graph(
         _set_attributes(driver, prepared.graph, nodes, shown)
         _add_edges(driver, prepared.graph, nodes, handle, shown)
         parts.end("edges")
-        waiting()
-        return driver.instantiate(handle, f"instantiating {shown}")
-    finally:
-        parts.end("instantiate")
+    except BaseException:
         driver.drop_graph(handle)
-        parts.end("drop")
+        raise
+    return handle
 
 
 def relocated(graph: Graph, symbols: Table) -> Table:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import ctypes
-from typing import Any
 
 from capture_cache.errors import CudaError
 from capture_cache.libcuda import DEFAULT_REMEDY, REMEDIES, LibCuda
+
+TYPE_CHECKING = False  # as typing's, which would keep the driver waiting
+if TYPE_CHECKING:
+    from typing import Any
 
 _PINNED, _ON_DEVICE, _READ_WRITE = 1, 1, 3  # of allocations, locations and access
 _FILE_HANDLE = 1  # CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR

@@ -15,12 +15,13 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import threading
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from capture_cache.contents import Contents
+from capture_cache.dataclass import dataclass
 from capture_cache.errors import CorruptBundle, FingerprintMismatch, StoreError
 from capture_cache.files import REMEDY, TAKEN, Files, open_dir, read_file, sweep, write_failure
 from capture_cache.fingerprint import Fingerprint, diff, matches, nearest
@@ -37,8 +38,6 @@ from capture_cache.manifest import (
 _HEX = re.compile(r"[0-9a-f]{64}")
 _ARCH = re.compile(r"sm_[0-9]{2,3}[a-z]?")
 _ATTEMPTS = 4
-_THREADS = 4  # that hash an entry of more than
-_SERIAL_BYTES = 4 << 20
 MANIFEST = "manifest.json"
 META = "meta.json"
 
@@ -121,12 +120,19 @@ class Store:
             CorruptBundle: there is one, and it is not what its manifest says.
             StoreError: the store cannot be read safely.
         """
-        loaded = self.read(fingerprint)
+        loaded = self._load((fingerprint.digest,), MANIFEST)
         return None if loaded is None else _bundle(loaded)
 
-    def read(self, fingerprint: Fingerprint) -> Loaded | None:
-        """As `load`, its manifest still as JSON: `parse` reads that."""
-        return self._load((fingerprint.digest,), MANIFEST)
+    def read(self, fingerprint: Fingerprint, first: Sequence[str] = ()) -> Loaded | None:
+        """As `load`, its manifest still as JSON (`parse` reads that), its files on their way.
+
+        Args:
+            first: files that are wanted before the others.
+
+        Its `files` are `Contents`: each is checked before it is handed out. The caller finishes or
+        closes them.
+        """
+        return self._open((fingerprint.digest,), MANIFEST, first)
 
     @staticmethod
     def parse(loaded: Loaded) -> Bundle:
@@ -144,8 +150,7 @@ class Store:
         """
         if (self.root / fingerprint.digest).exists() or not unset:
             return fingerprint if (self.root / fingerprint.digest).exists() else None
-        stored = (e.manifest.fingerprint for e in self.entries() if e.manifest is not None)
-        return next((s for s in stored if matches(s, fingerprint, unset=unset)), None)
+        return next((s for s in self._fingerprints() if matches(s, fingerprint, unset=unset)), None)
 
     def require(self, fingerprint: Fingerprint) -> Bundle:
         """`load`, where a miss is an error.
@@ -161,7 +166,7 @@ class Store:
 
     def explain_miss(self, fingerprint: Fingerprint) -> str:
         """Why nothing stored serves: the nearest bundle, field by field."""
-        stored = [e.manifest.fingerprint for e in self.entries() if e.manifest is not None]
+        stored = list(self._fingerprints())
         best = nearest(stored, fingerprint)
         if best is None:
             return f"{self.root} holds no bundle; capture one"
@@ -185,6 +190,29 @@ class Store:
             except CorruptBundle as e:
                 found.append(Listed(path, None, str(e)))
         return found
+
+    def check_writable(self) -> None:
+        """Find out before hours of work whether its result could be stored.
+
+        Raises:
+            StoreError: no permission, an unsafe directory, or none at all.
+        """
+        self._prepare(())
+        temporary = self._temporary()
+        try:
+            self._files.make_dir(temporary)
+        except OSError as e:
+            raise self._failure(e, self.root) from e
+        finally:
+            self._discard(temporary)
+
+    def _fingerprints(self) -> Iterator[Fingerprint]:
+        """Of every bundle whose record is sound."""
+        for name in sorted(_names(self.root, _HEX)):
+            with contextlib.suppress(CorruptBundle, ValueError, TypeError):
+                record = self._record((name,), MANIFEST)
+                if record is not None:
+                    yield Fingerprint.from_json(record.get("fingerprint"))
 
     # -- compiled kernels ------------------------------------------------------------------------
 
@@ -284,6 +312,17 @@ class Store:
             return unseal(read_file(fd, record_name, path, MAX_RECORD_BYTES), path / record_name)
 
     def _load(self, parts: tuple[str, ...], record_name: str) -> Loaded | None:
+        """As `_open`, every file read and checked."""
+        loaded = self._open(parts, record_name)
+        if loaded is None:
+            return None
+        assert isinstance(loaded.files, Contents)
+        loaded.files.finish()
+        return replace(loaded, files=dict(loaded.files))
+
+    def _open(
+        self, parts: tuple[str, ...], record_name: str, first: Sequence[str] = ()
+    ) -> Loaded | None:
         with open_dir(self.root, parts) as fd:
             if fd is None:
                 return None
@@ -295,7 +334,7 @@ class Store:
                     f"{record.get('entry')!r:.100}; {REMEDY}"
                 )
             records = files_from_json(record.get("files"), path / record_name)
-            return Loaded(path, record, _read_all(fd, records, path))
+            return Loaded(path, record, Contents(fd, records, path, first))
 
     def _publish(
         self,
@@ -391,34 +430,6 @@ class Store:
 
 def _names(folder: Path, pattern: re.Pattern[str]) -> list[str]:
     return [n for n in os.listdir(folder) if pattern.fullmatch(n)] if folder.is_dir() else []
-
-
-def _read_all(fd: int, records: Mapping[str, FileRecord], path: Path) -> dict[str, bytes]:
-    """Contents of all files, every byte checked; large entries by several threads, for hashing
-    is what takes the time, and gives up Python's lock."""
-    contents: dict[str, bytes] = dict.fromkeys(records, b"")  # in the record's order
-    failures: list[CorruptBundle] = []
-
-    def read(names: Sequence[str]) -> None:
-        try:
-            for name in names:
-                data = read_file(fd, name, path, max(records[name].nbytes, 0))
-                records[name].check(data, path / name)
-                contents[name] = data
-        except CorruptBundle as e:
-            failures.append(e)
-
-    names = sorted(records, key=lambda n: records[n].nbytes)
-    count = _THREADS if sum(r.nbytes for r in records.values()) > _SERIAL_BYTES else 1
-    threads = [threading.Thread(target=read, args=(names[i::count],)) for i in range(1, count)]
-    for thread in threads:
-        thread.start()
-    read(names[::count])
-    for thread in threads:
-        thread.join()
-    if failures:
-        raise failures[0]
-    return contents
 
 
 def _bundle(loaded: Loaded) -> Bundle:

@@ -182,15 +182,25 @@ def _router_plans(call: Call) -> list[RouterPlan]:
 
 
 def _grouped_plans(call: Call) -> list[GroupedPlan]:
+    """The default first; the others chain as many experts as fit the chip by their own cut."""
     default = GATE_UP_PLAN if call.op == "grouped_gate_up" else DOWN_PLAN
-    plans = [
+    others = [
         default,
         *(replace(default, per_sm=per_sm) for per_sm in (1, 2, 3)),
         replace(default, block_n=64),
         *(replace(default, prefetch=blocks) for blocks in (0, 1, 2)),
-        replace(default, chain=0),
     ]
+    if call.op == "grouped_down":
+        others = [replace(p, chain=_chain(p, call)) for p in others]
+    plans = [default, *others, replace(default, chain=0)]
     return [p for p in dict.fromkeys(plans) if _fits(p, call)]
+
+
+def _chain(plan: GroupedPlan, call: Call) -> int:
+    """Experts of down whose programs are on a chip at the same time; the last one in part."""
+    num_experts, rows = (int(extent) for extent in call.args[2].shape[:2])
+    tiles = -(-rows // plan.block_n)
+    return min(num_experts, -(-plan.per_sm * PROGRAMS[0] // tiles))
 
 
 def _fits(plan: GroupedPlan, call: Call) -> bool:

@@ -87,11 +87,13 @@ class KernelChoices:
         sites: by `site_of`.
         attention: None leaves it to the runtime's options.
         origin: where they come from: "default", "measured", "stored" or a file.
+        note: what was not done to choose them, for people; "" if nothing is missing.
     """
 
     sites: Mapping[str, SiteChoice] = field(default_factory=dict)
     attention: str | None = None
     origin: str = "default"
+    note: str = ""
 
     def candidate(self, call: Call) -> Candidate:
         """What the call takes.
@@ -142,6 +144,7 @@ class KernelChoices:
         return {
             "schema": SCHEMA,
             "origin": self.origin,
+            "note": self.note,
             "attention": self.attention,
             "inexact": self.inexact,
             "sites": {name: self.sites[name].to_json() for name in sorted(self.sites)},
@@ -166,7 +169,7 @@ class KernelChoices:
                 AttentionCut.parse(str(attention))
         except ValueError as error:
             raise ValueError(f"{origin}: {error}") from error
-        return cls(read, attention, origin)
+        return cls(read, attention, origin, str(record.get("note", "")))
 
 
 class ChosenOps(Ops):

@@ -7,7 +7,7 @@ function of two integers and of a sorted ladder, so every rank chooses for itsel
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from typing import NamedTuple, Self
 
 MIXED_PROMPT_TOKENS = (64, 512)  # prompt tokens beside the decoding rows in the default ladder
 
@@ -16,23 +16,27 @@ class NotCaptured(LookupError):
     """No captured graph covers the step; nothing was launched."""
 
 
-@dataclass(frozen=True, order=True)
-class GraphKey:
-    """What one graph was captured for.
+class _Sizes(NamedTuple):
+    tokens: int
+    rows: int
+
+
+class GraphKey(_Sizes):
+    """What one graph was captured for; a tuple, since every step looks graphs up by it.
 
     Attributes:
         tokens: padded step tokens.
         rows: padded rows that sample, at most `tokens`.
     """
 
-    tokens: int
-    rows: int
+    __slots__ = ()
 
-    def __post_init__(self) -> None:
-        if not 1 <= self.rows <= self.tokens:
+    def __new__(cls, tokens: int, rows: int) -> Self:
+        if not 1 <= rows <= tokens:
             raise ValueError(
-                f"a graph key needs 1 <= rows <= tokens, got rows {self.rows}, tokens {self.tokens}"
+                f"a graph key needs 1 <= rows <= tokens, got rows {rows}, tokens {tokens}"
             )
+        return super().__new__(cls, tokens, rows)
 
     def __str__(self) -> str:
         prompt = self.tokens - self.rows

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from capture_cache.dataclass import dataclass
 from graphs.hf_config import check_architecture, token_ids
 from graphs.model_config import ModelConfig
 from graphs.presets import PRESETS

@@ -12,9 +12,10 @@ import math
 import re
 import struct
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from capture_cache.dataclass import dataclass
 
 CONFIG_FILE = "config.json"
 INDEX_FILE = "model.safetensors.index.json"

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
+from capture_cache.dataclass import dataclass
 from graphs.keys import Ladder
 from kernels.triton.state import MailboxLayout
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
+TYPE_CHECKING = False  # as typing's, whose import the first step need not wait for
 if TYPE_CHECKING:
+    from typing import Any
+
     from runtime.driver import Runtime, StepFailed
     from runtime.pages import OutOfPages, OutOfRows
     from runtime.sampling import SamplingParams, StepOutput

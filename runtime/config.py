@@ -5,18 +5,21 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
 from barriers.config import GroupConfig
+from barriers.errors import RankError
+from capture_cache.dataclass import dataclass
 from runtime.bundle_names import SKIP_WEIGHTS
 from runtime.scheduler import SchedulerConfig
 
 DEVICES = ("auto", "cuda", "cpu")
 ATTENTION = ("auto", "flashinfer", "hopper", "triton")
+DEFAULT_SEQ_LEN = 4096  # tokens, where the model has as many positions
 KERNELS = ("auto", "tune", "default")  # or a file that pins them
 PDL = ("auto", "off", "late", "early")
 CHECK_KEYS = ("first", "all")
@@ -31,10 +34,55 @@ ALIASES = {
 }
 
 
-def child_environment(run: str) -> dict[str, str]:
-    """The environment of a process that is this rank in a world of its own, named `run`."""
+_VISIBLE = "CUDA_VISIBLE_DEVICES"
+
+
+def child_environment(run: str, *, own_gpu: bool = False) -> dict[str, str]:
+    """The environment of a process that is this rank in a world of its own, named `run`.
+
+    Args:
+        own_gpu: it sees no GPU but this rank's.
+    """
     name = "TORCHELASTIC_RUN_ID"  # a part of the ranks' meeting point
-    return {**os.environ, name: f"{os.environ.get(name, '')}/{run}"}
+    env = {**os.environ, name: f"{os.environ.get(name, '')}/{run}"}
+    if own_gpu:
+        seen, rank = _visible(), int(env.get("LOCAL_RANK", "0"))
+        if len(seen) != 1:  # of a single one it is known whose it is
+            env[_VISIBLE] = seen[rank] if seen else str(rank)
+    return env
+
+
+def _visible() -> list[str]:
+    """GPUs as CUDA_VISIBLE_DEVICES names them; none where it is not set."""
+    return [name for name in os.environ.get(_VISIBLE, "").split(",") if name]
+
+
+@contextmanager
+def told_to_ranks(*, but: type[Exception] | tuple[type[Exception], ...] = ()) -> Iterator[None]:
+    """What fails inside, before ranks have met, is told to those that would wait for this one.
+
+    Args:
+        but: failures that do not keep this rank from the meeting.
+    """
+    try:
+        yield
+    except but:
+        raise
+    except Exception as error:
+        tell_ranks(f"{type(error).__name__}: {error}")
+        raise
+
+
+def tell_ranks(reason: str) -> None:
+    """Tell the other ranks, if there are any, that this one cannot start. Never raises."""
+    try:
+        place = GroupConfig.from_env(os.environ)
+    except (ValueError, RankError):
+        return  # it does not know who they are
+    if place.world > 1:
+        from barriers.refusal import tell_failure  # sockets, for ranks alone
+
+        tell_failure(place, reason)
 
 
 @dataclass(frozen=True)
@@ -44,7 +92,8 @@ class RuntimeConfig:
     Attributes:
         model: Hugging Face directory or preset name.
         bs: global decode batch; a rank holds `bs / ep_size` rows.
-        max_seq_len: tokens, prompt and output together.
+        max_seq_len: tokens, prompt and output together; None: 4096, or all that the model has
+            positions for where those are fewer.
         num_pages: KV pages of a rank; None: what the rows can use, or what memory allows.
         page_size: tokens.
         ladder: graph keys as text ("1,2,4,8+64"), or a list of them; None: the default ladder.
@@ -82,7 +131,7 @@ class RuntimeConfig:
 
     model: str
     bs: int = 256
-    max_seq_len: int = 4096
+    max_seq_len: int | None = None
     num_pages: int | None = None
     page_size: int = 64
     ladder: str | None = None
@@ -124,10 +173,10 @@ class RuntimeConfig:
                 raise ValueError(
                     f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}"
                 )
-        for name in ("bs", "max_seq_len", "page_size", "num_ranks", "logits_rows"):
+        for name in ("bs", "page_size", "num_ranks", "logits_rows"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.max_seq_len < 2:
+        if self.max_seq_len is not None and self.max_seq_len < 2:
             raise ValueError(
                 f"max_seq_len must be at least 2 (a prompt token and a new one), got "
                 f"{self.max_seq_len}"
@@ -215,6 +264,21 @@ class RuntimeConfig:
             named["ladder"] = ",".join(str(key) for key in ladder)
         return cls(**named)
 
+    def seq_len(self, positions: int) -> int:
+        """Tokens of prompt and output together, for a model that has so many positions.
+
+        Raises:
+            ValueError: more are asked for than it has.
+        """
+        if self.max_seq_len is None:
+            return min(DEFAULT_SEQ_LEN, positions)
+        if self.max_seq_len > positions:
+            raise ValueError(
+                f"max_seq_len {self.max_seq_len} exceeds the model's {positions} positions; lower "
+                "--max-seq-len, or leave it out"
+            )
+        return self.max_seq_len
+
     @property
     def scheduling(self) -> SchedulerConfig:
         """How requests share rows, pages and steps."""
@@ -241,14 +305,18 @@ class RuntimeConfig:
             except OSError as error:
                 raise ValueError(
                     f"--kernels {self.kernels}: expected {', '.join(KERNELS)} or a file of kernel "
-                    f"choices, got {error}; write one with python -m runtime.capture --save-kernels"
+                    f"choices, and that cannot be read ({error.strerror}); write one with "
+                    "python -m runtime.capture --save-kernels"
                 ) from error
         return f"{how}, inexact ones too" if self.allow_inexact else how
 
     @property
     def local_rank(self) -> int:
-        """The GPU of this process."""
-        return int(os.environ.get("LOCAL_RANK", "0"))
+        """The GPU of this process: that of LOCAL_RANK, or the only one that is visible.
+
+        A driver that sees one GPU initialises one: ranks start sooner with only their own visible.
+        """
+        return 0 if len(_visible()) == 1 else int(os.environ.get("LOCAL_RANK", "0"))
 
     @property
     def num_ranks(self) -> int:

@@ -128,11 +128,12 @@ class Control(Submission):
         """
         self._check_open()
         update, refusal = None, None
+        held: dict[int, int] = {}
         try:
             self._check_update(running)
             update = self.engine.prepare_weights(source)
             if running == "recompute":
-                self._scheduler.reserve_restart()
+                held = self._scheduler.reserve_restart()
         except Exception as error:
             refusal = error
         try:
@@ -145,6 +146,7 @@ class Control(Submission):
         except BaseException:
             if update is not None:
                 update.discard()
+            self._scheduler.keep_only(held)
             raise
         assert update is not None
         try:

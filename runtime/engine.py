@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from barriers.errors import BarrierTimeout
 from capture_cache.fingerprint import Fingerprint
 from graphs.aot import AotLauncher
 from graphs.capture import GraphBackend, GraphSet
@@ -102,6 +103,8 @@ class Engine:
         self.ledger: Ledger | None = None
         self.choices = KernelChoices()
         self.replay: Callable[[GraphKey], None] = graphs.replay
+        if ranks.board is not None:
+            self.replay = self._replay_told
         self.loaded_from = "capture"
         self.load_reason = ""
 
@@ -122,6 +125,18 @@ class Engine:
         """
         self.ranks.check()
         self.graphs.backend.check_alive()
+        if self.ranks.board is not None:
+            try:
+                self.ranks.board.check(int(self.ring_step.max()))  # as many as have ended
+            except BarrierTimeout:
+                self.ranks.abandon()
+                raise
+
+    def _replay_told(self, key: GraphKey) -> None:
+        """Replay, and let the other ranks know."""
+        assert self.ranks.board is not None
+        self.ranks.board.launch()
+        self.graphs.replay(key)
 
     @property
     def device_name(self) -> str:
@@ -137,6 +152,8 @@ class Engine:
         with self.graphs.backend.on_stream():
             reset_state(self.graphs.step.buffers)
             self.graphs.backend.synchronize()
+        if self.ranks.board is not None:
+            self.ranks.board.restart()
 
     def adopt(self, length: int, rows: Mapping[int, tuple[Admission, list[int]]]) -> None:
         """Put rows into the decode phase with `length` tokens in their pages; waits.

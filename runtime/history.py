@@ -2,8 +2,9 @@
 
 Rows that merely decode come in the same order step after step, each with one token more. So the
 first such steps are looked at entry by entry, and those after them only compared with these: a
-token's place is the last one's, plus one. Invariant: `end` is called where a row changes hands or
-starts again, before the next step is read.
+token's place is the last one's, plus one. What such a step brings is only laid aside, and goes to
+its place when somebody asks, or while the host waits for a step anyhow. Invariant: `end` is called
+where a row changes hands or starts again, before the next step is read.
 """
 
 from __future__ import annotations
@@ -15,35 +16,39 @@ from runtime.mailbox import Int32
 
 Int64 = NDArray[np.int64]
 Index = NDArray[np.intp]  # numpy's own type for places: others are converted at each use, dearly
+MOST_ASIDE = 64  # steps whose tokens are laid aside at most
 
 
 class History:
     """Tokens by row.
 
     Attributes:
-        tokens: int32 [max_rows, max_seq_len], prompt first.
         steady_rows: bytes of the rows (int32) whose requests `steady_requests` holds, int64 [n], or
             None: an entry of these rows alone, each with a plain new token, goes to `append_again`.
     """
 
     def __init__(self, max_rows: int, max_seq_len: int) -> None:
-        self.tokens: Int32 = np.zeros((max_rows, max_seq_len), np.int32)
+        self._tokens: Int32 = np.zeros((max_rows, max_seq_len), np.int32)
         self.steady_rows: bytes | None = None
         self.steady_requests: Int64 = np.zeros(0, np.int64)
-        self._flat = self.tokens.reshape(-1)
+        self._flat = self._tokens.reshape(-1)
         self._begins: Int64 = np.arange(max_rows) * max_seq_len  # of each row in it
         self._have: Int64 = np.zeros(max_rows, np.int64)
         self._last: bytes | None = None  # rows of the last plain step, nothing having ended since
         self._rows: Index = np.zeros(0, np.intp)
         self._next: Int64 = np.zeros(0, np.int64)  # where the next token of each of `_rows` goes
-        self._owed = 0  # tokens that each of `_rows` has and `_have` does not count
+        self._aside: list[bytes] = []  # of each step since: a token (int32) for each of `_rows`
+
+    @property
+    def tokens(self) -> Int32:
+        """int32 [max_rows, max_seq_len], prompt first."""
+        self.write_up()
+        return self._tokens
 
     @property
     def have(self) -> Int64:
         """int64 [max_rows], tokens that each row has."""
-        if self._owed:
-            self._have[self._rows] += self._owed
-            self._owed = 0
+        self.write_up()
         return self._have
 
     def append(self, rows: Index, tokens: Int32) -> None:
@@ -56,9 +61,20 @@ class History:
 
     def append_again(self, tokens: Int32) -> None:
         """The same for the steady rows, in their order."""
-        self._flat[self._next] = tokens
-        self._next += 1
-        self._owed += 1
+        self._aside.append(tokens.tobytes())
+        if len(self._aside) >= MOST_ASIDE:
+            self.write_up()
+
+    def write_up(self) -> None:
+        """Put in its places what has been laid aside, if anything has."""
+        if not self._aside:
+            return
+        steps = len(self._aside)
+        tokens = np.frombuffer(b"".join(self._aside), np.int32).reshape(steps, len(self._rows))
+        self._flat[self._next + np.arange(steps)[:, None]] = tokens
+        self._next += steps
+        self._have[self._rows] += steps
+        self._aside.clear()
 
     def watch(self, key: bytes, rows: Index, requests: Int64) -> None:
         """A plain step has been appended: the second one of the same rows makes them steady.

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from capture_cache.dataclass import dataclass
 from kernels.triton.state import ADMIT_LIFE_MS, ADMIT_ROW, PROMPT_ENTRY, RING_FIELDS
 
 Int32 = NDArray[np.int32]

@@ -7,10 +7,13 @@ hands it to `Runtime.load`.
 from __future__ import annotations
 
 import threading
-from typing import Any
 
 from capture_cache.errors import CudaError
 from capture_cache.restore_driver import Driver
+
+TYPE_CHECKING = False  # as typing's, which would keep the driver waiting
+if TYPE_CHECKING:
+    from typing import Any
 
 
 class NotRestored(RuntimeError):

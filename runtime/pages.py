@@ -92,6 +92,12 @@ class PagePool:
             self._refs[page] = 1
             pages.append(page)
 
+    def shrink(self, row: int, count: int) -> None:
+        """Take back what `grow` gave beyond the row's first `count` pages; nobody has used it."""
+        pages = self._held[row]
+        while len(pages) > count:
+            self._drop(pages.pop())
+
     def swap(self, row: int, index: int, page: int) -> None:
         """Put a named page in the place of the row's own."""
         pages = self._held[row]

@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from dataclasses import dataclass, field
+from dataclasses import field
 
 import numpy as np
 from numpy.typing import NDArray
+
+from capture_cache.dataclass import dataclass
 
 DIGEST_BYTES = 16
 

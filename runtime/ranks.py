@@ -22,6 +22,7 @@ from barriers.errors import RankError
 from barriers.group import RankGroup
 from barriers.host_meeting import HostMeeting
 from barriers.rdep import Rdep, RdepTuning, load_rdep, peer_layout, peer_views
+from barriers.step_board import StepBoard
 from barriers.symmetric_device import DeviceMemory
 from barriers.transport import DEEPEP, Local, Transport, TransportConfig
 from capture_cache.driver import Device
@@ -38,6 +39,9 @@ class Ranks:
         config: rank, world and meeting point.
         fields: what every rank must have been started with; a difference names both values.
         deadline_s: of every wait for a peer.
+
+    Attributes:
+        board: where the transport's own waits name nobody.
     """
 
     def __init__(
@@ -46,6 +50,8 @@ class Ranks:
         self.rank, self.world, self.deadline_s = config.rank, config.world, deadline_s
         self._open = ExitStack()
         self._watch: DeviceWatch | None = None
+        self.board: StepBoard | None = None
+        self._aborted = False
         self.group = self._open.enter_context(RankGroup(config, fields))
 
     def transport(
@@ -84,6 +90,8 @@ class Ranks:
             deadline_ms = round(self.deadline_s * 1e3)
             meeting = HostMeeting(self.group, deadline_ms=deadline_ms, step=lambda: int(step[0]))
             self._open.callback(meeting.close)
+        else:
+            self._post("allgather")
         return AllGather(config, views, dist.group.WORLD, launch, meeting)
 
     def _connect(self, backend: str) -> None:
@@ -109,7 +117,7 @@ class Ranks:
             timeout=timeout,
             device_id=_current_gpu() if backend == "nccl" else None,
         )
-        self._open.callback(dist.destroy_process_group)
+        self._open.callback(self._disconnect)
         # torch has one time-out for connecting and for every collective after it.
         dist.distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=self.deadline_s))
 
@@ -121,6 +129,8 @@ class Ranks:
         launch: Launcher | None,
     ) -> Transport:
         self._connect("gloo" if launch is None else "nccl")  # upstream's start goes through it
+        if launch is not None:
+            self._post(name)
         self.group.barrier(f"starting {name}")  # which has no deadline of its own
         transport: DeepEpLowLatency | DeepEpNormal
         if name == "deepep":
@@ -130,6 +140,11 @@ class Ranks:
         self._open.callback(self._close_together, transport)
         self.group.barrier(f"{name} started")
         return transport
+
+    def _post(self, name: str) -> None:
+        """Have every rank's host tell which step it launches."""
+        self.board = StepBoard(self.group, deadline_s=self.deadline_s, operation=name)
+        self._open.callback(self.board.close)
 
     def _close_together(self, transport: DeepEpLowLatency | DeepEpNormal) -> None:
         """Upstream ends in a barrier of its own; without the others it would wait there for good,
@@ -166,6 +181,19 @@ class Ranks:
         torch.cuda.synchronize()
         self.group.barrier("peer memory")
         return transport
+
+    def abandon(self) -> None:
+        """Ranks are missing for good: end what NCCL's kernels wait for, or closing would wait, too.
+
+        DeepEP has no such end; its waits give up by themselves, after a hundred seconds.
+        """
+        if not self._aborted and dist.is_initialized() and dist.get_backend() == "nccl":
+            self._aborted = True
+            dist.distributed_c10d._abort_process_group()
+
+    def _disconnect(self) -> None:
+        if not self._aborted:  # that one is gone already
+            dist.destroy_process_group()
 
     def check(self) -> None:
         """One read of host memory; raises `BarrierTimeout` naming the ranks that are late."""

@@ -12,11 +12,12 @@ soon enough after it: everybody's wait is bounded.
 from __future__ import annotations
 
 import heapq
-from dataclasses import dataclass, field
+from dataclasses import field
 
 import numpy as np
 from numpy.typing import NDArray
 
+from capture_cache.dataclass import dataclass
 from runtime.mailbox import Int32
 from runtime.prefix_cache import DigestChain
 from runtime.row_params import Admission

@@ -1,8 +1,9 @@
 """A stored bundle back on the device, with neither torch nor triton.
 
-    driver initialised ──► bundle found and checked ──► arena mapped ──► weights ──► first key built
-      (in a thread)          (meanwhile: the context)                        ──► its golden step
-                                                              other keys are built in threads
+    driver initialised ──► bundle found ──► addresses reserved ──► memory mapped ──► weights
+      (in a thread)     (meanwhile: context)   (in a thread: the first key built)      │
+                   (in threads: its files read and checked) ────────────────────┴─► golden step
+                                                                  other keys are built in threads
 
 Whatever is not as the bundle says ends in `NotRestored` with the reason, before a runtime exists:
 the caller captures again, and says so.
@@ -13,14 +14,14 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from capture_cache.arena import DeviceArena
-from capture_cache.bundle import PROGRAM_FILE
-from capture_cache.bundle_files import BundleFiles
+from capture_cache.bundle import PROGRAM_FILE, Table, graph_file
+from capture_cache.contents import Contents
+from capture_cache.dataclass import dataclass
 from capture_cache.errors import ArenaError, CorruptBundle, CudaError
 from capture_cache.files import REMEDY
 from capture_cache.fingerprint import Fingerprint
@@ -30,12 +31,13 @@ from capture_cache.store import Loaded, Store
 from graphs.keys import GraphKey
 from graphs.model_config import ModelConfig, parse_overrides
 from graphs.model_source import ModelSource, resolve_model
+from runtime.aside import Aside
 from runtime.bundle_names import (
     DEVICE_WHOLE,
     HOST_WHOLE,
     PEERS,
 )
-from runtime.config import RuntimeConfig
+from runtime.config import RuntimeConfig, told_to_ranks
 from runtime.driver import StepFailed
 from runtime.fingerprint import absent_packages, fingerprint
 from runtime.golden import golden_step
@@ -43,7 +45,6 @@ from runtime.opening import NotRestored, Opening
 from runtime.player import Player
 from runtime.preload import Preload
 from runtime.restore_facts import Facts
-from runtime.restored_keys import Keys
 from runtime.restored_weights import Target, fill_weights
 
 if TYPE_CHECKING:
@@ -80,8 +81,19 @@ class _Found:
     source: ModelSource
     path: Path
     facts: Facts
-    files: BundleFiles
+    contents: Contents
     preload: Preload
+
+
+@dataclass(frozen=True)
+class _Mapped:
+    """Where it is going to be; `backing` ends when there is memory."""
+
+    driver: Driver
+    arena: DeviceArena
+    stream: int
+    symbols: Table
+    backing: Aside
 
 
 class _Restore:
@@ -94,26 +106,36 @@ class _Restore:
 
     @contextmanager
     def _stage(self, name: str) -> Iterator[None]:
-        """Time a stage; what is wrong becomes the reason to capture again, on every rank."""
-        start, failure = time.perf_counter(), None
+        """Time a stage; what is wrong becomes the reason to capture again."""
+        start = time.perf_counter()
+        try:
+            yield
+        except (CorruptBundle, StepFailed) as e:
+            raise NotRestored(str(e), replace=True) from e
+        except ArenaError as e:
+            raise NotRestored(f"the arena cannot be mapped: {e}") from e
+        except CudaError as e:
+            raise NotRestored(str(e), replace=e.name != "CUDA_ERROR_OUT_OF_MEMORY") from e
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+    @contextmanager
+    def _together(self, what: str) -> Iterator[None]:
+        """Stages after which no rank goes on unless all can; one that cannot tells the others."""
+        failure = None
         try:
             yield
         except NotRestored as e:
             failure = e
-        except (CorruptBundle, StepFailed) as e:
-            failure = NotRestored(str(e), replace=True)
-        except CudaError as e:
-            failure = NotRestored(str(e), replace=e.name != "CUDA_ERROR_OUT_OF_MEMORY")
         if self.ranks is not None:
-            self._agree(name, "", failure)
+            self._agree(what, "", failure)
         if failure is not None:
             raise failure
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
     def _agree(self, name: str, value: str, failure: NotRestored | None) -> None:
         """Raises NotRestored on every rank if any rank has a reason to."""
         assert self.ranks is not None
-        reason = self.ranks.agree(name, value, None if failure is None else str(failure))
+        with self._stage("waiting for ranks"):
+            reason = self.ranks.agree(name, value, None if failure is None else str(failure))
         if reason is not None:
             raise NotRestored(reason, replace=failure is not None and failure.replace)
 
@@ -126,7 +148,8 @@ class _Restore:
             )
         found, failure = None, None
         try:
-            found = self._look()
+            with told_to_ranks(but=NotRestored):
+                found = self._look()
         except NotRestored as e:
             failure = e
         if world > 1:
@@ -153,61 +176,49 @@ class _Restore:
             current = fingerprint(options, on_device=True, driver=self.opening.wait_driver)
         with self._stage("bundle"):
             loaded = self._find(current)
-        rank = options.ranks.rank
         with self._stage("manifest"):
-            if PROGRAM_FILE not in loaded.files:
-                Facts.of(Store.parse(loaded), rank)  # a bundle that may lack one says why
-            files = BundleFiles(loaded.files, str(loaded.path))
-            preload = Preload(self.opening, files, loaded.record)
+            contents = loaded.files
+            assert isinstance(contents, Contents)
+            self.resources.callback(contents.close)
+            facts = Facts.of(Store.parse(loaded), options.ranks.rank)
+            if PROGRAM_FILE not in contents:
+                raise CorruptBundle(f"{loaded.path}: expected a file {PROGRAM_FILE}; {REMEDY}")
+            preload = Preload(self.opening, contents, facts.ladder, str(loaded.path))
             self.resources.callback(preload.close)
-            facts = Facts.of(Store.parse(loaded), rank)
-        return _Found(model, source, loaded.path, facts, files, preload)
+        return _Found(model, source, loaded.path, facts, contents, preload)
 
     def _load(self, found: _Found) -> Player:
-        facts, files = found.facts, found.files
-        with self._stage("context"):
-            driver = self.opening.wait_context()
-        with self._stage("arena"):
-            arena = self._map(driver, facts)
-            stream = driver.create_stream()
-            self.resources.callback(driver.destroy_stream, stream)
-        if self.ranks is not None and facts.peers is not None:
-            from barriers.errors import RankError
-
-            with self._stage("peers"):
-                try:
-                    self.ranks.share(driver, facts.peers, arena.ptr("step"))
-                except RankError as e:  # raised on every rank
-                    raise NotRestored(str(e)) from e
-        peers = self.ranks.base if self.ranks is not None else 0
-        with self._stage("symbols"):
-            symbols = symbol_table(files.program, partial(_address, arena, peers))
-        with self._stage("code"):
-            code, decoded = found.preload.wait()
-        keys = Keys(driver, code, files, symbols, stream, facts.ladder, decoded)
-        self.resources.callback(keys.close)
-        player = Player(
-            self.options,
-            driver,
-            arena,
-            stream,
-            keys,
-            facts.step,
-            found.model,
-            facts.ladder,
-            self.resources,
-            self.ranks,
-        )
-        with self._stage("weights"):
-            place = Target(driver, arena, code, symbols, stream)
-            checkable = fill_weights(self.options, found.model, found.source, files, place)
-            player.reset_state()
-        first = facts.ladder.keys[0]
-        with self._stage("first key"):
-            keys.exec_of(first)
+        facts, first = found.facts, found.facts.ladder.keys[0]
+        mapped = self._map(found)
+        driver, arena, stream = mapped.driver, mapped.arena, mapped.stream
+        with self._together("the first key"):
+            with self._stage("memory"):
+                mapped.backing.wait()
+            found.preload.mapped()
+            with self._stage("first key"):
+                code, keys = found.preload.wait()
+            with self._stage("files"):  # before anything runs on the device
+                found.contents.finish()
+            player = Player(
+                self.options,
+                driver,
+                arena,
+                stream,
+                keys,
+                facts.step,
+                found.model,
+                facts.ladder,
+                self.resources,
+                self.ranks,
+            )
+            with self._stage("weights"):
+                place = Target(driver, arena, code, mapped.symbols, stream)
+                files = found.preload.files
+                checkable = fill_weights(self.options, found.model, found.source, files, place)
+                player.reset_state()
         reason = _SKIPPED
         if checkable:
-            with self._stage("golden"):
+            with self._together("the golden step"), self._stage("golden"):
                 check_golden(player, first)
             reason = f"the golden step of key {first} agrees"
             if self.options.check_keys == "all":
@@ -219,11 +230,42 @@ class _Restore:
             keys.build_rest()
         return player
 
+    def _map(self, found: _Found) -> _Mapped:
+        """The bundle's addresses; what is behind them is on its way, and so is the first key."""
+        facts, preload = found.facts, found.preload
+        with self._together("addresses"):
+            with self._stage("context"):
+                driver = self.opening.wait_context()
+            with self._stage("arena"):
+                arena = DeviceArena(
+                    facts.layout, memory=driver, base=facts.arena_base, exact=True, back=False
+                )
+                self.resources.callback(arena.close)
+                stream = driver.create_stream()
+                self.resources.callback(driver.destroy_stream, stream)
+                self.resources.callback(preload.close)  # its graphs go before their memory
+                backing = Aside(partial(_back, driver, arena))
+                self.resources.callback(backing.close)
+                # The ranks' memory has a fixed address, too: it will be there, or nothing will.
+                peers = facts.peers.base if self.ranks is not None and facts.peers else 0
+                find = partial(_address, arena, peers)
+                symbols = symbol_table(preload.files.program, find)
+                preload.place(symbols, stream)
+        if self.ranks is not None and facts.peers is not None:
+            from barriers.errors import RankError
+
+            with self._stage("peers"):
+                try:
+                    self.ranks.share(driver, facts.peers, arena.ptr("step"))
+                except RankError as e:  # raised on every rank
+                    raise NotRestored(str(e)) from e
+        return _Mapped(driver, arena, stream, symbols, backing)
+
     def _check_rest(self, player: Player, keys: Sequence[GraphKey]) -> None:
-        with self._stage("other keys"):  # all ranks have theirs before any of them steps
+        with self._together("other keys"), self._stage("other keys"):
             player.keys.build_rest(pause_s=0.0)
             player.keys.wait()
-        with self._stage("other golden steps"):
+        with self._together("other golden steps"), self._stage("other golden steps"):
             failures = list[str]()
             for key in keys:  # to the end: every rank must take as many steps as the others
                 try:
@@ -234,22 +276,14 @@ class _Restore:
                 raise NotRestored("; ".join(failures), replace=True)
 
     def _find(self, current: Fingerprint) -> Loaded:
-        """The bundle of these options, every hash checked."""
+        """The bundle of these options; its files are checked as they are read."""
         store = Store(self.options.store_path)
         # An installation that lacks what captured may still play.
         found = store.find(current, unset=absent_packages())
-        loaded = None if found is None else store.read(found)
+        loaded = None if found is None else store.read(found, _first_files(current))
         if loaded is None:
             raise NotRestored(store.explain_miss(current))
         return loaded
-
-    def _map(self, driver: Driver, facts: Facts) -> DeviceArena:
-        try:
-            arena = DeviceArena(facts.layout, memory=driver, base=facts.arena_base, exact=True)
-        except ArenaError as e:
-            raise NotRestored(f"the arena cannot be mapped: {e}") from e
-        self.resources.callback(arena.close)
-        return arena
 
 
 def check_golden(player: Player, key: GraphKey) -> None:
@@ -267,6 +301,17 @@ def check_golden(player: Player, key: GraphKey) -> None:
             "the bundle must not be used here",
             replace=True,
         )
+
+
+def _back(driver: Driver, arena: DeviceArena) -> None:
+    driver.make_current()
+    arena.back()
+
+
+def _first_files(current: Fingerprint) -> tuple[str, ...]:
+    """What the first step needs, small ones; its code follows from them."""
+    key = GraphKey.parse(str(dict(current.fields)["ladder"]).split(",")[0])
+    return PROGRAM_FILE, graph_file(key.tokens, key.rows)
 
 
 def _address(arena: DeviceArena, peers: int, name: str) -> int:

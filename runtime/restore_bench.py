@@ -18,6 +18,7 @@ from typing import Any
 
 from rich.table import Table
 
+from capture_cache.command import error_line, exit_code
 from capture_cache.store import Store
 from runtime.bundle_names import SKIP_WEIGHTS
 from runtime.cli import Bar, add_selection, command, console, print_json, run, selection
@@ -53,6 +54,11 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--check-keys", choices=CHECK_KEYS, default="first", help="golden steps compared"
     )
+    p.add_argument(
+        "--own-gpu",
+        action="store_true",
+        help="each rank's process sees no GPU but its own (CUDA_VISIBLE_DEVICES)",
+    )
     return p
 
 
@@ -67,14 +73,14 @@ def main(argv: list[str] | None = None) -> int:
     store = Store(options.store_path)
     restores = any(kind in args.kinds for kind in ("no-weights", "weights"))
     try:
-        with Bar() as bar, Runs(options.ranks) as runs:
+        with Bar() as bar, Runs(options.ranks, own_gpu=args.own_gpu) as runs:
             if restores and not (store.root / facts.digest).exists():
                 runs.process(dataclasses.replace(options, check_keys="first"))  # and record it
                 bar("capture", 1)
             found = _measure(runs, options, [KINDS[kind] for kind in args.kinds], args.repeats, bar)
     except RunFailed as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        print(error_line(error), file=sys.stderr)
+        return exit_code(error)
     report = {
         "model": options.model,
         "ranks": options.num_ranks,
@@ -82,6 +88,7 @@ def main(argv: list[str] | None = None) -> int:
         **_stored(store, facts.digest),
         "runs": found,
         "page_cache": "warm",
+        "own_gpu": args.own_gpu,
         "published": [dict(zip(("what", "time", "source"), p, strict=True)) for p in PUBLISHED],
         **provenance(str(dict(facts.fields)["device"])),
     }

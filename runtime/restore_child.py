@@ -21,12 +21,12 @@ def main(argv: list[str], lib: object = None) -> int:
 
     `lib`: driver functions; by default those of the machine.
     """
-    import json
-
     from runtime.opening import Opening
 
     # The driver comes up while the rest is imported. A capture opens the device through torch.
     opening = None if argv[2] == "none" else Opening(int(argv[2]), lib)
+    import json
+
     options, start_ns = json.loads(argv[0]), int(argv[1])
     from runtime import Runtime, SamplingParams
 

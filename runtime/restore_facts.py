@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
+from capture_cache.dataclass import dataclass
 from capture_cache.errors import CorruptBundle
 from capture_cache.files import REMEDY
 from capture_cache.layout import ArenaLayout

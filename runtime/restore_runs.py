@@ -37,12 +37,19 @@ class Runs:
         child: the program; gets options as JSON, nanoseconds of its start, and the GPU to open at
             once or "none".
         limit_s: of one process; it is ended then, which the other ranks hear of.
+        own_gpu: a process sees no GPU but its own.
     """
 
     def __init__(
-        self, ranks: GroupConfig, child: Sequence[str] = CHILD, *, limit_s: float = LIMIT_S
+        self,
+        ranks: GroupConfig,
+        child: Sequence[str] = CHILD,
+        *,
+        limit_s: float = LIMIT_S,
+        own_gpu: bool = False,
     ) -> None:
         self.ranks, self._child, self._limit_s = ranks, tuple(child), limit_s
+        self._own_gpu = own_gpu
         self._open = ExitStack()
         self._group: RankGroup | None = None
         self._count = 0
@@ -112,8 +119,9 @@ class Runs:
 
     def _one(self, options: RuntimeConfig) -> dict[str, Any]:
         chosen = {k: v for k, v in dataclasses.asdict(options).items() if v is not None}
-        opening = str(options.local_rank) if options.bundle else "none"
-        env = child_environment(f"restore-bench-{self._count}")
+        ordinal = 0 if self._own_gpu else options.local_rank
+        opening = str(ordinal) if options.bundle else "none"
+        env = child_environment(f"restore-bench-{self._count}", own_gpu=self._own_gpu)
         start_ns = time.time_ns()
         try:
             done = subprocess.run(

@@ -1,10 +1,10 @@
 """The graphs of a restored ladder: the first at once, the others in two threads.
 
-    builder   nodes, edges ─► instantiate, upload ─► nodes, edges ─► instantiate, upload ─► …
-    reader                    read the next key                      read the next key
+    builder   instantiate, upload ──────► instantiate, upload ──────► …
+    maker     the next key: read, add its nodes and edges; drop the graph of the one before
 
-Instantiation is the driver's own time and lets Python's lock go: the reader's work falls into it,
-one key at a time, so that the builder never waits for that lock. A key that is wanted before the
+Instantiation is the driver's own time and lets Python's lock go: the maker's work falls into it,
+one key at a time, so that the builder hardly waits for that lock. A key that is wanted before the
 builder has come to it is built at once, by who wants it; no other key takes its place.
 """
 
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from capture_cache.bundle import Golden, Graph
 from capture_cache.bundle_files import BundleFiles
 from capture_cache.errors import CorruptBundle, CudaError
-from capture_cache.restore import Parts, Prepared, build_graph, prepare_graph
+from capture_cache.restore import Parts, add_graph, prepare_graph
 from capture_cache.restore_code import Code
 from capture_cache.restore_driver import Driver
 from graphs.keys import GraphKey, Ladder, NotCaptured
@@ -38,7 +38,7 @@ class Keys:
     Attributes:
         seconds: from where a key is taken up to where it can be launched.
         parts: what `seconds` went into, all keys together.
-        ahead: the same of what the reader did meanwhile.
+        ahead: the same of what the maker did meanwhile.
     """
 
     def __init__(
@@ -55,10 +55,12 @@ class Keys:
         self._symbols, self._stream, self._ladder = symbols, stream, ladder
         self._graphs: dict[GraphKey, int] = {}
         self._decoded = dict(decoded)
-        self._prepared: dict[GraphKey, Prepared] = {}  # by the reader, for the builder
-        self._lock = threading.Lock()
+        self._made: dict[GraphKey, int] = {}  # CUgraphs, by the maker, for the builder
+        self._used: list[int] = []  # CUgraphs that have been instantiated
+        self._lock = threading.Lock()  # one graph is instantiated at a time
+        self._dropping = threading.Lock()
         self._stop = threading.Event()
-        self._turns = threading.Semaphore(0)  # keys that the reader may read
+        self._turns = threading.Semaphore(0)  # keys that the maker may make
         self._threads: list[threading.Thread] = []
         self._failure: Exception | None = None
         self.seconds: dict[GraphKey, float] = {}
@@ -81,12 +83,12 @@ class Keys:
     def build_rest(self, pause_s: float = PAUSE_S) -> None:
         """Build what is missing in threads, which begin after `pause_s` seconds."""
         missing = [key for key in self._ladder.keys if key not in self._graphs]
-        # Keys that were built before gave turns, and nobody took them: the reader would begin now.
+        # Keys that were built before gave turns, and nobody took them: the maker would begin now.
         self._turns = threading.Semaphore(0)
-        # The builder takes its first key itself, so as not to wait for the reader.
+        # The builder takes its first key itself, so as not to wait for the maker.
         for run, arguments in (
             (self._run, (missing, pause_s)),
-            (self._read_ahead, (missing[1:],)),
+            (self._make_ahead, (missing[1:],)),
         ):
             thread = threading.Thread(target=run, args=arguments, daemon=True)
             self._threads.append(thread)
@@ -96,7 +98,7 @@ class Keys:
         """Wait until every key is built; raises what went wrong."""
         for thread in self._threads:
             thread.join()
-        self._prepared.clear()
+        self._drop_graphs()
         self.check()
 
     def check(self) -> None:
@@ -110,7 +112,7 @@ class Keys:
         self._turns.release()
         for thread in self._threads:
             thread.join()
-        self._prepared.clear()
+        self._drop_graphs()
         while self._graphs:
             self._driver.drop_exec(self._graphs.popitem()[1])
 
@@ -122,13 +124,15 @@ class Keys:
                 if self._stop.is_set():
                     return
                 self.exec_of(key)
+            with self._lock:
+                self._drop_used(keep=0)
         except Exception as e:  # told by `check`, and again by the step that wants the key
             self._failure = e
             self._stop.set()
         finally:
-            self._turns.release()  # the reader must not wait for a builder that has ended
+            self._turns.release()  # the maker must not wait for a builder that has ended
 
-    def _read_ahead(self, keys: Sequence[GraphKey]) -> None:
+    def _make_ahead(self, keys: Sequence[GraphKey]) -> None:
         try:
             self._driver.make_current()
             for key in keys:
@@ -136,11 +140,14 @@ class Keys:
                 if self._stop.is_set():
                     return
                 if key not in self._graphs:
-                    self._prepared[key] = self._prepare(key, self.ahead)
+                    self._made[key] = self._make(key, self.ahead)
+                self._drop_used(keep=1)  # the last one may just be instantiated
+                self.ahead.end("drop")
         except (CorruptBundle, CudaError):
-            return  # who builds that key reads it again, and tells
+            return  # who builds that key makes it again, and tells
 
-    def _prepare(self, key: GraphKey, parts: Parts) -> Prepared:
+    def _make(self, key: GraphKey, parts: Parts) -> int:
+        """The key's CUgraph."""
         parts.start()
         graph = self._decoded.pop(key, None)
         if graph is None:
@@ -148,7 +155,7 @@ class Keys:
             parts.end("decode")
         prepared = prepare_graph(self._driver, self._code, graph, self._symbols)
         parts.end("lay out")
-        return prepared
+        return add_graph(self._driver, self._code, prepared, _shown(key), parts)
 
     def _build(self, key: GraphKey) -> int:
         if key not in self._ladder.keys:
@@ -160,10 +167,14 @@ class Keys:
             if graph is not None:  # the other thread was quicker
                 return graph
             start = time.perf_counter()
-            prepared = self._prepared.pop(key, None) or self._prepare(key, self.parts)
-            shown = f"the graph of key {key}"
-            turn = self._turns.release
-            graph = build_graph(self._driver, self._code, prepared, shown, self.parts, turn)
+            made = self._made.pop(key, None)
+            if made is None:
+                made = self._make(key, self.parts)
+            self._used.append(made)
+            self.parts.start()
+            self._turns.release()  # only the driver has work now, and Python's lock is about to go
+            graph = self._driver.instantiate(made, f"instantiating {_shown(key)}")
+            self.parts.end("instantiate")
             try:
                 self._driver.upload_graph(graph, self._stream)
             except CudaError:
@@ -172,5 +183,20 @@ class Keys:
             self.parts.end("upload")
             self.seconds[key] = time.perf_counter() - start
             self._graphs[key] = graph
-            self._prepared.pop(key, None)  # the reader may have come to it meanwhile
             return graph
+
+    def _drop_used(self, keep: int) -> None:
+        """Drop graphs that have been instantiated, but the last few."""
+        with self._dropping:
+            while len(self._used) > keep:
+                self._driver.drop_graph(self._used.pop(0))
+
+    def _drop_graphs(self) -> None:
+        """Drop every graph that is left. Idempotent; both threads have ended."""
+        while self._made:
+            self._used.append(self._made.popitem()[1])
+        self._drop_used(keep=0)
+
+
+def _shown(key: GraphKey) -> str:
+    return f"the graph of key {key}"

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 from numpy.typing import NDArray
 
 from capture_cache.arena import DeviceArena
 from capture_cache.bundle_files import BundleFiles
+from capture_cache.dataclass import dataclass
 from capture_cache.errors import CorruptBundle
 from capture_cache.files import REMEDY
 from capture_cache.restore import build_graph, prepare_graph

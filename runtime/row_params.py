@@ -9,12 +9,12 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from capture_cache.dataclass import dataclass
 from kernels.triton.state import (
     ADMIT_BIASES,
     ADMIT_HEADER,

@@ -16,13 +16,14 @@ the device or its cancel leads the mailbox of the next launch.
 from __future__ import annotations
 
 import bisect
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import field
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
+from capture_cache.dataclass import dataclass
 from runtime.history import History
 from runtime.mailbox import Chunk
 from runtime.pages import OutOfPages, OutOfRows, PagePool
@@ -112,7 +113,7 @@ class Scheduler:
         since: int64 [max_rows], the step that admitted the row's request; `NEVER` before that.
         ids: int64 [max_rows], id of the row's request.
         seeds: int64 [max_rows], seed of the last request that was given the row; -1: none.
-        past: its tokens; `history`: the same as int32 [max_rows, max_seq_len].
+        past: its tokens.
         scored_to: int32 [max_rows], last position of its prompt whose log-prob has been returned.
     """
 
@@ -142,7 +143,6 @@ class Scheduler:
         self.seeds = np.full(max_rows, -1, np.int64)
         self.scored_to = np.zeros(max_rows, np.int32)
         self.past = History(max_rows, max_seq_len)
-        self.history = self.past.tokens
         self.free_rows = list(range(max_rows - 1, -1, -1))
         self.cancels: list[int] = []
         self._lazy = config.reservation == "lazy"
@@ -298,14 +298,29 @@ class Scheduler:
         self.free_rows.append(row)
         self._may_admit = True
 
-    def reserve_restart(self) -> None:
+    def reserve_restart(self) -> dict[int, int]:
         """Make sure that every row's tokens so far can be computed again in place.
 
+        Returns:
+            By row, the pages that it held before: what `keep_only` needs to undo this.
+
         Raises:
-            OutOfPages: a row needs another page and there is none.
+            OutOfPages: a row needs another page and there is none; nothing was changed.
         """
-        for request in self.running():
-            self.pages.grow(request.row, int(self.have[request.row]))
+        held: dict[int, int] = {}
+        try:
+            for request in self.running():
+                held[request.row] = len(self.pages.held(request.row))
+                self.pages.grow(request.row, int(self.have[request.row]))
+        except OutOfPages:
+            self.keep_only(held)
+            raise
+        return held
+
+    def keep_only(self, held: Mapping[int, int]) -> None:
+        """Take back what `reserve_restart` gave, where nothing is to start again after all."""
+        for row, count in held.items():
+            self.pages.shrink(row, count)
 
     def restart(self, request: Request) -> None:
         """Compute a row's KV again, in place, from its first token on; see `reserve_restart`."""
@@ -321,6 +336,11 @@ class Scheduler:
         request.matched = request.named = 0
         self.since[row] = NEVER
         self.past.end()
+
+    @property
+    def history(self) -> NDArray[np.int32]:
+        """int32 [max_rows, max_seq_len], every row's tokens."""
+        return self.past.tokens
 
     @property
     def have(self) -> NDArray[np.int64]:
@@ -365,7 +385,7 @@ class Scheduler:
         Raises:
             OutOfPages: rows that may not be preempted cannot all go on (lazy reservation).
         """
-        if not (self._prefilling or self.cancels or self._may_admit or step in self._crossings):
+        if self.is_calm(step):
             if self._calm.tokens != self._num_decoding:
                 self._calm = Plan(self._num_decoding, self._num_decoding)
             return self._calm
@@ -386,6 +406,10 @@ class Scheduler:
         plan.cancels = self.cancels
         plan.changes = bool(words or plan.cancels or plan.admits or plan.chunks)
         return plan
+
+    def is_calm(self, step: int) -> bool:
+        """Whether all that the step does is to go on with the rows that decode."""
+        return not (self._prefilling or self.cancels or self._may_admit or step in self._crossings)
 
     def _open_pages(self, step: int) -> list[Request]:
         """Decoding rows whose token of this step opens a page that the device has not heard of."""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, field
 from typing import TYPE_CHECKING, Any
 
+from capture_cache.dataclass import dataclass
 from runtime.sampling import FINISH_REASONS
 
 if TYPE_CHECKING:

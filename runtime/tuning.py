@@ -43,6 +43,9 @@ from runtime.ranks import Ranks
 from runtime.selection import Selection
 
 SHARE_TIMEOUT_S = 1800.0
+UNCONFIRMED = (
+    "each kernel was timed by itself, and no whole step, for one rank's would wait for the others'"
+)
 PIECE_CHARS = 2000  # of a text that is shared among ranks, a message
 # Calls by site and number of tokens, one for each layer.
 Calls = Mapping[tuple[str, int], Sequence[Call]]
@@ -185,10 +188,12 @@ class Tuner:
     ) -> KernelChoices:
         """Time whole steps with what was measured, and keep what makes them faster.
 
-        Of several ranks none does: a step would wait for the others.
+        Of several ranks none does, for a step would wait for the others; the choices then say so.
         """
         ops = step.ops
-        if choices.origin != "measured" or self.selection.step.ep_size > 1:
+        if self.selection.step.ep_size > 1 and choices.origin in ("measured", "stored"):
+            return replace(choices, note=UNCONFIRMED)
+        if choices.origin != "measured":
             return choices
         assert isinstance(ops, ChosenOps)
         keys = self.selection.ladder.keys

@@ -21,6 +21,7 @@ from kernels.triton.draw_filter import (
 )
 from kernels.triton.draw_random import exponential, exponential_ref
 from kernels.triton.launch import Launcher
+from kernels.triton.overlap import await_inputs, overlap
 from kernels.triton.sample import CHUNK, num_chunks
 
 
@@ -57,7 +58,9 @@ def _draw(
     C: tl.constexpr,
     C2: tl.constexpr,
     CHUNK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    await_inputs(PDL)
     s = tl.program_id(1).to(tl.int64)
     if tl.load(active + s) == 0:
         return
@@ -134,6 +137,7 @@ def draw_tokens(
         C2=triton.next_power_of_2(chunks),
         CHUNK=CHUNK,
         num_warps=4,
+        **overlap(launch),
     )
 
 

@@ -18,6 +18,7 @@ from kernels.triton.draw_filter import (
 )
 from kernels.triton.launch import Launcher
 from kernels.triton.logits_process import PROCESSED_LOGPROBS
+from kernels.triton.overlap import await_inputs, overlap
 from kernels.triton.sample import num_chunks
 
 NORM = 4  # words of a row's `draw_norm`
@@ -50,7 +51,9 @@ def _choose(
     V: tl.constexpr,
     C: tl.constexpr,
     C2: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    await_inputs(PDL)
     s = tl.program_id(0).to(tl.int64)
     if tl.load(sample_tok + s) < 0:
         tl.store(out_token + s, -1)
@@ -162,6 +165,7 @@ def choose_tokens(
         C=chunks,
         C2=triton.next_power_of_2(chunks),
         num_warps=1,
+        **overlap(launch),
     )
 
 

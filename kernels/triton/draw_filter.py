@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 
 from kernels.triton.launch import Launcher
+from kernels.triton.overlap import await_inputs, overlap
 from kernels.triton.sample import num_chunks
 
 MINUS_INF_KEY = tl.constexpr(-2139095041)  # order_key(-inf)
@@ -194,7 +195,9 @@ def _filter(
     LINES: tl.constexpr,
     LANES: tl.constexpr,
     EQUALS: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    await_inputs(PDL)
     s = tl.program_id(0).to(tl.int64)
     if tl.load(active + s) == 0:
         return
@@ -279,6 +282,7 @@ def filter_tokens(
         LANES=LANES,
         EQUALS=EQUALS,
         num_warps=16,
+        **overlap(launch),
     )
 
 

@@ -1,4 +1,4 @@
-"""Before a step: apply the mailbox to the row state, list the step's tokens, find their KV slots.
+"""Before a step: apply the mailbox to the row state, list the step's tokens.
 
 Layouts and constants: `kernels.triton.state`. Invariant: row state is written by one CTA only, so
 its order is program order.
@@ -28,7 +28,6 @@ from kernels.triton.state import (
     DECODE,
     F_MASKED,
     FAULT_NONE,
-    FAULT_NULL_PAGE,
     FAULT_TOO_MANY,
     FREE,
     MAX_BIASES,
@@ -78,17 +77,21 @@ def _list_decoding(
 ):
     """Decoding rows bring one token each, in row order; returns how many there are."""
     r = tl.arange(0, R2)
-    decoding = (tl.load(phase + r, mask=r < R, other=0) == 2).to(tl.int32)
+    # All rows' lengths and tokens at once, not those of decoding rows later: one trip to memory.
+    is_row = r < R
+    decoding = (tl.load(phase + r, mask=is_row, other=0) == 2).to(tl.int32)
+    pos = tl.load(seq_len + r, mask=is_row, other=0)
+    last = tl.load(last_token + r, mask=is_row, other=0)
+    known = pos + 1 < tl.load(known_len + r, mask=is_row, other=0)
     index = tl.cumsum(decoding, 0) - decoding
     m = (decoding == 1) & (index < S)
-    pos = tl.load(seq_len + r, mask=m, other=0)
+    known = known & m
     tl.store(tok_row + index, r, mask=m)
     tl.store(tok_pos + index, pos, mask=m)
-    tl.store(tok_id + index, tl.load(last_token + r, mask=m, other=0), mask=m)
+    tl.store(tok_id + index, last, mask=m)
     tl.store(sample_tok + index, index, mask=m)
     tl.store(sample_row + index, r, mask=m)
     tl.store(sample_pos + index, pos + 1, mask=m)
-    known = m & (pos + 1 < tl.load(known_len + r, mask=m, other=0))
     target = tl.load(forced_tokens + r.to(tl.int64) * max_seq_len + pos + 1, mask=known, other=-1)
     tl.store(forced + index, target, mask=m)
     tl.store(seq_len + r, pos + 1, mask=m)
@@ -180,59 +183,63 @@ def _intake(
     num_masks = tl.where(fresh, tl.load(box + 6), 0)
     lane = tl.arange(0, BLOCK)
 
-    for i in range(0, num_cancels, BLOCK):
-        m = i + lane < num_cancels
-        row = tl.load(box + CANCELS + i + lane, mask=m, other=0)
-        tl.store(phase + row, 0, mask=m)
-    # A row may be cancelled and taken again in one mailbox: cancels come first.
-    tl.debug_barrier()
-    at = box + ADMITS
-    for _ in range(0, num_admits):
-        # A plain record's loads come before all stores: one trip over the bus, not one for each.
-        words, row, total = tl.load(at), tl.load(at + 1), tl.load(at + 2)
-        life_ns = tl.load(at + 3).to(tl.int64) * 1000000
-        stops, biases, sequences = tl.load(at + 4), tl.load(at + 5), tl.load(at + 6)
-        half = tl.arange(0, 2)
-        seeds = tl.load(at + SEED + half)
-        param = tl.arange(0, PARAMS2)
-        values = tl.load(at + HEAD + param, mask=param < PARAMS, other=0)
-        stop = tl.arange(0, STOPS2)
-        lists = at + HEAD + PARAMS
-        ids = tl.load(lists + stop, mask=stop < STOPS, other=-1)
-        now = globaltimer() if ON_DEVICE else tl.load(begin_ns)
-        tl.store(phase + row, 1)
-        tl.store(seq_len + row, 0)
-        tl.store(limit + row, total)
-        tl.store(deadline_ns + row, tl.where(life_ns > 0, now + life_ns, 0))
-        tl.store(seed + row * 2 + half, seeds)
-        tl.store(row_params + param * PITCH + row, values, mask=param < PARAMS)
-        tl.store(stop_ids + row * STOPS + stop, tl.where(stop < stops, ids, -1), mask=stop < STOPS)
-        lists += stops
-        if biases > 0:
-            _fill_line(bias_ids + row * BIASES, lists, biases, BIASES, BIASES2, -1)
-            _fill_line(bias_values + row * BIASES, lists + biases, biases, BIASES, BIASES2, 0)
-        lists += 2 * biases
-        if sequences > 0:
-            line = stop_sequences + row * SEQ * LEN
-            _fill_line(line, lists, sequences * LEN, SEQ * LEN, SEQ * LEN, -1)
-            tl.store(tail + row * LEN + tl.arange(0, LEN), -1)
-        at += words
-    for i in range(0, num_pages, BLOCK):
-        m = i + lane < num_pages
-        entry = box + PAGES + (i + lane) * 3
-        row = tl.load(entry, mask=m, other=0)
-        index = tl.load(entry + 1, mask=m, other=0)
-        page = tl.load(entry + 2, mask=m, other=0)
-        tl.store(page_table + row * max_pages + index, page, mask=m)
-    tl.debug_barrier()
-    for i in range(0, num_masks, BLOCK):
-        m = i + lane < num_masks
-        row = tl.load(box + MASKS + (i + lane) * 2, mask=m, other=0)
-        on = tl.load(box + MASKS + (i + lane) * 2 + 1, mask=m, other=0)
-        flags = tl.load(row_params + row, mask=m, other=0)  # line P_FLAGS is the first
-        flags = tl.where(on == 1, flags | MASKED, flags & ~MASKED)
-        tl.store(row_params + row, flags, mask=m)
-        tl.store(mask_step + row, step.to(tl.int32), mask=m & (on == 1))
+    # Most steps change no row: they jump, for code that is not run need not be fetched either.
+    if num_cancels + num_admits + num_pages + num_masks > 0:
+        for i in range(0, num_cancels, BLOCK):
+            m = i + lane < num_cancels
+            row = tl.load(box + CANCELS + i + lane, mask=m, other=0)
+            tl.store(phase + row, 0, mask=m)
+        # A row may be cancelled and taken again in one mailbox: cancels come first.
+        tl.debug_barrier()
+        at = box + ADMITS
+        for _ in range(0, num_admits):
+            # A plain record's loads come before all stores: one trip over the bus, not many.
+            words, row, total = tl.load(at), tl.load(at + 1), tl.load(at + 2)
+            life_ns = tl.load(at + 3).to(tl.int64) * 1000000
+            stops, biases, sequences = tl.load(at + 4), tl.load(at + 5), tl.load(at + 6)
+            half = tl.arange(0, 2)
+            seeds = tl.load(at + SEED + half)
+            param = tl.arange(0, PARAMS2)
+            values = tl.load(at + HEAD + param, mask=param < PARAMS, other=0)
+            stop = tl.arange(0, STOPS2)
+            lists = at + HEAD + PARAMS
+            ids = tl.load(lists + stop, mask=stop < STOPS, other=-1)
+            now = globaltimer() if ON_DEVICE else tl.load(begin_ns)
+            tl.store(phase + row, 1)
+            tl.store(seq_len + row, 0)
+            tl.store(limit + row, total)
+            tl.store(deadline_ns + row, tl.where(life_ns > 0, now + life_ns, 0))
+            tl.store(seed + row * 2 + half, seeds)
+            tl.store(row_params + param * PITCH + row, values, mask=param < PARAMS)
+            tl.store(
+                stop_ids + row * STOPS + stop, tl.where(stop < stops, ids, -1), mask=stop < STOPS
+            )
+            lists += stops
+            if biases > 0:
+                _fill_line(bias_ids + row * BIASES, lists, biases, BIASES, BIASES2, -1)
+                _fill_line(bias_values + row * BIASES, lists + biases, biases, BIASES, BIASES2, 0)
+            lists += 2 * biases
+            if sequences > 0:
+                line = stop_sequences + row * SEQ * LEN
+                _fill_line(line, lists, sequences * LEN, SEQ * LEN, SEQ * LEN, -1)
+                tl.store(tail + row * LEN + tl.arange(0, LEN), -1)
+            at += words
+        for i in range(0, num_pages, BLOCK):
+            m = i + lane < num_pages
+            entry = box + PAGES + (i + lane) * 3
+            row = tl.load(entry, mask=m, other=0)
+            index = tl.load(entry + 1, mask=m, other=0)
+            page = tl.load(entry + 2, mask=m, other=0)
+            tl.store(page_table + row * max_pages + index, page, mask=m)
+        tl.debug_barrier()
+        for i in range(0, num_masks, BLOCK):
+            m = i + lane < num_masks
+            row = tl.load(box + MASKS + (i + lane) * 2, mask=m, other=0)
+            on = tl.load(box + MASKS + (i + lane) * 2 + 1, mask=m, other=0)
+            flags = tl.load(row_params + row, mask=m, other=0)  # line P_FLAGS is the first
+            flags = tl.where(on == 1, flags | MASKED, flags & ~MASKED)
+            tl.store(row_params + row, flags, mask=m)
+            tl.store(mask_step + row, step.to(tl.int32), mask=m & (on == 1))
 
     count = _list_decoding(
         phase,
@@ -295,13 +302,15 @@ def _intake(
         samples += heads_fit
         tl.store(seq_len + row, end, mask=fits)
 
-    _pad(tok_row, tokens, T, -1, BLOCK)
-    _pad(tok_pos, tokens, T, 0, BLOCK)
-    _pad(tok_id, tokens, T, -1, BLOCK)
-    _pad(sample_tok, samples, S, -1, BLOCK)
-    _pad(sample_row, samples, S, -1, BLOCK)
-    _pad(sample_pos, samples, S, 0, BLOCK)
-    _pad(forced, samples, S, -1, BLOCK)
+    if tokens < T:
+        _pad(tok_row, tokens, T, -1, BLOCK)
+        _pad(tok_pos, tokens, T, 0, BLOCK)
+        _pad(tok_id, tokens, T, -1, BLOCK)
+    if samples < S:
+        _pad(sample_tok, samples, S, -1, BLOCK)
+        _pad(sample_row, samples, S, -1, BLOCK)
+        _pad(sample_pos, samples, S, 0, BLOCK)
+        _pad(forced, samples, S, -1, BLOCK)
     tl.store(fault, bad)
 
 
@@ -527,7 +536,9 @@ def _copy_masks(
     R,
     WORDS: tl.constexpr,
     BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    await_inputs(PDL)
     row = tl.program_id(0).to(tl.int64)
     step = tl.load(step_ptr)
     if tl.load(mask_step + row) != step.to(tl.int32):
@@ -568,6 +579,7 @@ def copy_masks(
         WORDS=words,
         BLOCK=min(1024, triton.next_power_of_2(words)),
         num_warps=4,
+        **overlap(launch),
     )
 
 
@@ -577,89 +589,3 @@ def copy_masks_ref(
     """`copy_masks` in plain torch."""
     fresh = mask_step == step.int()
     token_mask[fresh] = masks[int(step) % 2][fresh]
-
-
-@triton.jit
-def _advance(
-    tok_row,  # int32 [T]
-    tok_pos,  # int32 [T]
-    page_table,  # int32 [R, P]
-    kv_slot,  # int64 [T]
-    kv_len,  # int32 [T]
-    fault,  # int32 [1]
-    T,
-    max_pages,
-    page_size,
-    BLOCK: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    await_inputs(PDL)
-    t = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    row = tl.load(tok_row + t, mask=t < T, other=-1)
-    pos = tl.load(tok_pos + t, mask=t < T, other=0)
-    live = row >= 0
-    page = tl.load(page_table + row * max_pages + pos // page_size, mask=live, other=0)
-    slot = page.to(tl.int64) * page_size + pos % page_size
-    tl.store(kv_slot + t, tl.where(live, slot, 0), mask=t < T)
-    tl.store(kv_len + t, tl.where(live & (page > 0), pos + 1, 0), mask=t < T)
-    # A live token without a page: the step is void, and the host is told.
-    tl.store(fault + t * 0, 2, mask=live & (page <= 0))
-
-
-def advance(
-    launch: Launcher,
-    tok_row: torch.Tensor,
-    tok_pos: torch.Tensor,
-    page_table: torch.Tensor,
-    *,
-    page_size: int,
-    kv_slot: torch.Tensor,
-    kv_len: torch.Tensor,
-    fault: torch.Tensor,
-) -> None:
-    """Where each token's KV goes and how much KV it attends over.
-
-    Args:
-        tok_row, tok_pos: int32 [T].
-        page_table: int32 [max_rows, max_pages]; 0 is the null page.
-        kv_slot: int64 [T], out; padding 0.
-        kv_len: int32 [T], out; position + 1, padding 0.
-        fault: int32 [1]; FAULT_NULL_PAGE if a live token has no page.
-    Capture-safe: no sync, no allocation.
-    """
-    tokens = tok_row.shape[0]
-    launch(
-        _advance,
-        (triton.cdiv(tokens, 128),),
-        tok_row,
-        tok_pos,
-        page_table,
-        kv_slot,
-        kv_len,
-        fault,
-        tokens,
-        page_table.shape[1],
-        page_size,
-        BLOCK=128,
-        **overlap(launch),
-    )
-
-
-def advance_ref(
-    tok_row: torch.Tensor,
-    tok_pos: torch.Tensor,
-    page_table: torch.Tensor,
-    *,
-    page_size: int,
-    kv_slot: torch.Tensor,
-    kv_len: torch.Tensor,
-    fault: torch.Tensor,
-) -> None:
-    """`advance` in plain torch."""
-    live = tok_row >= 0
-    page = page_table[tok_row.clamp(min=0).long(), (tok_pos // page_size).long()]
-    page = torch.where(live, page, 0)
-    kv_slot.copy_(torch.where(live, page.long() * page_size + tok_pos % page_size, 0))
-    kv_len.copy_(torch.where(page > 0, tok_pos + 1, 0))
-    if bool((live & (page <= 0)).any()):
-        fault[0] = FAULT_NULL_PAGE

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from kernels.triton.launch import Launcher
+from kernels.triton.overlap import await_inputs, overlap
 
 PROMPT_BIT = tl.constexpr(-(2**31))
 OUTPUT_COUNT = tl.constexpr(2**31 - 1)
@@ -38,7 +39,9 @@ def _count_tokens(
     T,
     V: tl.constexpr,
     BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    await_inputs(PDL)
     r = tl.program_id(0).to(tl.int64)
     is_fresh = tl.load(fresh + r) != 0
     # No thread may clear the flag before all have seen it.
@@ -104,6 +107,7 @@ def count_tokens(
         V=vocab,
         BLOCK=BLOCK,
         num_warps=4,
+        **overlap(launch),
     )
 
 

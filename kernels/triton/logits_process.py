@@ -14,6 +14,7 @@ import triton.language as tl
 
 from kernels.triton.launch import Launcher
 from kernels.triton.logits_counts import OUTPUT_COUNT, is_penalized
+from kernels.triton.overlap import await_inputs, overlap
 from kernels.triton.sample import CHUNK, num_chunks
 
 # Bits of a row's `flags`.
@@ -52,15 +53,16 @@ def _process(
     BIAS2: tl.constexpr,
     STOPS: tl.constexpr,
     CHUNK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    await_inputs(PDL)
     s = tl.program_id(1).to(tl.int64)
     c = tl.program_id(0)
-    tok = tl.load(sample_tok + s)
+    tok, r = tl.load(sample_tok + s), tl.load(sample_row + s).to(tl.int64)
     if tok < 0:
         if c == 0:
             tl.store(active + s, 0)
         return
-    r = tl.load(sample_row + s).to(tl.int64)
     rep, pres, freq = tl.load(repetition + r), tl.load(presence + r), tl.load(frequency + r)
     flag, num_bias = tl.load(flags + r), tl.load(bias_count + r)
     position = tl.load(tok_pos + tok) + 1
@@ -179,6 +181,7 @@ def process_logits(
         STOPS=stop_ids.shape[1],
         CHUNK=CHUNK,
         num_warps=4,
+        **overlap(launch),
     )
 
 

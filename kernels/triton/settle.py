@@ -45,9 +45,11 @@ def _store_release_sys(
     ptr,  # int64 scalar pointer, host or device
     value,
 ):
-    # A plain store after a fence, not an atomic: PCIe need not offer atomics on host memory.
+    # A plain store after a fence, not an atomic: PCIe need not offer atomics on host memory. Of one
+    # thread, since every fence waits for the bus.
     tl.inline_asm_elementwise(
-        "st.release.sys.global.s64 [$1], $2; mov.u32 $0, 0;",
+        "{ .reg .pred p; .reg .u32 t; mov.u32 t, %tid.x; setp.eq.u32 p, t, 0; "
+        "@p st.release.sys.global.s64 [$1], $2; mov.u32 $0, 0; }",
         "=r,l,l",
         [ptr, value],
         dtype=tl.int32,
@@ -95,26 +97,46 @@ def _settle(
     PDL: tl.constexpr,
 ):
     await_inputs(PDL)
+    # Loads that do not need each other come first and together: each trip to memory is half a
+    # microsecond in which nothing else of the step runs.
     step = tl.load(step_ptr)
+    bad, begin = tl.load(fault), tl.load(begin_ns)
     s = tl.arange(0, S2)
     row = tl.load(sample_row + s, mask=s < S, other=-1)
+    token = tl.load(out_token + s, mask=s < S, other=0)
+    pos = tl.load(sample_pos + s, mask=s < S, other=0)
+    logprob = tl.load(out_logprob + s, mask=s < S, other=0.0)
     live = row >= 0
-    token = tl.load(out_token + s, mask=live, other=0)
-    pos = tl.load(sample_pos + s, mask=live, other=0)
-    logprob = tl.load(out_logprob + s, mask=live, other=0.0)
-    # A scored prompt token changes nothing about its row.
-    prompt = live & (pos < tl.load(row_params + PROMPT_LEN * PITCH + row, mask=live, other=0))
-    new = live & (pos >= tl.load(row_params + PROMPT_LEN * PITCH + row, mask=live, other=0))
+    # What is known goes out over the bus while the rows' parameters come in.
+    out = ring + (step % SLOTS) * WORDS
+    tl.store(out + HEAD + s, row, mask=live)
+    tl.store(out + HEAD + R + s, token, mask=live)
+    tl.store(out + HEAD + 2 * R + s, logprob.to(tl.int32, bitcast=True), mask=live)
+    tl.store(out + HEAD + 4 * R + s, pos, mask=live)
 
-    now = globaltimer() if ON_DEVICE else tl.load(begin_ns)
-    until = tl.load(deadline_ns + row, mask=new, other=0)
+    params = row_params + row
+    output_from = tl.load(params + PROMPT_LEN * PITCH, mask=live, other=0)
+    stops_from = tl.load(params + MIN_LEN * PITCH, mask=live, other=0)
+    sequences = tl.load(params + SEQUENCES * PITCH, mask=live, other=0)
+    new_top = tl.load(params + TOP * PITCH, mask=live, other=0)
+    prompt_top = tl.load(params + PROMPT_TOP * PITCH, mask=live, other=0)
+    wants_logits = tl.load(params + LOGITS * PITCH, mask=live, other=0)
+    until = tl.load(deadline_ns + row, mask=live, other=0)
+    most_tokens = tl.load(limit + row, mask=live, other=0)
+    stopped = s < 0
+    for i in tl.static_range(STOPS):
+        stop = tl.load(stop_ids + row * STOPS + i, mask=live, other=-1)
+        stopped = stopped | ((stop >= 0) & (stop == token))
+    # A scored prompt token changes nothing about its row.
+    new = live & (pos >= output_from)
+    prompt = live & (pos < output_from)
+
+    now = globaltimer() if ON_DEVICE else begin
     reason = tl.where((until > 0) & (now >= until), 5, 0)
-    reason = tl.where(pos + 1 >= tl.load(limit + row, mask=new, other=0), 2, reason)
-    may_stop = new & (pos >= tl.load(row_params + MIN_LEN * PITCH + row, mask=new, other=0))
-    for i in range(0, STOPS):
-        stop = tl.load(stop_ids + row * STOPS + i, mask=may_stop, other=-1)
-        reason = tl.where((stop >= 0) & (stop == token), 1, reason)
-    sequences = tl.load(row_params + SEQUENCES * PITCH + row, mask=new, other=0)
+    reason = tl.where(pos + 1 >= most_tokens, 2, reason)
+    may_stop = new & (pos >= stops_from)
+    reason = tl.where(may_stop & stopped, 1, reason)
+    sequences = tl.where(new, sequences, 0)
     most = tl.max(sequences, 0)
     if most > 0:
         kept = new & (sequences > 0)
@@ -138,35 +160,29 @@ def _settle(
     tl.store(last_token + row, token, mask=new)
     tl.store(phase + row, tl.where(reason == 0, 2, 0), mask=new)
 
-    wants = tl.load(row_params + LOGITS * PITCH + row, mask=new, other=0) == 1
+    wants = new & (wants_logits == 1)
     line = tl.cumsum(wants.to(tl.int32), 0)
-    count = tl.load(row_params + TOP * PITCH + row, mask=new, other=0)
-    count += tl.load(row_params + PROMPT_TOP * PITCH + row, mask=prompt, other=0)
+    count = tl.where(new, new_top, prompt_top)
     answers = count + tl.where(wants, 256 * line, 0)
-    out = ring + (step % SLOTS) * WORDS
-    tl.store(out + HEAD + s, row, mask=live)
-    tl.store(out + HEAD + R + s, token, mask=live)
-    tl.store(out + HEAD + 2 * R + s, logprob.to(tl.int32, bitcast=True), mask=live)
     tl.store(out + HEAD + 3 * R + s, reason, mask=live)
-    tl.store(out + HEAD + 4 * R + s, pos, mask=live)
     tl.store(out + HEAD + 5 * R + s, answers, mask=live)
-    tl.store(out, tl.sum(live.to(tl.int32), 0))
-    tl.store(out + 1, tl.load(fault))
+    word = tl.arange(0, 8)
+    header = tl.where(word == 0, tl.sum(live.to(tl.int32), 0), bad)
     if ON_DEVICE:
-        begin = tl.load(begin_ns)
         end = globaltimer()
-        tl.store(out + 2, begin.to(tl.int32))
-        tl.store(out + 3, (begin >> 32).to(tl.int32))
-        tl.store(out + 4, end.to(tl.int32))
-        tl.store(out + 5, (end >> 32).to(tl.int32))
+        header = tl.where(word == 2, begin.to(tl.int32), header)
+        header = tl.where(word == 3, (begin >> 32).to(tl.int32), header)
+        header = tl.where(word == 4, end.to(tl.int32), header)
+        header = tl.where(word == 5, (end >> 32).to(tl.int32), header)
+    tl.store(out + word, header, mask=word < (6 if ON_DEVICE else 2))
     # The barrier orders the CTA's stores before thread 0's release; it pairs with the host's poll
     # of ring_step, which reads the slot only after it has seen step + 1.
     tl.debug_barrier()
+    tl.store(step_ptr, step + 1)
     if ON_DEVICE:
         _store_release_sys(ring_step + step % SLOTS, step + 1)
     else:
         tl.store(ring_step + step % SLOTS, step + 1)
-    tl.store(step_ptr, step + 1)
 
 
 def settle(
@@ -202,6 +218,7 @@ def settle(
         on_device: see `intake`.
     Capture-safe: no sync, no allocation.
     """
+    entries = triton.next_power_of_2(sample_row.shape[0])
     launch(
         _settle,
         (1,),
@@ -224,7 +241,7 @@ def settle(
         ring_step,
         sample_row.shape[0],
         R=rows.phase.shape[0],
-        S2=triton.next_power_of_2(sample_row.shape[0]),
+        S2=entries,
         STOPS=rows.stop_ids.shape[1],
         SEQ=MAX_STOP_SEQUENCES,
         LEN=MAX_STOP_LENGTH,
@@ -239,7 +256,7 @@ def settle(
         PROMPT_TOP=P_PROMPT_TOP,
         LOGITS=P_LOGITS,
         ON_DEVICE=on_device,
-        num_warps=4,
+        num_warps=min(4, max(1, entries // 32)),
         **overlap(launch),
     )
 
@@ -322,7 +339,9 @@ def _answer(
     PROMPT_TOP: tl.constexpr,
     LOGITS: tl.constexpr,
     BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    await_inputs(PDL)
     s = tl.program_id(0).to(tl.int64)
     row = tl.load(sample_row + s)
     if row < 0:
@@ -408,6 +427,7 @@ def answer(
         LOGITS=P_LOGITS,
         BLOCK=4096,
         num_warps=4,
+        **overlap(launch),
     )
 
 

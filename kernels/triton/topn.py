@@ -18,6 +18,7 @@ from kernels.triton.draw_filter import (
     order_value,
 )
 from kernels.triton.launch import Launcher
+from kernels.triton.overlap import await_inputs, overlap
 from kernels.triton.sample import CHUNK, num_chunks
 
 MAX_TOP = 20  # tokens a row may ask for
@@ -43,7 +44,9 @@ def _top_chunk(
     C: tl.constexpr,
     TOP: tl.constexpr,
     CHUNK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    await_inputs(PDL)
     s = tl.program_id(1).to(tl.int64)
     if tl.load(sample_tok + s) < 0:
         return
@@ -83,7 +86,9 @@ def _top_merge(
     C2: tl.constexpr,
     TOP: tl.constexpr,
     TOP2: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    await_inputs(PDL)
     s = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, TOP2)
     ids = tl.full([TOP2], -1, tl.int32)
@@ -162,6 +167,7 @@ def top_tokens(
         TOP=MAX_TOP,
         CHUNK=CHUNK,
         num_warps=4,
+        **overlap(launch),
     )
     launch(
         _top_merge,
@@ -172,6 +178,7 @@ def top_tokens(
         TOP=MAX_TOP,
         TOP2=triton.next_power_of_2(MAX_TOP),
         num_warps=8,
+        **overlap(launch),
     )
 
 

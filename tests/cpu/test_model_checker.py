@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from barriers.model import MUTANTS, PROTOCOLS, explore
-from barriers.model_machine import Protocol
+from barriers.model_machine import Machine, Protocol
 
 BY_NAME = {p.name: p for p in (*PROTOCOLS, *MUTANTS)}
 
@@ -18,10 +18,10 @@ def test_protocol_holds(protocol: Protocol, ranks: int) -> None:
     assert result.states > 100
 
 
-@pytest.mark.parametrize("name", ["tag", "epoch"])
-def test_protocol_holds_for_four_ranks(name: str) -> None:
-    """Coarse: payloads arrive at once, and a rank's lanes and reads are one move each."""
-    result = explore(BY_NAME[name], 4, coarse=True)
+@pytest.mark.parametrize("protocol", PROTOCOLS, ids=lambda p: p.name)
+def test_protocol_holds_for_four_ranks(protocol: Protocol) -> None:
+    """All interleavings: what the reduction leaves out, it leaves out of nobody's sight."""
+    result = explore(protocol, 4, reduced=True)
     assert result.violation == "", "\n".join(result.trace)
     assert result.states > 100_000
 
@@ -58,9 +58,40 @@ def test_phase_fails_only_from_the_second_replay_on() -> None:
     assert "in barrier 2 and leaves it" in result.violation
 
 
-def test_the_coarse_exploration_finds_mutants_too() -> None:
-    for name in ("tag without its reset", "phase under replay", "two graphs on one signal matrix"):
-        assert explore(BY_NAME[name], 3, coarse=True).violation
+# ------------------------------------------------------------------ the reduction
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("protocol", PROTOCOLS, ids=lambda p: p.name)
+def test_the_reduction_reaches_the_states_of_the_full_machine(
+    protocol: Protocol, ranks: int
+) -> None:
+    """No more, no fewer: each of its states stands for some of the full machine's, and the other
+    way round."""
+    full, reduced = set[bytes](), set[bytes]()
+    assert not explore(protocol, ranks, keep=full).violation
+    assert not explore(protocol, ranks, reduced=True, keep=reduced).violation
+    machine = Machine(protocol, ranks, reduced=False)
+    assert {machine.merged(s) for s in full} == reduced
+    assert len(reduced) < len(full)
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("mutant", [m for m in MUTANTS if m.release], ids=lambda m: m.name)
+def test_the_reduction_finds_every_mutant_out(mutant: Protocol, ranks: int) -> None:
+    result = explore(mutant, ranks, reduced=True)
+    assert result.violation
+    assert result.trace
+
+
+def test_the_reduction_refuses_what_it_would_not_see() -> None:
+    with pytest.raises(ValueError, match="need the full machine"):
+        explore(BY_NAME["tag signalled without a release"], 2, reduced=True)
+
+
+def test_the_reduction_notices_a_word_that_stops_satisfying_a_wait() -> None:
+    result = explore(BY_NAME["tag waiting for == 0"], 2, reduced=True)
+    assert "enough to leave barrier 1, and now sees -1" in result.violation
 
 
 def test_trace_is_readable() -> None:

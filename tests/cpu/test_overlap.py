@@ -18,10 +18,8 @@ from runtime.config import RuntimeConfig
 from runtime.selection import choose
 
 ROOT = Path(__file__).resolve().parents[2]
-# Launched in the ordinary way: they see the step up to themselves complete, and the next kernel
-# waits for all of them. Those of sampling run once a step, where a gap costs a microsecond.
-ORDINARY = {"_stamp", "_fill_kernel", "_copy_masks", "_count_tokens", "_process", "_filter"}
-ORDINARY |= {"_draw", "_choose", "_top_chunk", "_top_merge", "_answer"}
+# Launched in the ordinary way; neither is part of a step that is captured to be served.
+ORDINARY = {"_stamp", "_fill_kernel"}
 # What reads or writes its first argument.
 TOUCHING = ("load", "store", "load_tile", "prefetch_rows", "_norm_weight", "_spread")
 

@@ -36,6 +36,17 @@ def test_growing_keeps_the_pages_that_a_row_has_in_order() -> None:
     assert len(pool.held(3)) == 4, "a row never shrinks"
 
 
+def test_what_was_grown_in_vain_goes_back() -> None:
+    pool = PagePool(9, 16)
+    pool.grow(3, 20)
+    first, free = list(pool.held(3)), pool.num_free
+    pool.grow(3, 60)
+    pool.shrink(3, 2)
+    assert (pool.held(3), pool.num_free) == (first, free)
+    pool.shrink(3, 5)
+    assert pool.held(3) == first, "it gives nothing"
+
+
 def test_too_little_changes_nothing_and_says_what_would_do() -> None:
     pool = PagePool(4, 16)
     pool.grow(0, 17)

@@ -186,20 +186,43 @@ def test_a_player_is_closed_while_keys_are_built(tmp_path: Path) -> None:
 
 
 class SlowGpu(Gpu):
-    """Instantiation takes as long as the reader could need."""
+    """Instantiation takes as long as the other thread could need."""
 
     def cuGraphInstantiateWithFlags(self, out: int, graph: int, flags: int) -> None:
         time.sleep(0.3)
         super().cuGraphInstantiateWithFlags(out, graph, flags)
 
 
-def test_the_second_thread_reads_what_the_first_builds(tmp_path: Path) -> None:
+def test_the_second_thread_makes_what_the_first_instantiates(tmp_path: Path) -> None:
     publish_bundle(tmp_path)
-    player = restore(options(tmp_path), lib=SlowGpu())
+    gpu = SlowGpu()
+    player = restore(options(tmp_path), lib=gpu)
     player.keys.wait()
-    assert {"decode", "lay out"} <= player.keys.ahead.seconds.keys()
-    assert not player.keys._prepared
+    assert {"decode", "lay out", "nodes", "edges", "drop"} <= player.keys.ahead.seconds.keys()
+    assert len(gpu.execs) == len(player.ladder.keys)
+    assert not gpu.graphs, "each is dropped once it is instantiated"
     player.close()
+
+
+def test_a_graph_that_the_second_thread_cannot_make_is_made_by_the_first(tmp_path: Path) -> None:
+    publish_bundle(tmp_path)
+    gpu = SlowGpu()
+    player = restore(options(tmp_path), lib=gpu)
+    ahead = player.keys.ahead.seconds
+    gpu.fail["cuGraphCreate"] = 2
+    deadline = time.monotonic() + 30
+    while "lay out" not in ahead and time.monotonic() < deadline:
+        time.sleep(0.001)
+    gpu.fail.clear()
+    try:
+        player.keys.wait()
+    except CudaError:  # the first thread was quicker than this test
+        assert player.keys._failure is not None
+    for key in player.ladder.keys:
+        player.keys.exec_of(key)
+    player.close()
+    assert not gpu.graphs
+    assert not gpu.execs
 
 
 def test_neither_thread_begins_before_the_pause_is_over(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +141,29 @@ def test_ranks_that_were_started_differently_are_told_both_values(tmp_path: Path
         for told, (_, expected) in zip(outcome.value, DIFFERENT, strict=True):
             assert told.startswith("RankMismatch")
             assert expected in told
+
+
+# Which rank is given what, and why that cannot be: as an option, or with the model or a device.
+REFUSED: list[tuple[int, dict[str, Any], str]] = [
+    (1, {"bs": 0}, "ValueError: bs must be at least 1, got 0"),
+    (0, {"ladder": "2,9"}, "ValueError: --ladder 2,9 goes up to 9 rows"),
+    (1, {"transport": "rdep"}, "ValueError: --transport rdep needs GPUs"),
+]
+
+
+@pytest.mark.parametrize(("failing", "change", "reason"), REFUSED)
+def test_a_rank_that_is_refused_tells_the_others_why(
+    tmp_path: Path, failing: int, change: dict[str, Any], reason: str
+) -> None:
+    options = [_options(tmp_path, ladder="2,2+16")] * 2
+    options[failing] = options[failing] | change
+    began = time.monotonic()
+    runs = _run(options)
+    assert time.monotonic() - began < 50, "a rank waited for one that cannot come"
+    assert [code for code, _, _ in runs] == [1, 1]
+    assert reason in runs[failing][2]
+    told = f"RankError: rank {failing} could not start: {reason}"
+    assert told in runs[1 - failing][2], runs[1 - failing][2]
 
 
 def test_an_ep_size_that_torchrun_did_not_start_is_refused(tmp_path: Path) -> None:

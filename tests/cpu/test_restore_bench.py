@@ -15,7 +15,7 @@ import pytest
 from barriers.config import GroupConfig
 from runtime import restore_bench
 from runtime.cli import Bar
-from runtime.config import RuntimeConfig
+from runtime.config import RuntimeConfig, child_environment
 from runtime.restore_runs import RunFailed, Runs
 from tests.cpu.played import LADDER, OPTIONS, publish_bundle
 
@@ -152,6 +152,31 @@ def test_kinds_are_chosen_by_name() -> None:
     args = restore_bench.parser().parse_args(["--kinds", "no-weights", "cold"])
     assert args.kinds == ["no-weights", "cold"]
     assert restore_bench.parser().parse_args([]).kinds == list(restore_bench.KINDS)
+
+
+@pytest.mark.parametrize(
+    ("visible", "rank", "own"), [(None, "2", "2"), ("4,5,6", "1", "5"), ("GPU-7", "3", "GPU-7")]
+)
+def test_a_process_may_see_its_own_gpu_alone(
+    monkeypatch: pytest.MonkeyPatch, visible: str | None, rank: str, own: str
+) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    monkeypatch.setenv("LOCAL_RANK", rank)
+    env = child_environment("x", own_gpu=True)
+    assert env["CUDA_VISIBLE_DEVICES"] == own
+    assert child_environment("x").get("CUDA_VISIBLE_DEVICES") == visible
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", own)
+    assert RuntimeConfig(model="tiny").local_rank == 0, "the only GPU that it sees"
+
+
+def test_the_gpu_is_that_of_the_local_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert RuntimeConfig(model="tiny").local_rank == 3
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
+    assert RuntimeConfig(model="tiny").local_rank == 3
 
 
 class Recorded(Runs):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +22,14 @@ from barriers.transport import (
     resolve,
     wire_buffers,
 )
-from bench import routing, transport_cases, transport_microbench, transport_report
+from bench import (
+    routing,
+    transport_cases,
+    transport_layer,
+    transport_microbench,
+    transport_modes,
+    transport_report,
+)
 
 SMALL = TransportConfig(
     rank=0, world=1, capacity=6, hidden=144, num_experts=12, top_k=4, act_dtype="bfloat16"
@@ -350,6 +359,70 @@ def test_microbench_merges_ranks() -> None:
     assert merged["cases"][0]["net_us"] == {"mean": 4.0, "max": 5.0}
     ranks[1]["cases"][0]["rel_error"] = float("inf")
     assert not transport_report.merge(ranks, link_gbps=353.0, sweep=())["ok"]
+
+
+def test_microbench_tells_no_speed_where_there_is_none(capsys: pytest.CaptureFixture[str]) -> None:
+    spread = {"median": 4.0, "p10": 3.5, "p90": 4.5}
+    alone = {"rows": 8, "rel_error": 1e-3, "repeats": True, "oracle_bits": True, "bytes": (0, 0)}
+    nothing_left = {**alone, "bytes": (353, 353), "us": {"both": {**spread, "median": -0.1}}}
+    ranks = [{"cases": [{**alone, "us": {"both": spread}}, nothing_left]}]
+    merged = transport_report.merge(ranks, link_gbps=353.0, sweep=())
+    assert [case["gb_per_s"] for case in merged["cases"]] == [None, None]
+    transport_report.print_mode("rdep", merged, sys.stdout)
+    assert [line.count("  - GB/s") for line in capsys.readouterr().out.splitlines()] == [1, 1]
+
+
+def test_microbench_lines_are_json_one_by_one(tmp_path: Path) -> None:
+    path = tmp_path / "lines.jsonl"
+    transport_microbench._add_line(path, {"header": {"routing": "zipf"}})
+    transport_microbench._add_line(path, {"mode": "rdep", "rows": 8})
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert lines == [{"header": {"routing": "zipf"}}, {"mode": "rdep", "rows": 8}]
+
+
+def _subject(transport: Local) -> transport_modes.Subject:
+    return transport_modes.Subject(transport, lambda: None, lambda: None)
+
+
+@pytest.mark.parametrize("kind", routing.KINDS)
+def test_a_layer_of_every_routing_is_near_float64(tmp_path: Path, kind: str) -> None:
+    """What the benchmark checks before it times, on the twin."""
+    path = tmp_path / "ids.npy"
+    np.save(path, np.array([[3, 1, 0, 2], [11, 5, 6, 7], [8, 9, 10, 4]]))
+    how = {"inner": 2, "replays": 2, "rounds": 1, "prequantized": True}
+    plan = transport_layer.Plan(**how, routing=kind, routing_file=path)  # type: ignore[arg-type]
+    cpu = torch.device("cpu")
+    own, gains = plan.tokens(SMALL, 0, 5, cpu), transport_cases.make_gains(SMALL, cpu)
+    if kind == "file":
+        assert own.ids[:, 0].tolist() == [3, 11, 8, 3, 11], "in a circle"
+    layer = transport_layer.Layer(_subject(Local(SMALL, None)), own, gains, prequantized=True)
+    want = transport_cases.reference(SMALL, own, gains)
+    assert rdep_ref.relative_error(layer.whole(), want) < MAX_ERROR
+    assert torch.equal(layer.whole(), layer.whole())
+
+
+def test_ranks_take_other_rows_of_a_recording(tmp_path: Path) -> None:
+    path = tmp_path / "ids.npy"
+    np.save(path, np.stack([np.roll(np.arange(12), i)[:4] for i in range(12)]))
+    config, cpu = replace(SMALL, world=3), torch.device("cpu")
+    made = [
+        transport_cases.make_tokens(config, rank, 4, cpu, routing="file", path=path).ids
+        for rank in range(3)
+    ]
+    assert torch.equal(torch.cat(made), torch.from_numpy(np.load(path)).int())
+
+
+@pytest.mark.parametrize("kind", routing.KINDS)
+def test_microbench_takes_every_routing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
+    path = tmp_path / "ids.npy"
+    np.save(path, np.stack([np.random.default_rng(i).permutation(256)[:8] for i in range(40)]))
+    more = ["--routing-file", str(path)] if kind == "file" else []
+    if torch.cuda.is_available():
+        pytest.skip("it would run")
+    assert transport_microbench.main(["--routing", kind, *more]) == 2
+    assert "timed on GPUs" in capsys.readouterr().err
 
 
 # -- routing to benchmark with -------------------------------------------------------------------

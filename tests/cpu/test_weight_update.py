@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from barriers.errors import RankError
 from graphs.checkpoint import CheckpointError
 from runtime import OutOfPages, Runtime, SamplingParams
 from tests.cpu.checkpoints import read_tensors, write_tensors
@@ -248,3 +249,42 @@ def test_no_page_to_recompute_with_changes_nothing(old: Path, new: Path) -> None
         with pytest.raises(OutOfPages):
             runtime.update_weights(new, running="recompute")
         assert same(weights(runtime), before)
+
+
+def test_a_refused_recomputation_keeps_no_page(
+    old: Path, new: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A row that is about to open a page gets it to be computed again; not if nothing is done."""
+    with load_micro(old, reservation="lazy") as runtime:
+        for prompt in ([2] * 15, [3] * 14):
+            runtime.add(prompt, SamplingParams(max_tokens=20, ignore_eos=True))
+        while 17 not in runtime._scheduler.have:
+            runtime.step()
+        held = [len(runtime.pages.held(row)) for row in range(2)]
+        wanted = [runtime.pages.pages_for(int(n)) for n in runtime._scheduler.have[:2]]
+        assert held != wanted, "one of them has a token more than its pages hold"
+
+        def refuse(*_: object) -> None:
+            raise RankError("another rank refused")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(runtime, "_together", refuse)
+            with pytest.raises(RankError, match="another rank refused"):
+                runtime.update_weights(new, running="recompute")
+        assert [len(runtime.pages.held(row)) for row in range(2)] == held
+
+        def out_of_pages(row: int, tokens: int) -> None:
+            if row:
+                raise OutOfPages("none is left")
+            grow(row, tokens)
+
+        grow = runtime.pages.grow
+        with monkeypatch.context() as patch:
+            patch.setattr(runtime.pages, "grow", out_of_pages)
+            with pytest.raises(OutOfPages):
+                runtime.update_weights(new, running="recompute")
+        assert [len(runtime.pages.held(row)) for row in range(2)] == held
+        runtime.update_weights(new, running="recompute")
+        while runtime.num_running:
+            runtime.step()
+        assert runtime.stats().pages_used == 0

@@ -24,10 +24,14 @@ import time
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from barriers.deepep import DeepEpMissing
+from barriers.rdep import RdepTuning
+from capture_cache.driver import Device
 from runtime import Runtime, SamplingParams
+from tests.ep.loopback import Loopback
 
 # Nats: of |log-prob - the first transport's| the median and the 90th percentile; and how much less
 # likely the first transport may have held the token at which the texts part.
@@ -78,9 +82,53 @@ def decode(transport: str, args: argparse.Namespace, store: str) -> tuple[Answer
             for row, token in zip(out.rows.tolist(), out.tokens.tolist(), strict=True):
                 answers[row].append(Said(token, behind[row]))
         assert not rt.num_running, "raise --steps"
+        check_idle(rt)
+        if transport == "rdep":
+            check_barriers(rt)
         ledger = rt.engine.ledger
         assert ledger is not None
         return answers, ledger.live, float(np.median(took)) * 1e3
+
+
+def check_idle(rt: Runtime) -> None:
+    """Two steps in which every token of every rank is padding: no expert may be listed, read into a
+    hidden activation, or write a result."""
+    backend, b = rt.engine.graphs.backend, rt.engine.graphs.step.buffers
+    results = [b[n] for n in ("expert_h_q", "expert_h_s", "expert_y")]
+    with backend.on_stream():
+        for buffer in results:
+            buffer.view(torch.uint8).fill_(0x7F)
+        b["offsets"].fill_(77)
+        backend.synchronize()
+    for _ in range(2):
+        rt.step()
+    assert rt.last_key is not None
+    assert (b.for_key(rt.last_key)["topk_ids"] == -1).all(), "a padded row chose an expert"
+    assert (b["offsets"] == 0).all(), f"idle ranks have pairs: {b['offsets'].tolist()}"
+    for buffer in results:
+        assert (buffer.view(torch.uint8) == 0x7F).all(), "an expert ran for a padded row"
+
+
+def check_barriers(rt: Runtime) -> None:
+    """A whole step signals twice a layer with experts, and never else: counted on the device, on a
+    step whose peers are memory of this GPU."""
+    step, backend = rt.engine.graphs.step, rt.engine.graphs.backend
+    own = step.transport
+    with backend.on_stream():
+        device = Device(torch.cuda.current_device())
+        loop = Loopback(own.config, device, RdepTuning(sum_pdl=not rt.config.overlap))
+        loop.arm()
+        backend.synchronize()
+    step.replace_transport(loop.transport)
+    try:
+        for key in rt.ladder.keys:
+            backend.eager(lambda key=key: step.run(key))
+    finally:
+        step.replace_transport(own)
+    model = rt.model_config
+    barriers = 2 * (model.num_layers - model.first_k_dense_replace) * len(rt.ladder.keys)
+    want = [barriers] * (own.config.world - 1)
+    assert loop.signals() == (want, want), f"expected {want} signals, got {loop.signals()}"
 
 
 def logprobs_by_row(rt: Runtime) -> dict[int, NDArray[np.float32]]:

@@ -174,6 +174,44 @@ def routing(bed: Bed) -> None:
         subject.close()
 
 
+def padding(bed: Bed) -> None:
+    """A padded token, and a token without an expert on a rank, leave that rank's memory alone but
+    for its ids. (tests/gpu/test_rdep_alone.py looks at every byte.)"""
+    config = bed.config(33)
+    subject = bed.subject(config)
+    try:
+        every = bed.tokens(config, [33 - 4 * r for r in range(config.world)], seed=2)
+        for rank, t in enumerate(every):
+            t.ids[1::3] = -1
+            if rank % 2:
+                t.ids[:] = -1
+        own = every[bed.group.rank]
+        want = dispatch_ref(
+            config, [t.x for t in every], [t.ids for t in every], [t.weights for t in every]
+        )[config.rank]
+        received = want
+        for pattern in (None, 0x7F, 0x55):
+            if pattern is not None:
+                for part in (received.x, received.scale, received.weights):
+                    assert part is not None
+                    part.view(torch.uint8).fill_(pattern)
+            subject.finish()
+            bed.group.barrier("receive areas are poisoned")
+            received = subject.transport.dispatch(own.x, None, own.ids, own.weights, layer=1)
+            subject.finish()
+            assert torch.equal(received.ids, want.ids), "ids"
+            if pattern is not None:
+                quiet = (want.ids < 0).all(1)
+                for part in (received.x, received.scale):
+                    assert part is not None
+                    assert (part.view(torch.uint8)[quiet] == pattern).all(), "a padded row was sent"
+                untold = received.weights[want.ids < 0].view(torch.uint8)
+                assert (untold == pattern).all(), "a weight of nobody's choice was sent"
+            bed.group.barrier("receive areas are looked at")
+    finally:
+        subject.close()
+
+
 def neighbours(bed: Bed) -> None:
     """A token's bits: alone, in company, at another row, quantised by someone else, run again."""
     config = bed.config(64)
@@ -355,6 +393,7 @@ def main() -> int:
         scenarios: list[tuple[str, Callable[[], None]]] = [
             ("shapes", lambda: shapes(bed)),
             ("routing", lambda: routing(bed)),
+            ("padding", lambda: padding(bed)),
             ("neighbours", lambda: neighbours(bed)),
             ("replays", lambda: replays(bed, steps)),
             ("late rank", lambda: late_rank(bed)),

@@ -1,6 +1,7 @@
 """What happens to whole runtimes when one rank is killed, stopped, or does not take a step.
 
     python -m tests.ep.runtime_faults --world N [--device cpu|cuda] [--cases kill,stop,skip,reopen]
+                                        [--transport auto|allgather]
 
 One supervisor starts all ranks of each case, and right after it the same ranks again, at the same
 meeting point and on the same GPUs, while a stopped victim is still there. Exit 0: every survivor
@@ -115,7 +116,7 @@ def _fault(case: str, runtime: Runtime, options: dict[str, Any]) -> None:
 class Supervisor:
     """Starts the ranks of one case after another and judges how they end."""
 
-    def __init__(self, world: int, device: str, store: str) -> None:
+    def __init__(self, world: int, device: str, store: str, transport: str = "auto") -> None:
         self.world, self.victim = world, victim_of(world)
         self.options = {
             "bs": 4 * world,
@@ -125,6 +126,7 @@ class Supervisor:
             "ladder": "1,4,4+32",
             "verify": False,
             "deadline_s": DEADLINE_S,
+            "transport": transport,
         }
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
@@ -235,6 +237,7 @@ def main() -> int:
     parser.add_argument("--world", type=int, default=2)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--cases", default=",".join(CASES), help="comma-separated")
+    parser.add_argument("--transport", default="auto", help="auto, rdep or allgather")
     parser.add_argument("--store", help="default: a temporary one")
     parser.add_argument("--child", nargs=2, metavar=("CASE", "OPTIONS"), help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -242,9 +245,8 @@ def main() -> int:
         run_child(args.child[0], json.loads(args.child[1]))
         return 0
     with tempfile.TemporaryDirectory() as store:
-        failures = Supervisor(args.world, args.device, args.store or store).run(
-            args.cases.split(",")
-        )
+        supervisor = Supervisor(args.world, args.device, args.store or store, args.transport)
+        failures = supervisor.run(args.cases.split(","))
     print("\n".join(f"FAILED: {f}" for f in failures) or "all cases held")
     return int(bool(failures))
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.gpu.models import LADDERS, MODELS, options_of
 
@@ -48,6 +51,51 @@ def test_restored_equals_captured(name: str, ladder: str, store: Path, tmp_path:
     pairs = zip(restored["digests"], captured["digests"], strict=True)
     differing = [step for step, (one, other) in enumerate(pairs) if one != other]
     assert not differing, f"differs from step {differing[0]} on"
+
+
+@pytest.mark.parametrize("own_gpu", [False, True], ids=["all visible", "own visible"])
+def test_restored_ranks_equal_captured_ones(own_gpu: bool, tmp_path: Path) -> None:
+    """1,000 steps on every key, every rank; the capturing ranks see all GPUs."""
+    world = 4 if torch.cuda.device_count() >= 4 else 2
+    if torch.cuda.device_count() < world:
+        pytest.skip("needs two GPUs")
+    options = options_of("fp8") | {"overrides": [*MODELS["fp8"], "n_routed_experts=8"]}
+    options |= {"bs": 4 * world, "ladder": "1,2,4,4+64", "verify": False}
+    options |= {"store": str(tmp_path / "store"), "device": "cuda"}
+    for name, own in (("captured", False), ("restored", own_gpu)):
+        (tmp_path / name).write_text(_ranks(options, 1000, world, own))
+    compare = [sys.executable, "-m", "tests.compare_restored"]
+    compare += [str(tmp_path / "captured"), str(tmp_path / "restored")]
+    done = subprocess.run(compare, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+
+
+def _ranks(options: dict[str, Any], steps: int, world: int, own_gpu: bool) -> str:
+    """What `world` processes of `tests.restore_program` printed."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        place = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1"}
+        place |= {"MASTER_PORT": str(s.getsockname()[1]), "LOCAL_WORLD_SIZE": str(world)}
+    command = [sys.executable, "-m", "tests.restore_program", json.dumps(options), str(steps)]
+    started = []
+    for rank in range(world):
+        env = os.environ | place | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        if own_gpu:
+            env |= {"CUDA_VISIBLE_DEVICES": str(rank)}
+        pipe = subprocess.PIPE
+        started.append(
+            subprocess.Popen(command, cwd=ROOT, env=env, stdout=pipe, stderr=pipe, text=True)
+        )
+    said = ""
+    try:
+        for rank, process in enumerate(started):
+            out, err = process.communicate(timeout=300)
+            assert process.returncode == 0, f"rank {rank}: {err[-3000:]}"
+            said += out
+    finally:
+        for process in started:
+            process.kill()
+    return said
 
 
 def test_all_keys_have_their_golden_bits(store: Path) -> None:
