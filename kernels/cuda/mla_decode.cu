@@ -33,10 +33,10 @@ using namespace lockstep;
 #define LOCKSTEP_LATE 0  // groups that `values` multiplies only once the next block's scores are there
 #endif
 #ifndef LOCKSTEP_AHEAD
-#define LOCKSTEP_AHEAD 3  // KV blocks that L2 is asked for ahead of their load
+#define LOCKSTEP_AHEAD 1  // KV blocks that L2 is asked for ahead of their load
 #endif
 #ifndef LOCKSTEP_WARM
-#define LOCKSTEP_WARM 2  // KV blocks that L2 is asked for before the inputs are known to be there
+#define LOCKSTEP_WARM 0  // KV blocks that L2 is asked for before the inputs are known to be there
 #endif
 #ifndef LOCKSTEP_SLACK
 #define LOCKSTEP_SLACK 8  // powers of two that a score may pass the running maximum by before it moves
@@ -242,7 +242,7 @@ __device__ __forceinline__ void loads(Shared sh, const Params& p, const TensorMa
     const int* pages = p.page_table + item.pages;
     u32 turn = slot - first;
     int page = pages[0];
-    int later = LOCKSTEP_AHEAD < item.blocks ? pages[LOCKSTEP_AHEAD] : -1;
+    int later = -1;
     sh.wait(sh.q_empty(), (turn & 1) ^ 1, 1);
     int query = (item.token * kBlocks + half) * kRows;
     for (int n = 0; n < item.blocks; ++n, ++block) {
@@ -258,9 +258,14 @@ __device__ __forceinline__ void loads(Shared sh, const Params& p, const TensorMa
       load_group(sh, kv, own, block, page, rank);
       LOCKSTEP_MARK(2, 2);
       if (own == 0) {
+        // L2 is asked for nothing before the first block is here: it would only be later.
+        if (LOCKSTEP_AHEAD > 0 && n == 1) {
+          sh.wait(sh.full((block - 1) & 1, own), ((block - 1) >> 1) & 1, 8);
+          for (int i = 2; i <= LOCKSTEP_AHEAD + 1 && i < item.blocks; ++i) ask_page(cache, pages[i], rank);
+        }
         if (LOCKSTEP_AHEAD > 0 && later >= 0) ask_page(cache, later, rank);
         int ahead = n + 1 + LOCKSTEP_AHEAD;
-        later = ahead < item.blocks ? pages[ahead] : -1;
+        later = n > 0 && ahead < item.blocks ? pages[ahead] : -1;
         u64 at = (u64(block) * gridDim.x + blockIdx.x) * p.ask_chunk;
         if (p.ask_chunk > 0 && at + p.ask_chunk <= p.ask_bytes) ask_l2(p.ask + at, p.ask_chunk);
       }
@@ -370,6 +375,7 @@ __device__ __forceinline__ void multiply_scores(float (&s)[32], Shared& sh, cons
     wgmma_fence();
     multiply_tile(s, sh, held, sh.stage(block), 2 * group, i > 0);
     if (group != kRope) multiply_tile(s, sh, held, sh.stage(block), 2 * group + 1, true);
+    wgmma_commit();  // the compiler would do so anyhow, where it waits
   }
 }
 
@@ -472,12 +478,59 @@ __device__ __forceinline__ void multiply_own(float (&o)[kOwn][64], const u32 (&w
   wgmma_commit();
 }
 
+// What ends an item: the sums for `values`, the own columns, and the logarithms for the merge.
+__device__ __forceinline__ void finish_item(Shared& sh, const Params& p, const Item& item, const Softmax& x,
+                                            float (&o)[kOwn][64], u32& given) {
+  u32 half = blockIdx.x % kBlocks;
+  float total0 = quad_sum(x.total0), total1 = quad_sum(x.total1);
+  float2 factor = make_float2(1.0f / total0, 1.0f / total1);
+  sh.wait(sh.p_empty(), (given & 1) ^ 1, 32);
+  give_factors(sh, factor);
+  arrive_once_a_warp(sh.p_full());
+  ++given;
+  store_values(sh, p, item, half, 0, o, factor.x, factor.y);
+  if (item.part >= 0 && (threadIdx.x & 3) == 0) {
+    int row = (threadIdx.x >> 5) * 16 + (threadIdx.x & 31) / 4;
+    float* lse = p.part_lse + item.part + half * kRows + row;
+    lse[0] = x.high0 + log2_fast(total0);
+    lse[8] = x.high1 + log2_fast(total1);
+  }
+}
+
+// The scores of the first block of a pair to weights, for both warpgroups; the second one's are on their way.
+__device__ __forceinline__ void take_even(Shared& sh, const Params& p, float (&s)[32], Softmax& x, u32 (&weights)[16],
+                                          float (&o)[kOwn][64], u32 block, u32& given, int live) {
+  end_scores(sh, block, given);
+  mask_scores(s, live);
+  float2 factor = raise(s, x, p.scale);
+  weigh(s, x, factor, weights, p.scale);
+  hand_over(sh, weights, factor, given);
+  rescale(o, factor.x, factor.y);
+}
+
+// The second one's, while the first one's weights are multiplied; these must be through before they are overwritten.
+__device__ __forceinline__ void take_odd(Shared& sh, const Params& p, float (&s)[32], Softmax& x, u32 (&weights)[16],
+                                         float (&o)[kOwn][64], u32 block, u32& given, int live) {
+  end_scores(sh, block, given);
+  mask_scores(s, live);
+  float2 factor = raise(s, x, p.scale);
+  keep_order(sh, given);
+  wgmma_wait<0>();
+  end_values(sh, block - 1);
+  keep_order(sh, given);
+  weigh(s, x, factor, weights, p.scale);
+  hand_over(sh, weights, factor, given);
+  rescale(o, factor.x, factor.y);
+}
+
+// KV blocks in pairs: Q·Kᵀ of both, one behind the other. While the first one's softmax runs, so does the product of
+// the second; while the second one's softmax runs, the product of the first one's weights with V; and while the
+// second one's weights are multiplied, the next pair arrives.
 __device__ __forceinline__ void scores(Shared sh, const Params& p) {
   await_inputs();
   auto [first, last] = own_items(p);
-  u32 half = blockIdx.x % kBlocks;
   u32 block = 0, given = 0, tails = 0;
-  float o[kOwn][64], s[32];
+  float o[kOwn][64], even[32], odd[32];
   u32 held[kHeld * 16 + 1], weights[16];
   LOCKSTEP_MARKS;
   LOCKSTEP_MARK(0, 0);
@@ -486,51 +539,41 @@ __device__ __forceinline__ void scores(Shared sh, const Params& p) {
     u32 turn = slot - first;
     Softmax x = {-LOCKSTEP_INFINITY, -LOCKSTEP_INFINITY, 0.0f, 0.0f};
     if (kHeld > 0) hold_query(sh, held, turn & 1);
-    multiply_scores<0, kGroups>(s, sh, held, block, turn & 1);
-    wgmma_commit();
+    multiply_scores<0, kGroups>(even, sh, held, block, turn & 1);
     clear(o);
-    float2 factor;
-    // In flight at the top: the scores of this block, and behind them the values of the one before.
-    if (item.blocks > 1) {
-      wgmma_wait<0>();
-      for (int n = 1;; ++n) {
-        LOCKSTEP_MARK(0, 1);
-        end_scores(sh, block, given);
-        factor = raise(s, x, p.scale);
-        keep_order(sh, given);
-        wgmma_wait<0>();
-        LOCKSTEP_MARK(0, 2);
-        if (n > 1) end_values(sh, block - 1);
-        keep_order(sh, given);
-        weigh(s, x, factor, weights, p.scale);
-        LOCKSTEP_MARK(0, 3);
-        multiply_scores<0, 1>(s, sh, held, block + 1);
-        wgmma_commit();
-        hand_over(sh, weights, factor, given);
-        rescale(o, factor.x, factor.y);
-        LOCKSTEP_MARK(0, 4);
-        multiply_scores<1, kGroups>(s, sh, held, block + 1);
-        wgmma_commit();
-        LOCKSTEP_MARK(0, 5);
-        multiply_own(o, weights, sh.stage(block));
-        LOCKSTEP_MARK(0, 6);
-        ++block;
-        wgmma_wait<1>();
-        if (n + 1 == item.blocks) break;
-      }
+    int left = item.blocks;
+    for (; left > 2; left -= 2) {
+      multiply_scores<0, kGroups>(odd, sh, held, block + 1);
+      wgmma_wait<kGroups>();
+      LOCKSTEP_MARK(0, 1);
+      take_even(sh, p, even, x, weights, o, block, given, kRows);
+      LOCKSTEP_MARK(0, 2);
+      multiply_own(o, weights, sh.stage(block));
+      wgmma_wait<1>();
+      LOCKSTEP_MARK(0, 3);
+      take_odd(sh, p, odd, x, weights, o, block + 1, given, kRows);
+      LOCKSTEP_MARK(0, 4);
+      block += 2;
+      multiply_own(o, weights, sh.stage(block - 1));
+      multiply_scores<0, 2>(even, sh, held, block);
+      wgmma_wait<2>();
+      LOCKSTEP_MARK(0, 5);
+      end_values(sh, block - 1);
+      multiply_scores<2, kGroups>(even, sh, held, block);
+      LOCKSTEP_MARK(0, 6);
+    }
+    if (left == 2) {
+      multiply_scores<0, kGroups>(odd, sh, held, block + 1);
+      wgmma_wait<kGroups>();
+      take_even(sh, p, even, x, weights, o, block, given, kRows);
+      multiply_own(o, weights, sh.stage(block));
+      wgmma_wait<1>();
+      ++block;
+      take_odd(sh, p, odd, x, weights, o, block, given, item.tail);
     } else {
       wgmma_wait<0>();
+      take_even(sh, p, even, x, weights, o, block, given, item.tail);
     }
-    LOCKSTEP_MARK(0, 1);
-    end_scores(sh, block, given);
-    mask_scores(s, item.tail);
-    factor = raise(s, x, p.scale);
-    keep_order(sh, given);
-    wgmma_wait<0>();
-    if (item.blocks > 1) end_values(sh, block - 1);
-    weigh(s, x, factor, weights, p.scale);
-    hand_over(sh, weights, factor, given);
-    rescale(o, factor.x, factor.y);
     if (item.tail < kRows) sh.wait(sh.cleared(), tails++ & 1, 31);
     multiply_own(o, weights, sh.stage(block));
     wgmma_wait<0>();
@@ -538,19 +581,7 @@ __device__ __forceinline__ void scores(Shared sh, const Params& p) {
     ++block;
     LOCKSTEP_MARK(0, 7);
     if (slot + 1 == last) release_dependents();
-    float total0 = quad_sum(x.total0), total1 = quad_sum(x.total1);
-    factor = make_float2(1.0f / total0, 1.0f / total1);
-    sh.wait(sh.p_empty(), (given & 1) ^ 1, 32);
-    give_factors(sh, factor);
-    arrive_once_a_warp(sh.p_full());
-    ++given;
-    store_values(sh, p, item, half, 0, o, factor.x, factor.y);
-    if (item.part >= 0 && (threadIdx.x & 3) == 0) {
-      int row = (threadIdx.x >> 5) * 16 + (threadIdx.x & 31) / 4;
-      float* lse = p.part_lse + item.part + half * kRows + row;
-      lse[0] = x.high0 + log2_fast(total0);
-      lse[8] = x.high1 + log2_fast(total1);
-    }
+    finish_item(sh, p, item, x, o, given);
     LOCKSTEP_MARK(0, 8);
   }
 }
