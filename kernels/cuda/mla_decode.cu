@@ -29,9 +29,6 @@ using namespace lockstep;
 #ifndef LOCKSTEP_HELD
 #define LOCKSTEP_HELD 0  // tiles of Q that `scores` holds in registers
 #endif
-#ifndef LOCKSTEP_LATE
-#define LOCKSTEP_LATE 0  // groups that `values` multiplies only once the next block's scores are there
-#endif
 #ifndef LOCKSTEP_AHEAD
 #define LOCKSTEP_AHEAD 1  // KV blocks that L2 is asked for ahead of their load
 #endif
@@ -67,7 +64,7 @@ constexpr int kRows = 64;             // heads of a block, and tokens of a KV bl
 constexpr int kWidth = 576;
 constexpr int kTileBytes = kRows * 128, kTiles = 9, kStageBytes = kTiles * kTileBytes;
 constexpr int kGroups = 5, kRope = 4, kValueGroups = 4;  // groups 0 … 3: two tiles each; 4: the rotary tile
-constexpr int kTheirs = kValueGroups - kOwn, kLate = LOCKSTEP_LATE, kEarly = kTheirs - kLate;
+constexpr int kTheirs = kValueGroups - kOwn;
 constexpr u32 kAll = 0xffffffffu;
 
 // The i-th group to be scored, in the order in which they are freed.
@@ -76,8 +73,9 @@ __device__ __forceinline__ constexpr int in_order(int i) {
 }
 
 // Bytes of shared memory.
-constexpr int kQ = 0, kKv = kStageBytes, kP = 3 * kStageBytes, kFactors = kP + 8192, kBarriers = kFactors + 1024;
-constexpr int kBarrierCount = 3 * kGroups + 2 * kGroups + 5;
+constexpr int kQ = 0, kKv = kStageBytes, kP = 3 * kStageBytes, kFactors = kP + 8192;
+constexpr int kInverses = kFactors + 1024, kBarriers = kInverses + 1024;
+constexpr int kBarrierCount = 5 * kGroups + 4;
 static_assert(kBarriers + 8 * kBarrierCount <= LOCKSTEP_SHARED, "shared memory");
 
 struct Params {
@@ -135,8 +133,7 @@ struct Shared {
   __device__ u32 q_empty() const { return barrier(5 * kGroups); }
   __device__ u32 p_full() const { return barrier(5 * kGroups + 1); }
   __device__ u32 p_empty() const { return barrier(5 * kGroups + 2); }
-  __device__ u32 scored() const { return barrier(5 * kGroups + 3); }
-  __device__ u32 cleared() const { return barrier(5 * kGroups + 4); }
+  __device__ u32 cleared() const { return barrier(5 * kGroups + 3); }
   __device__ u32 stage(u32 block) const { return base + kKv + (block & 1) * kStageBytes; }
 
 #ifdef LOCKSTEP_WAIT_CYCLES
@@ -304,11 +301,11 @@ __device__ __forceinline__ void rescale(float (&o)[kCount][64], float f0, float 
   }
 }
 
-// Columns of group `first` and on, each row times its factor, as bf16: through shared memory where Q was, 16 rows of
-// a tile at a time.
+// `kCount` groups of columns from `first` on, each row times its factor, as bf16: through shared memory where Q was,
+// 16 rows of a tile at a time.
 template <int kCount>
-__device__ __forceinline__ void store_values(const Shared& sh, const Params& p, const Item& item, u32 half, int first,
-                                             const float (&o)[kCount][64], float f0, float f1) {
+__device__ __forceinline__ void store_values(const Shared& sh, const Params& p, const Item& item, int first,
+                                             const float (*o)[64], float2 factor) {
   int lane = threadIdx.x & 31, warp = (threadIdx.x >> 5) & 3;
   u32 own = sh.base + kQ + 2 * first * kTileBytes + warp * 2048;
   u32 row = own + (lane & 15) * 128, side = lane >> 4;  // matrices: upper and lower rows, then eight columns further
@@ -318,16 +315,23 @@ __device__ __forceinline__ void store_values(const Shared& sh, const Params& p, 
     for (int c = 0; c < 16; c += 2) {
       const float* v = &o[g][4 * c];
       u32 at = row + (2 * g + c / 8) * kTileBytes + (((c % 8 + side) ^ (lane & 7)) * 16);
-      store_matrices(at, pack_bf16(v[0] * f0, v[1] * f0), pack_bf16(v[2] * f1, v[3] * f1),
-                     pack_bf16(v[4] * f0, v[5] * f0), pack_bf16(v[6] * f1, v[7] * f1));
+      store_matrices(at, pack_bf16(v[0] * factor.x, v[1] * factor.x), pack_bf16(v[2] * factor.y, v[3] * factor.y),
+                     pack_bf16(v[4] * factor.x, v[5] * factor.x), pack_bf16(v[6] * factor.y, v[7] * factor.y));
     }
   }
   fence_async();
   __syncwarp();
   if (lane == 0) {
     const TensorMap* to = item.part < 0 ? p.out : p.part_o;
-    int at = (item.part < 0 ? item.token * kBlocks * kRows : item.part) + half * kRows + warp * 16;
+    int at = item.part < 0 ? item.token * kBlocks * kRows : item.part;
+    at += blockIdx.x % kBlocks * kRows + warp * 16;
     for (int i = 0; i < 2 * kCount; ++i) store_box(to, (2 * first + i) * 64, at, own + i * kTileBytes);
+  }
+}
+
+// The results have left shared memory: the next item's Q may come.
+__device__ __forceinline__ void end_item(const Shared& sh) {
+  if ((threadIdx.x & 31) == 0) {
     end_stores();
     barrier_arrive(sh.q_empty());
   }
@@ -433,8 +437,9 @@ __device__ __forceinline__ void weigh(const float (&s)[32], Softmax& x, float2 f
   x.total1 = x.total1 * factor.y + sum1;
 }
 
-__device__ __forceinline__ void give_factors(Shared& sh, float2 factor) {
-  u32 at = sh.base + kFactors + (threadIdx.x & 127) * 8;
+// Two rows' numbers for the same lane of `values`; `where` is kFactors or kInverses.
+__device__ __forceinline__ void give_pair(Shared& sh, int where, float2 factor) {
+  u32 at = sh.base + where + (threadIdx.x & 127) * 8;
   asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(at), "f"(factor.x), "f"(factor.y) : "memory");
 }
 
@@ -453,7 +458,6 @@ __device__ __forceinline__ void keep_order(Shared& sh, u32 given) { sh.wait(sh.p
 
 // The scores of a KV block are there: free what only they need.
 __device__ __forceinline__ void end_scores(Shared& sh, u32 block, u32 given) {
-  if (kLate > 0) arrive_once_a_warp(sh.scored());
   free_group(sh, block, kRope);
   keep_order(sh, given);
 }
@@ -466,7 +470,7 @@ __device__ __forceinline__ void end_values(Shared& sh, u32 block) {
 
 __device__ __forceinline__ void hand_over(Shared& sh, const u32 (&weights)[16], float2 factor, u32& given) {
   give_weights(sh, weights);
-  give_factors(sh, factor);
+  give_pair(sh, kFactors, factor);
   arrive_once_a_warp(sh.p_full());
   ++given;
 }
@@ -478,38 +482,42 @@ __device__ __forceinline__ void multiply_own(float (&o)[kOwn][64], const u32 (&w
   wgmma_commit();
 }
 
-// What ends an item: the sums for `values`, the own columns, and the logarithms for the merge.
-__device__ __forceinline__ void finish_item(Shared& sh, const Params& p, const Item& item, const Softmax& x,
-                                            float (&o)[kOwn][64], u32& given) {
-  u32 half = blockIdx.x % kBlocks;
-  float total0 = quad_sum(x.total0), total1 = quad_sum(x.total1);
-  float2 factor = make_float2(1.0f / total0, 1.0f / total1);
-  sh.wait(sh.p_empty(), (given & 1) ^ 1, 32);
-  give_factors(sh, factor);
-  arrive_once_a_warp(sh.p_full());
-  ++given;
-  store_values(sh, p, item, half, 0, o, factor.x, factor.y);
-  if (item.part >= 0 && (threadIdx.x & 3) == 0) {
-    int row = (threadIdx.x >> 5) * 16 + (threadIdx.x & 31) / 4;
-    float* lse = p.part_lse + item.part + half * kRows + row;
-    lse[0] = x.high0 + log2_fast(total0);
-    lse[8] = x.high1 + log2_fast(total1);
-  }
+// With an item's last weights: what its results are to be multiplied by, in the end.
+__device__ __forceinline__ float2 give_inverses(Shared& sh, Softmax& x) {
+  x.total0 = quad_sum(x.total0);
+  x.total1 = quad_sum(x.total1);
+  float2 inverse = make_float2(1.0f / x.total0, 1.0f / x.total1);
+  give_pair(sh, kInverses, inverse);
+  return inverse;
+}
+
+// For the merge: of what the rows' weights add up to, the logarithms.
+__device__ __forceinline__ void store_sums(const Params& p, const Item& item, const Softmax& x) {
+  if (item.part < 0 || (threadIdx.x & 3) != 0) return;
+  int row = (threadIdx.x >> 5) * 16 + (threadIdx.x & 31) / 4;
+  float* lse = p.part_lse + item.part + blockIdx.x % kBlocks * kRows + row;
+  lse[0] = x.high0 + log2_fast(x.total0);
+  lse[8] = x.high1 + log2_fast(x.total1);
 }
 
 // The scores of the first block of a pair to weights, for both warpgroups; the second one's are on their way.
-__device__ __forceinline__ void take_even(Shared& sh, const Params& p, float (&s)[32], Softmax& x, u32 (&weights)[16],
+// Returns, with the last weights, what the results are to be multiplied by.
+template <bool kLast>
+__device__ __forceinline__ float2 take_even(Shared& sh, const Params& p, float (&s)[32], Softmax& x, u32 (&weights)[16],
                                           float (&o)[kOwn][64], u32 block, u32& given, int live) {
   end_scores(sh, block, given);
   mask_scores(s, live);
   float2 factor = raise(s, x, p.scale);
   weigh(s, x, factor, weights, p.scale);
+  float2 inverse = kLast ? give_inverses(sh, x) : factor;
   hand_over(sh, weights, factor, given);
   rescale(o, factor.x, factor.y);
+  return inverse;
 }
 
 // The second one's, while the first one's weights are multiplied; these must be through before they are overwritten.
-__device__ __forceinline__ void take_odd(Shared& sh, const Params& p, float (&s)[32], Softmax& x, u32 (&weights)[16],
+template <bool kLast>
+__device__ __forceinline__ float2 take_odd(Shared& sh, const Params& p, float (&s)[32], Softmax& x, u32 (&weights)[16],
                                          float (&o)[kOwn][64], u32 block, u32& given, int live) {
   end_scores(sh, block, given);
   mask_scores(s, live);
@@ -519,8 +527,10 @@ __device__ __forceinline__ void take_odd(Shared& sh, const Params& p, float (&s)
   end_values(sh, block - 1);
   keep_order(sh, given);
   weigh(s, x, factor, weights, p.scale);
+  float2 inverse = kLast ? give_inverses(sh, x) : factor;
   hand_over(sh, weights, factor, given);
   rescale(o, factor.x, factor.y);
+  return inverse;
 }
 
 // KV blocks in pairs: Q·Kᵀ of both, one behind the other. While the first one's softmax runs, so does the product of
@@ -546,12 +556,12 @@ __device__ __forceinline__ void scores(Shared sh, const Params& p) {
       multiply_scores<0, kGroups>(odd, sh, held, block + 1);
       wgmma_wait<kGroups>();
       LOCKSTEP_MARK(0, 1);
-      take_even(sh, p, even, x, weights, o, block, given, kRows);
+      take_even<false>(sh, p, even, x, weights, o, block, given, kRows);
       LOCKSTEP_MARK(0, 2);
       multiply_own(o, weights, sh.stage(block));
       wgmma_wait<1>();
       LOCKSTEP_MARK(0, 3);
-      take_odd(sh, p, odd, x, weights, o, block + 1, given, kRows);
+      take_odd<false>(sh, p, odd, x, weights, o, block + 1, given, kRows);
       LOCKSTEP_MARK(0, 4);
       block += 2;
       multiply_own(o, weights, sh.stage(block - 1));
@@ -562,17 +572,18 @@ __device__ __forceinline__ void scores(Shared sh, const Params& p) {
       multiply_scores<2, kGroups>(even, sh, held, block);
       LOCKSTEP_MARK(0, 6);
     }
+    float2 inverse;
     if (left == 2) {
       multiply_scores<0, kGroups>(odd, sh, held, block + 1);
       wgmma_wait<kGroups>();
-      take_even(sh, p, even, x, weights, o, block, given, kRows);
+      take_even<false>(sh, p, even, x, weights, o, block, given, kRows);
       multiply_own(o, weights, sh.stage(block));
       wgmma_wait<1>();
       ++block;
-      take_odd(sh, p, odd, x, weights, o, block, given, item.tail);
+      inverse = take_odd<true>(sh, p, odd, x, weights, o, block, given, item.tail);
     } else {
       wgmma_wait<0>();
-      take_even(sh, p, even, x, weights, o, block, given, item.tail);
+      inverse = take_even<true>(sh, p, even, x, weights, o, block, given, item.tail);
     }
     if (item.tail < kRows) sh.wait(sh.cleared(), tails++ & 1, 31);
     multiply_own(o, weights, sh.stage(block));
@@ -581,15 +592,17 @@ __device__ __forceinline__ void scores(Shared sh, const Params& p) {
     ++block;
     LOCKSTEP_MARK(0, 7);
     if (slot + 1 == last) release_dependents();
-    finish_item(sh, p, item, x, o, given);
+    store_values<kOwn>(sh, p, item, 0, o, inverse);
+    end_item(sh);
+    store_sums(p, item, x);
     LOCKSTEP_MARK(0, 8);
   }
 }
 
 // -- values --------------------------------------------------------------------------------------
 
-__device__ __forceinline__ float2 take_factors(const Shared& sh) {
-  u32 at = sh.base + kFactors + (threadIdx.x & 127) * 8;
+__device__ __forceinline__ float2 take_pair(const Shared& sh, int where) {
+  u32 at = sh.base + where + (threadIdx.x & 127) * 8;
   float2 factor;
   asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(factor.x), "=f"(factor.y) : "r"(at) : "memory");
   return factor;
@@ -617,34 +630,33 @@ __device__ __forceinline__ void clear_tail(Shared& sh, u32 block, int live) {
   arrive_once_a_warp(sh.cleared());
 }
 
-// Products with groups of columns, each freed as soon as it is through.
-template <int kFrom, int kTo>
-__device__ __forceinline__ void multiply_groups(float (&o)[kTheirs][64], Shared& sh, const u32 (&weights)[16],
+// The weights of a KV block, and the earlier results rescaled for them. Returns the inverses that come with the last.
+__device__ __forceinline__ float2 take_block(Shared& sh, float (&o)[kTheirs][64], u32 (&weights)[16], u32 block,
+                                             u32& taken) {
+  sh.wait(sh.p_full(), taken & 1, 41);
+  take_weights(sh, weights);
+  float2 factor = take_pair(sh, kFactors), inverse = take_pair(sh, kInverses);
+  arrive_once_a_warp(sh.p_empty());
+  ++taken;
+  rescale(o, factor.x, factor.y);
+#pragma unroll
+  for (int g = 0; g < kTheirs; ++g) sh.wait(sh.full(block & 1, kOwn + g), (block >> 1) & 1, 44);
+  return inverse;
+}
+
+__device__ __forceinline__ void multiply_theirs(Shared& sh, float (&o)[kTheirs][64], const u32 (&weights)[16],
                                                 u32 block) {
   wgmma_fence();
 #pragma unroll
-  for (int g = kFrom; g < kTo; ++g) {
+  for (int g = 0; g < kTheirs; ++g) {
     multiply_values(o[g], weights, sh.stage(block), kOwn + g);
     wgmma_commit();
-  }
-  if (kTo - kFrom > 2) {
-    wgmma_wait<2>();
-    free_group(sh, block, kOwn + kTo - 3);
-  }
-  if (kTo - kFrom > 1) {
-    wgmma_wait<1>();
-    free_group(sh, block, kOwn + kTo - 2);
-  }
-  if (kTo > kFrom) {
-    wgmma_wait<0>();
-    free_group(sh, block, kOwn + kTo - 1);
   }
 }
 
 __device__ __forceinline__ void values(Shared sh, const Params& p) {
   await_inputs();
   auto [first, last] = own_items(p);
-  u32 half = blockIdx.x % kBlocks;
   u32 block = 0, taken = 0, tails = 0;
   float o[kTheirs][64];
   u32 weights[16];
@@ -655,33 +667,40 @@ __device__ __forceinline__ void values(Shared sh, const Params& p) {
     bool partial = item.tail < kRows;
     clear(o);
     if (partial && item.blocks == 1) clear_tail(sh, block, item.tail);
-    for (int n = 0; n < item.blocks; ++n, ++block) {
-      bool at_end = n + 1 == item.blocks;
-      sh.wait(sh.p_full(), taken & 1, 41);
+    for (int n = 1; n < item.blocks; ++n, ++block) {
+      take_block(sh, o, weights, block, taken);
       LOCKSTEP_MARK(1, 1);
-      take_weights(sh, weights);
-      float2 factor = take_factors(sh);
-      arrive_once_a_warp(sh.p_empty());
-      ++taken;
-      rescale(o, factor.x, factor.y);
-#pragma unroll
-      for (int g = 0; g < kTheirs; ++g) sh.wait(sh.full(block & 1, kOwn + g), (block >> 1) & 1, 44);
-      if (partial && at_end) sh.wait(sh.cleared(), tails++ & 1, 43);
-      LOCKSTEP_MARK(1, 2);
-      multiply_groups<0, kEarly>(o, sh, weights, block);
-      if (kLate > 0) {
-        if (!at_end) sh.wait(sh.scored(), (block + 1) & 1, 42);
-        LOCKSTEP_MARK(1, 3);
-        multiply_groups<kEarly, kTheirs>(o, sh, weights, block);
+      multiply_theirs(sh, o, weights, block);
+      if (kTheirs > 2) {
+        wgmma_wait<2>();
+        free_group(sh, block, kValueGroups - 3);
       }
-      LOCKSTEP_MARK(1, 4);
-      if (partial && n + 2 == item.blocks) clear_tail(sh, block + 1, item.tail);
+      wgmma_wait<1>();
+      free_group(sh, block, kValueGroups - 2);
+      wgmma_wait<0>();
+      free_group(sh, block, kValueGroups - 1);
+      LOCKSTEP_MARK(1, 2);
+      if (partial && n + 1 == item.blocks) clear_tail(sh, block + 1, item.tail);
     }
-    sh.wait(sh.p_full(), taken & 1, 45);
-    float2 factor = take_factors(sh);
-    arrive_once_a_warp(sh.p_empty());
-    ++taken;
-    store_values(sh, p, item, half, kOwn, o, factor.x, factor.y);
+    float2 inverse = take_block(sh, o, weights, block, taken);
+    if (partial) sh.wait(sh.cleared(), tails++ & 1, 43);
+    LOCKSTEP_MARK(1, 3);
+    multiply_theirs(sh, o, weights, block);
+    // Each group leaves while the next is multiplied.
+    if (kTheirs > 2) {
+      wgmma_wait<2>();
+      free_group(sh, block, kValueGroups - 3);
+      store_values<1>(sh, p, item, kValueGroups - 3, o + kTheirs - 3, inverse);
+    }
+    wgmma_wait<1>();
+    free_group(sh, block, kValueGroups - 2);
+    store_values<1>(sh, p, item, kValueGroups - 2, o + kTheirs - 2, inverse);
+    wgmma_wait<0>();
+    free_group(sh, block, kValueGroups - 1);
+    LOCKSTEP_MARK(1, 4);
+    store_values<1>(sh, p, item, kValueGroups - 1, o + kTheirs - 1, inverse);
+    end_item(sh);
+    ++block;
     LOCKSTEP_MARK(1, 5);
   }
 }
@@ -695,7 +714,7 @@ __device__ __forceinline__ void prepare_barriers(const Shared& sh) {
   }
   for (int group = 0; group < kGroups; ++group) barrier_init(sh.q_full(group), 1);
   barrier_init(sh.q_empty(), 8);
-  for (u32 bar : {sh.p_full(), sh.p_empty(), sh.scored(), sh.cleared()}) barrier_init(bar, 4);
+  for (u32 bar : {sh.p_full(), sh.p_empty(), sh.cleared()}) barrier_init(bar, 4);
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
 
