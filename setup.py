@@ -15,7 +15,7 @@ setup(
         ],
         exclude=["bench.results*"],
     ),
-    package_data={"barriers": ["cuda/*"]},
+    package_data={"barriers": ["cuda/*"], "kernels": ["cuda/*"]},
     install_requires=[
         "cuda-bindings>=13.0,<14",
         "matplotlib>=3.8",

@@ -148,15 +148,17 @@ class AotLauncher:
     def _values(self, kernel: CompiledKernel, args: tuple[Arg, ...]) -> list[int | float | bytes]:
         values: list[int | float | bytes] = []
         maps = iter(kernel.tensor_maps)
+        # CUDA C++ takes what it is given: no shape beside a tensor map, no scratch.
+        plain = len(kernel.params) == len(args)
         for arg in args:
             if isinstance(arg, torch.Tensor):
                 values.append(self._address(arg, kernel.name))
             elif isinstance(arg, TensorMap):
-                values.extend(self._descriptor(next(maps), arg.tensor, kernel.name))
+                parts = self._descriptor(next(maps), arg.tensor, kernel.name)
+                values.extend(parts[:1] if plain else parts)
             else:
                 values.append(arg)
-        values.extend(_NO_SCRATCH)
-        return values
+        return values if plain else [*values, *_NO_SCRATCH]
 
     def _descriptor(
         self, spec: TensorMapSpec, tensor: torch.Tensor, who: str

@@ -1,22 +1,25 @@
 """Which kernel the decode attention takes; the choice is made at capture and recorded.
 
-Both implementations cut a row's KV at fixed multiples of `cut` and merge in that order, so a row's
-bits do not depend on its neighbours. The two differ in bits from each other: a runtime uses one of
+All implementations cut a row's KV at fixed multiples of `cut` and merge in that order, so a row's
+bits do not depend on its neighbours. They differ in bits from each other: a runtime uses one of
 them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Protocol
 
 import torch
 
 from graphs.flashinfer_mla import FlashinferMla
+from graphs.hopper_mla import HopperMla
 from graphs.model_config import ModelConfig
 from graphs.ops import Ops
+from graphs.planned_mla import PlannedMla
 from graphs.step_config import StepConfig
+from kernels.triton.launch import Launcher
 from kernels.triton.mla_absorb import MOST_PARTS, Parts
 
 Buffers = Mapping[str, torch.Tensor]
@@ -70,10 +73,7 @@ class TritonAttention:
 
 
 class FlashinferAttention:
-    """flashinfer's FA3 MLA kernel over a plan made on the device.
-
-    A few splits are left as they are; more of them our own merge takes, which loads many at once.
-    """
+    """flashinfer's FA3 MLA kernel over a plan made on the device."""
 
     def __init__(self, cfg: ModelConfig, config: StepConfig, ops: Ops) -> None:
         assert ops.launch is not None, "the CPU twin has no flashinfer"
@@ -91,28 +91,72 @@ class FlashinferAttention:
         return (self._mla.library(),)
 
     def plan(self, b: Buffers) -> None:
-        self._mla.plan(
-            self._launch,
-            b["tok_row"],
-            b["kv_len"],
-            page_table=b["page_table"],
-            ws=b["mla_plan"],
-            part_o=b["part_o"],
-        )
+        _plan(self._mla, self._launch, b)
 
     def run(self, b: Buffers, kv_cache: torch.Tensor) -> Parts | None:
         """As `Attention.run`."""
-        few = 1 < b["part_o"].shape[1] <= MOST_PARTS
-        self._mla.run(
-            self._launch,
-            b["q_latent"],
-            kv_cache,
-            b["page_table"],
-            b["kv_len"],
-            ws=b["mla_plan"],
-            part_o=b["part_o"],
-            part_lse=b["part_lse"],
-            out=b["o_latent"],
-            merges=not few,
+        return _run(self._mla, self._launch, b, kv_cache)
+
+
+class HopperAttention:
+    """Our own MLA kernel for Hopper over a plan made on the device."""
+
+    def __init__(self, cfg: ModelConfig, config: StepConfig, ops: Ops) -> None:
+        assert ops.launch is not None, "the CPU twin has no Hopper"
+        self._launch = ops.launch
+        self._mla = HopperMla(
+            num_heads=cfg.num_heads,
+            page_size=config.page_size,
+            softmax_scale=cfg.softmax_scale,
+            cut=config.cut,
         )
-        return Parts(b["part_o"], b["part_lse"], self._mla.cut) if few else None
+
+    @property
+    def libraries(self) -> tuple[Path, ...]:
+        """All its kernels are ours."""
+        return ()
+
+    def plan(self, b: Buffers) -> None:
+        _plan(self._mla, self._launch, b)
+
+    def run(self, b: Buffers, kv_cache: torch.Tensor) -> Parts | None:
+        """As `Attention.run`."""
+        return _run(self._mla, self._launch, b, kv_cache)
+
+
+ATTENTION: Mapping[str, Callable[[ModelConfig, StepConfig, Ops], Attention]] = {
+    "triton": TritonAttention,
+    "flashinfer": FlashinferAttention,
+    "hopper": HopperAttention,
+}
+
+
+def _plan(mla: PlannedMla, launch: Launcher, b: Buffers) -> None:
+    mla.plan(
+        launch,
+        b["tok_row"],
+        b["kv_len"],
+        page_table=b["page_table"],
+        ws=b["mla_plan"],
+        part_o=b["part_o"],
+    )
+
+
+def _run(
+    mla: FlashinferMla | HopperMla, launch: Launcher, b: Buffers, kv_cache: torch.Tensor
+) -> Parts | None:
+    """A few splits are left as they are; more of them our merge takes, which loads many at once."""
+    few = 1 < b["part_o"].shape[1] <= MOST_PARTS
+    mla.run(
+        launch,
+        b["q_latent"],
+        kv_cache,
+        b["page_table"],
+        b["kv_len"],
+        ws=b["mla_plan"],
+        part_o=b["part_o"],
+        part_lse=b["part_lse"],
+        out=b["o_latent"],
+        merges=not few,
+    )
+    return Parts(b["part_o"], b["part_lse"], mla.cut) if few else None

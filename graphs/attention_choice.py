@@ -15,6 +15,7 @@ import torch
 
 from graphs.calls import Call
 from graphs.flashinfer_mla import FlashinferMla
+from graphs.hopper_mla import HopperMla
 from graphs.model_config import ModelConfig
 from graphs.ops import Ops
 from graphs.step_config import StepConfig
@@ -30,7 +31,7 @@ class AttentionCut:
     """One kernel of decode attention with one cut.
 
     Attributes:
-        backend: "triton" or "flashinfer".
+        backend: "triton", "flashinfer" or "hopper".
         cut: KV tokens of a split.
     """
 
@@ -69,7 +70,8 @@ class AttentionCut:
             part_lse = q.new_empty((tokens, splits, heads), dtype=torch.float32)
             changed = call.replaced({"cut": self.cut, "part_o": part_o, "part_lse": part_lse})
             return lambda: ops.mla_decode(*changed.args, **changed.kwargs)
-        mla = FlashinferMla(
+        kind = FlashinferMla if self.backend == "flashinfer" else HopperMla
+        mla = kind(
             num_heads=heads,
             page_size=call["page_size"],
             softmax_scale=call["softmax_scale"],
@@ -77,7 +79,7 @@ class AttentionCut:
         )
         made = {
             name: torch.empty(shape, dtype=getattr(torch, dtype), device=q.device)
-            for name, shape, dtype in FlashinferMla.workspace(tokens, heads, splits)
+            for name, shape, dtype in kind.workspace(tokens, heads, splits)
         }
         mla.plan(
             launch,
@@ -119,6 +121,8 @@ def run_every_cut(ops: Ops, model: ModelConfig, call: Call) -> None:
     backends = ["triton"]
     if ops.launch.arch == "sm_90" and not FlashinferMla.unfit(model):
         backends.append("flashinfer")
+    if ops.launch.arch == "sm_90" and not HopperMla.unfit_here(model, call["page_size"]):
+        backends.append("hopper")
     for backend in backends:
         for cut in cuts_for(longest, call["page_size"]):
             AttentionCut(backend, cut).bind(ops, model, call)()

@@ -16,9 +16,9 @@ from barriers.allgather import AllGather
 from barriers.deepep import DeepEpLowLatency, DeepEpNormal
 from barriers.transport import BufferSpec, TransportConfig, received_shape
 from capture_cache.layout import ArenaLayout, Entry
-from graphs.flashinfer_mla import FlashinferMla
 from graphs.keys import GraphKey, Ladder
 from graphs.model_config import ModelConfig
+from graphs.planned_mla import PlannedMla
 from graphs.step_config import MAX_STOPS, StepConfig, mailbox_layout
 from graphs.weights import ITEM_BYTES, shared_joins, stored_table, weight_table
 from kernels.triton.draw_pipeline import row_tensors, scratch_tensors
@@ -207,8 +207,8 @@ def _scratch(
             yield entry("q", (tokens, q_dim), act)
     yield entry("q_latent", (tokens, heads, latent), act)
     yield entry("o_latent", (tokens, heads, cfg.kv_lora_rank), act)
-    if step.attention == "flashinfer":
-        for name, shape, dtype in FlashinferMla.workspace(tokens, heads, step.splits):
+    if step.attention != "triton":
+        for name, shape, dtype in PlannedMla.workspace(tokens, heads, step.splits):
             yield entry(name, shape, dtype)
     else:
         yield entry("part_o", (tokens, step.splits, heads, cfg.kv_lora_rank), "float32")

@@ -1,4 +1,4 @@
-"""Ahead-of-time compilation: Triton kernels to device code in the store, with or without a GPU.
+"""Ahead-of-time compilation: kernels to device code in the store, with or without a GPU.
 
 A kernel is identified by its `KernelSpec` and by the toolchain; whatever made an entry, laptop or
 GPU machine, the same key finds it. "Compiled nothing" is judged by our store alone.
@@ -23,7 +23,9 @@ from typing import Any
 from capture_cache.errors import CompileError, CorruptBundle
 from capture_cache.kernel import CUBIN, RECORD, CompiledKernel
 from capture_cache.store import Store
+from graphs.cuda_compile import compile_cuda_kernel, cuda_toolchain
 from graphs.triton_compile import compile_kernel, require_compilable, toolchain
+from kernels.cuda.source import CudaKernel
 from kernels.triton.launch import Arg, KernelSpec, kernel_spec, source_hash
 from kernels.triton.overlap import OFF
 
@@ -54,7 +56,8 @@ class KernelCompiler:
 
     def key(self, spec: KernelSpec) -> str:
         """The store's name of a kernel: specification, toolchain and architecture."""
-        facts = json.dumps([RECORD, spec.digest, self._toolchain])
+        toolchain = cuda_toolchain() if spec.is_cuda else self._toolchain
+        facts = json.dumps([RECORD, spec.digest, toolchain])
         return hashlib.sha256(facts.encode()).hexdigest()
 
     def find(self, spec: KernelSpec) -> CompiledKernel | None:
@@ -78,7 +81,7 @@ class KernelCompiler:
 
         Args:
             spec: of the launch.
-            kernel: the `@triton.jit` function.
+            kernel: the `@triton.jit` function, or the `CudaKernel`.
             constexprs: the real values (`spec` has them as text where they are no plain numbers).
 
         Raises:
@@ -89,7 +92,10 @@ class KernelCompiler:
         found = self.find(spec)
         if found is not None:
             return found
-        made = compile_kernel(spec, kernel, constexprs, self.arch_number)
+        if isinstance(kernel, CudaKernel):
+            made = compile_cuda_kernel(spec, kernel, self.arch_number)
+        else:
+            made = compile_kernel(spec, kernel, constexprs, self.arch_number)
         entry = self.store.publish_kernel(
             self.arch,
             self.key(spec),
@@ -184,9 +190,16 @@ class RecordingLauncher:
             kernel, args, constexprs, num_warps=num_warps, num_stages=num_stages, pdl=pdl
         )
         if spec not in self._requests:
-            self._requests[spec] = CompileRequest(
-                spec, kernel.fn.__module__, kernel.fn.__name__, tuple(constexprs.items())
-            )
+            module, name = _whereabouts(kernel)
+            self._requests[spec] = CompileRequest(spec, module, name, tuple(constexprs.items()))
+
+
+def _whereabouts(kernel: Any) -> tuple[str, str]:
+    """Module and attribute that hold a kernel."""
+    if isinstance(kernel, CudaKernel):
+        module, _, name = kernel.where.partition(":")
+        return module, name
+    return kernel.fn.__module__, kernel.fn.__name__
 
 
 def compile_all(

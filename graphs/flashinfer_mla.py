@@ -1,7 +1,6 @@
 """Decode attention through flashinfer's FA3 MLA kernel, planned on the device and merged by us.
 
-Used on Hopper for DeepSeek-V3's shapes, where it is about twice as fast as our own kernel. The
-object owns no device memory: work list and partial results are buffers of the step (`workspace`).
+Used on Hopper for DeepSeek-V3's shapes, where it is about twice as fast as our Triton kernel.
 Only the kernel of flashinfer is used, not its planner: see `kernels.triton.mla_plan` for why.
 """
 
@@ -17,18 +16,15 @@ from typing import Any
 import torch
 
 from graphs.model_config import ModelConfig
+from graphs.planned_mla import LATENT_DIM, ROPE_DIM, PlannedMla, no_hopper
 from kernels.triton.launch import Launcher
 from kernels.triton.mla_decode import merge
-from kernels.triton.mla_plan import TILE_KV, TILE_Q, PlanLayout, mla_plan
 
 VERSION = "0.6.18.post1"  # the plan's layout and the kernel's arguments are private to it
-LATENT_DIM, ROPE_DIM = 512, 64  # what the FA3 kernel is instantiated for
-MAX_HEADS = 2 * TILE_Q  # one query tile a token
-MAX_SMS = 160  # sizes the workspace the same on every Hopper chip
 NO_MASK = 0  # flashinfer's MaskMode: every token attends to all of its kv_len
 
 
-class FlashinferMla:
+class FlashinferMla(PlannedMla):
     """FA3 MLA for one model: `plan` once a step, `run` once a layer; both capture-safe.
 
     Args:
@@ -51,53 +47,18 @@ class FlashinferMla:
         cut: int,
         library: Path | None = None,
     ) -> None:
-        if not 1 <= num_heads <= MAX_HEADS or cut % TILE_KV:
-            raise ValueError(
-                f"flashinfer's MLA takes 1 … {MAX_HEADS} heads and cuts in multiples of {TILE_KV}, "
-                f"got {num_heads} and {cut}"
-            )
-        self.num_heads, self.page_size, self.cut = num_heads, page_size, cut
-        self.softmax_scale = softmax_scale
+        super().__init__(
+            num_heads=num_heads, page_size=page_size, softmax_scale=softmax_scale, cut=cut
+        )
         self._library = library
 
     @staticmethod
     def available(model: ModelConfig, library: Path | None = None) -> tuple[bool, str]:
         """Whether this process can run the kernel for this model, and the reason."""
-        for reason in (FlashinferMla.unfit(model), _no_device(), _no_library(library)):
+        for reason in (FlashinferMla.unfit(model), no_hopper("FA3 MLA"), _no_library(library)):
             if reason:
                 return False, reason
         return True, f"flashinfer {VERSION} FA3 MLA"
-
-    @staticmethod
-    def unfit(model: ModelConfig) -> str:
-        """Why the kernel does not take this model; empty if it does."""
-        got = (model.kv_lora_rank, model.qk_rope_head_dim)
-        if got != (LATENT_DIM, ROPE_DIM):
-            return (
-                f"FA3 MLA takes a latent of {LATENT_DIM} and a rotary part of {ROPE_DIM}, not {got}"
-            )
-        if model.act_dtype != "bfloat16":
-            return f"FA3 MLA takes bfloat16, not {model.act_dtype}"
-        if model.num_heads > MAX_HEADS:
-            return f"FA3 MLA takes at most {MAX_HEADS} heads a token, not {model.num_heads}"
-        return ""
-
-    @staticmethod
-    def workspace(
-        tokens: int, num_heads: int, splits: int
-    ) -> list[tuple[str, tuple[int, ...], str]]:
-        """(name, shape, dtype) of the buffers that `plan` and `run` take; a function of sizes only.
-
-        Args:
-            tokens: step tokens of the largest key.
-            splits: splits that the longest row takes.
-        """
-        words = PlanLayout(tokens, splits, num_heads, MAX_SMS).words
-        return [
-            ("mla_plan", (words,), "int32"),
-            ("part_o", (tokens, splits, num_heads, LATENT_DIM), "bfloat16"),
-            ("part_lse", (tokens, splits, num_heads), "float32"),
-        ]
 
     def library(self) -> Path:
         """The shared object that the kernel is taken from."""
@@ -110,34 +71,6 @@ class FlashinferMla:
             RuntimeError: flashinfer cannot compile it.
         """
         _ = self._module
-
-    def plan(
-        self,
-        launch: Launcher,
-        tok_row: torch.Tensor,
-        kv_len: torch.Tensor,
-        *,
-        page_table: torch.Tensor,
-        ws: torch.Tensor,
-        part_o: torch.Tensor,
-    ) -> None:
-        """Write the step's work list.
-
-        Args:
-            tok_row, kv_len: int32 [T]; kv_len 0 is padding.
-            page_table: int32 [max_rows, max_pages].
-            ws: int32, the "mla_plan" buffer.
-            part_o: the buffer that `run` will get; gives the number of splits.
-        """
-        mla_plan(
-            launch,
-            tok_row,
-            kv_len,
-            max_pages=page_table.shape[1],
-            cut=self.cut,
-            layout=self._layout(launch, part_o),
-            ws=ws,
-        )
 
     def run(
         self,
@@ -173,8 +106,8 @@ class FlashinferMla:
         Raises:
             ValueError: buffers that do not fit.
         """
-        layout = self._layout(launch, part_o)
-        self._check(kv_cache, page_table, part_o)
+        layout = self.layout(launch, part_o)
+        self.check(kv_cache, page_table, part_o)
         if q.device.type != "meta":
             pages = kv_cache.view(-1, self.page_size, LATENT_DIM + ROPE_DIM)
             self._module.run(
@@ -204,30 +137,6 @@ class FlashinferMla:
     @cached_property
     def _module(self) -> Any:
         return _load(self._library)
-
-    def _layout(self, launch: Launcher, part_o: torch.Tensor) -> PlanLayout:
-        if launch.num_sms > MAX_SMS:
-            raise ValueError(
-                f"the plan is sized for {MAX_SMS} SMs, got {launch.num_sms}; raise MAX_SMS"
-            )
-        return PlanLayout(part_o.shape[0], part_o.shape[1], self.num_heads, launch.num_sms)
-
-    def _check(
-        self, kv_cache: torch.Tensor, page_table: torch.Tensor, part_o: torch.Tensor
-    ) -> None:
-        if part_o.dtype != torch.bfloat16 or kv_cache.dtype != torch.bfloat16:
-            raise ValueError(
-                f"kv_cache and part_o must be bfloat16, got {kv_cache.dtype} and {part_o.dtype}"
-            )
-        if not page_table.is_contiguous() or not kv_cache.is_contiguous():
-            raise ValueError("page_table and kv_cache must be contiguous")
-        # The kernel multiplies row and width in 32 unsigned bits.
-        if part_o.numel() >= 2**32 or page_table.numel() * self.page_size >= 2**32:
-            raise ValueError(
-                f"partial results of {part_o.numel()} elements and a page table of "
-                f"{page_table.numel()} entries pass the kernel's 32-bit offsets; "
-                "use a longer cut, fewer step tokens or --attention triton"
-            )
 
 
 def build_library(destination: Path) -> Path:
@@ -278,13 +187,6 @@ def _spec() -> Any:
     return gen_batch_mla_module(
         "fa3", bf16, bf16, bf16, torch.int32, LATENT_DIM, ROPE_DIM, use_profiler=False
     )
-
-
-def _no_device() -> str:
-    if not torch.cuda.is_available():
-        return "FA3 MLA needs a CUDA device"
-    major, minor = torch.cuda.get_device_capability()
-    return "" if (major, minor) == (9, 0) else f"FA3 MLA needs sm_90, this is sm_{major}{minor}"
 
 
 def _no_library(library: Path | None) -> str:

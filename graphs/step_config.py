@@ -24,7 +24,7 @@ class StepConfig:
         num_pages: KV pages of this rank, the null page included.
         cut: KV tokens a split of decode attention takes; fixes the reduction order.
         ep_size, ep_rank: expert parallelism.
-        attention: "flashinfer" or "triton".
+        attention: "flashinfer", "hopper" or "triton".
         transport: how tokens reach the experts of other ranks; a name of `barriers.transport`.
         pdl: how kernels overlap; a key of `kernels.triton.overlap.MODES`.
         overlap: the shared expert runs beside the exchange and the routed experts.

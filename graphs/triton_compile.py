@@ -16,6 +16,7 @@ from typing import Any
 from capture_cache.cubin import kernel_facts
 from capture_cache.errors import CompileError
 from capture_cache.kernel import CompiledKernel, TensorMapSpec, param_bytes
+from kernels.cuda.source import CudaKernel
 from kernels.triton.launch import KernelSpec
 
 PTXAS_TIMEOUT_S = 600
@@ -44,7 +45,9 @@ def toolchain(arch_number: int) -> str:
 
 
 def require_compilable(kernel: Any) -> None:
-    """Raises CompileError unless `kernel` is a Triton function that can be compiled."""
+    """Raises CompileError unless `kernel` is CUDA C++, or Triton that can be compiled."""
+    if isinstance(kernel, CudaKernel):
+        return
     if not hasattr(kernel, "cache_key") or not hasattr(kernel, "fn"):
         raise CompileError(
             f"expected a @triton.jit kernel, got {getattr(kernel, '__name__', kernel)} as "

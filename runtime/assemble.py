@@ -12,7 +12,7 @@ import torch
 from barriers.deepep import DeepEpLowLatency, DeepEpNormal
 from barriers.rdep import Rdep
 from barriers.transport import Local, Transport, TransportConfig, deepep_capacity
-from graphs.attention import Attention, FlashinferAttention, TritonAttention
+from graphs.attention import ATTENTION
 from graphs.attention_choice import run_every_cut
 from graphs.branch import Branch, InLine
 from graphs.buffers import StaticBuffers, transport_config
@@ -44,8 +44,7 @@ def make_step(
     names = [*stored, "rope_table"]
     weights = MappingProxyType({name: views[name] for name in names})
     buffers = StaticBuffers(model, step, selection.ladder, views)
-    kind = FlashinferAttention if step.attention == "flashinfer" else TritonAttention
-    attention: Attention = kind(model, step, ops)
+    attention = ATTENTION[step.attention](model, step, ops)
     return DecodeStep(
         model,
         step,

@@ -26,6 +26,7 @@ from graphs.attention_choice import (
 )
 from graphs.capture import GraphBackend
 from graphs.compile import RecordingLauncher, compile_all
+from graphs.hopper_mla import HopperMla
 from graphs.ops import Ops
 from graphs.timing import Timer
 from runtime.config import RuntimeConfig
@@ -82,6 +83,9 @@ class AttentionTuner:
         others = [AttentionCut(step.attention, cut) for cut in cuts if cut != step.cut]
         if self._options.attention == "auto" and step.attention != "triton":
             others.append(AttentionCut("triton", step.cut))
+        ours, _ = HopperMla.available(self._model, step.page_size)
+        if self._options.attention == "auto" and step.attention != "hopper" and ours:
+            others.append(AttentionCut("hopper", step.cut))
         return [AttentionCut(step.attention, step.cut), *others]
 
     def _digest(self, found: Sequence[AttentionCut]) -> str:

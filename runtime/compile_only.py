@@ -17,6 +17,7 @@ from capture_cache.store import Store
 from graphs.buffers import transport_config
 from graphs.compile import Compiled, KernelCompiler, compile_all
 from graphs.flashinfer_mla import FlashinferMla
+from graphs.hopper_mla import HopperMla
 from runtime.assemble import list_kernels
 from runtime.cli import Bar, console, print_json
 from runtime.config import RuntimeConfig
@@ -38,6 +39,8 @@ def compile_only(options: RuntimeConfig, arch: str, *, jobs: int | None, as_json
     kinds = ["triton"]
     if arch == "sm_90" and not FlashinferMla.unfit(selection.model):
         kinds.append("flashinfer")
+    if arch == "sm_90" and not HopperMla.unfit_here(selection.model, selection.step.page_size):
+        kinds.append("hopper")
     requests = list_kernels(selection, arch, kinds).requests
     store = Store(options.store_path)
     with Bar() as bar:

@@ -18,7 +18,7 @@ from runtime.bundle_names import SKIP_WEIGHTS
 from runtime.scheduler import SchedulerConfig
 
 DEVICES = ("auto", "cuda", "cpu")
-ATTENTION = ("auto", "flashinfer", "triton")
+ATTENTION = ("auto", "flashinfer", "hopper", "triton")
 DEFAULT_SEQ_LEN = 4096  # tokens, where the model has as many positions
 KERNELS = ("auto", "tune", "default")  # or a file that pins them
 PDL = ("auto", "off", "late", "early")
@@ -103,7 +103,7 @@ class RuntimeConfig:
         store: directory of compiled kernels and manifests.
         ep_size: ranks that share the experts; None: as many as torchrun started.
         transport: how tokens reach other ranks' experts; a name of `barriers.transport`.
-        attention: auto, flashinfer or triton.
+        attention: auto, flashinfer, hopper or triton.
         weights: directory of packed weights (`python -m runtime.pack`); None: those in the
             store, if any.
         verify_weights: compare the sha256 of all packed weights before use.

@@ -15,6 +15,7 @@ from graphs.attention_choice import AttentionCut
 from graphs.buffers import arena_layout, kv_bytes_per_token, transport_config
 from graphs.checkpoint import ModelSource, resolve_model
 from graphs.flashinfer_mla import FlashinferMla
+from graphs.hopper_mla import HopperMla
 from graphs.keys import Ladder
 from graphs.model_config import ModelConfig, parse_overrides
 from graphs.step_config import StepConfig, default_cut
@@ -116,12 +117,12 @@ def with_attention(options: RuntimeConfig, selection: Selection, cut: AttentionC
     model, step = selection.model, selection.step
     if (cut.backend, cut.cut) == (step.attention, step.cut):
         return selection
-    if cut.backend == "flashinfer":
-        usable, reason = FlashinferMla.available(model)
+    if cut.backend in ("flashinfer", "hopper"):
+        usable, reason = _planned(cut.backend, model, step.page_size)
         if not usable:
             raise ValueError(f"pinned attention {str(cut)!r} cannot be used here: {reason}")
     elif cut.backend != "triton":
-        raise ValueError(f"attention must be flashinfer or triton, got {str(cut)!r}")
+        raise ValueError(f"attention must be flashinfer, hopper or triton, got {str(cut)!r}")
     step = dataclasses.replace(step, attention=cut.backend, cut=cut.cut)
     if options.num_pages is None:
         pages = _default_pages(model, step, selection.ladder, selection.on_device)
@@ -166,14 +167,25 @@ def _on_device(options: RuntimeConfig) -> bool:
 
 
 def _attention(options: RuntimeConfig, model: ModelConfig, on_device: bool) -> tuple[str, str]:
-    if options.attention == "triton" or not on_device:
-        if options.attention == "flashinfer":
-            raise ValueError("--attention flashinfer needs a CUDA device; leave it at auto")
-        return "triton", "asked for" if options.attention == "triton" else "not on a device"
-    usable, reason = FlashinferMla.available(model)
-    if options.attention == "flashinfer" and not usable:
-        raise ValueError(f"--attention flashinfer cannot be used here: {reason}")
-    return ("flashinfer" if usable else "triton"), reason
+    asked = options.attention
+    if asked == "triton":
+        return "triton", "asked for"
+    if not on_device:
+        if asked != "auto":
+            raise ValueError(f"--attention {asked} needs a CUDA device; leave it at auto")
+        return "triton", "not on a device"
+    wanted = "flashinfer" if asked == "auto" else asked
+    usable, reason = _planned(wanted, model, options.page_size)
+    if asked != "auto" and not usable:
+        raise ValueError(f"--attention {asked} cannot be used here: {reason}")
+    return (wanted if usable else "triton"), reason
+
+
+def _planned(backend: str, model: ModelConfig, page_size: int) -> tuple[bool, str]:
+    """Whether this process can run flashinfer's or our own planned MLA, and the reason."""
+    if backend == "flashinfer":
+        return FlashinferMla.available(model)
+    return HopperMla.available(model, page_size)
 
 
 def _default_pages(model: ModelConfig, step: StepConfig, ladder: Ladder, on_device: bool) -> int:

@@ -14,13 +14,14 @@ from __future__ import annotations
 import ast
 import functools
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 import triton
 import triton.language as tl
 
+from kernels.cuda.source import CudaKernel
 from kernels.triton.overlap import OFF
 
 TRITON_TYPES: dict[torch.dtype, str] = {
@@ -134,8 +135,9 @@ class KernelSpec:
         name: of the kernel function.
         source_hash: of the function's source and of all that it refers to; see `source_hash`.
         signature: (argument, type) pairs, constexprs included as "constexpr", in kernel order.
-        aligned: indices of arguments whose address or value is a multiple of 16.
+        aligned: indices of arguments whose address or value is a multiple of 16; Triton's only.
         constexprs: (name, value) pairs, sorted.
+        is_cuda: of CUDA C++, which has no stages.
     """
 
     name: str
@@ -146,6 +148,7 @@ class KernelSpec:
     num_warps: int
     num_stages: int
     pdl: bool
+    is_cuda: bool = field(default=False, repr=False)
 
     @property
     def digest(self) -> str:
@@ -184,11 +187,12 @@ def kernel_spec(
         name=kernel.__name__,
         source_hash=source_hash(kernel),
         signature=tuple((n, types[n]) for n in names),
-        aligned=tuple(aligned),
+        aligned=() if isinstance(kernel, CudaKernel) else tuple(aligned),
         constexprs=tuple(sorted((k, constexpr_value(v)) for k, v in constexprs.items())),
         num_warps=num_warps,
         num_stages=num_stages,
         pdl=pdl,
+        is_cuda=isinstance(kernel, CudaKernel),
     )
 
 
@@ -199,6 +203,8 @@ def source_hash(kernel: Any) -> str:
     Triton's own `cache_key` depends on which of several kernels was hashed first, and so differs
     between processes; this does not, nor does it on where in its file a kernel stands.
     """
+    if isinstance(kernel, CudaKernel):
+        return kernel.source_hash()
     found: dict[str, str] = {}
     _collect_sources(kernel, found)
     text = "\0".join(f"{name}\0{source}" for name, source in sorted(found.items()))

@@ -35,6 +35,7 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     "device": (["--device", "tpu"], "invalid choice: 'tpu'"),
     "cuda": (["--device", "cuda"], "--device cuda: torch sees no CUDA device"),
     "flashinfer": (["--attention", "flashinfer"], "--attention flashinfer needs a CUDA device"),
+    "hopper": (["--attention", "hopper"], "--attention hopper needs a CUDA device"),
     "ranks": (["--ep-size", "2"], "--ep-size 2"),
     "uneven ranks": (["--bs", "2", "--ep-size", "4"], "must divide by ep_size 4; use --bs 4"),
     "model": (["--model", "deepseek-v4"], "presets tiny, moonlight, deepseek-v3, kimi-k2"),

@@ -11,9 +11,10 @@ import torch
 from graphs.attention import FlashinferAttention
 from graphs.calls import NoLauncher
 from graphs.devices import bind_views
-from graphs.flashinfer_mla import MAX_SMS, FlashinferMla
+from graphs.flashinfer_mla import FlashinferMla
 from graphs.model_config import ModelConfig
 from graphs.ops import Ops
+from graphs.planned_mla import MAX_SMS
 from graphs.presets import PRESETS
 from kernels.triton.launch import JitLauncher
 from kernels.triton.mla_decode import merge

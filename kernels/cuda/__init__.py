@@ -1,0 +1,1 @@
+"""CUDA C++ kernels for what Triton cannot say; launched like Triton's, compiled through NVRTC."""
