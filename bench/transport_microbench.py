@@ -49,7 +49,9 @@ from bench.transport_layer import Layer, Plan, TimedLayer
 from bench.transport_modes import LAST, MODES, SizesMissing, Subject, make_subject
 from bench.transport_report import merge, print_mode
 from bench.transport_timing import WARM_UP, Aligner
+from capture_cache.command import error_line, exit_code
 from capture_cache.driver import Device
+from runtime.cli import command
 from runtime.config import tell_ranks
 from runtime.report import provenance
 
@@ -109,9 +111,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                 "transports are timed on GPUs, got none; tests/cpu checks them without"
             )
     except ValueError as e:
+        print(error_line(e), file=sys.stderr)
         tell_ranks(str(e))
-        print(f"error: {e}", file=sys.stderr)
-        return 2
+        return exit_code(e)
     torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", place.rank)))
     torch.cuda.set_stream(torch.cuda.Stream())  # type: ignore[no-untyped-call]
     report: dict[str, Any] = {
@@ -150,7 +152,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m bench.transport_microbench")
+    parser = command("bench.transport_microbench", __doc__)
     add = parser.add_argument
     add("--mode", default="all", help=f"all, or some of {','.join(MODES)}")
     add("--decode-batch-size", type=int, default=256, help="global batch: rows a rank times ranks")
