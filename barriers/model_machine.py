@@ -15,7 +15,8 @@ The reduced machine takes fewer moves and reaches a violation exactly where the 
   late is found when the wait ends: its sender has not entered. Too early cannot be earlier.
 
 `Machine.merged` says which of its states stands for a state of the full machine; tests compare the
-two sets, state by state, where the full one is small enough.
+two sets, state by state, for two and three ranks. For four, `python -m barriers.model --exact`
+does: `tag` has 14,641,693 states, for which these 161,154 stand and no others.
 """
 
 from __future__ import annotations

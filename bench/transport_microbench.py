@@ -49,8 +49,9 @@ from bench.transport_layer import Layer, Plan, TimedLayer
 from bench.transport_modes import LAST, MODES, SizesMissing, Subject, make_subject
 from bench.transport_report import merge, print_mode
 from bench.transport_timing import WARM_UP, Aligner
-from capture_cache.command import command, error_line, exit_code
+from capture_cache.command import error_line, exit_code
 from capture_cache.driver import Device
+from runtime.cli import command
 from runtime.config import tell_ranks
 from runtime.report import provenance
 

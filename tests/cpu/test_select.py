@@ -269,6 +269,9 @@ def test_of_rows_from_all_ranks_only_a_share_is_live() -> None:
     assert int(offsets[-1]) == 16
 
 
+# ------------------------------------------------------------------ down's chain
+
+
 def _down(rows: int, num_experts: int) -> Call:
     meta = torch.device("meta")
     w = torch.empty(num_experts, rows, 256, dtype=torch.float8_e4m3fn, device=meta)
