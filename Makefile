@@ -26,6 +26,8 @@ unit: $(READY)
 	$(PY) -m pytest tests/cpu
 
 $(READY): requirements.txt setup.py
+	@test -d $(VENV) || python3 -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit(f"Python {v[0]}.{v[1]}: 3.11 or newer is needed")'
+	@echo "installing into $(VENV): torch and what else is pinned, 2 to 3 GiB, some minutes without a word"
 	test -d $(VENV) || python3 -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check -r requirements.txt
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e . \

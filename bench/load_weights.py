@@ -24,7 +24,13 @@ from typing import Any
 import numpy as np
 
 from capture_cache.arena import Arena, DeviceArena, HostArena
-from capture_cache.errors import CorruptBundle, CudaError
+from capture_cache.command import command, error_line, exit_code
+from capture_cache.errors import (
+    CorruptBundle,
+    CudaError,
+    FingerprintMismatch,
+    StoreError,
+)
 from capture_cache.layout import ArenaLayout, Entry
 from capture_cache.machine import device_count
 from capture_cache.packed import PackedWeights
@@ -39,9 +45,7 @@ TARGET = 0.80  # of the plain copy, from a warm page cache
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(
-        prog="python -m bench.load_weights", description=__doc__, allow_abbrev=False
-    )
+    p = command("bench.load_weights", __doc__)
     p.add_argument("--weights", type=Path, required=True, help="made by python -m runtime.pack")
     p.add_argument("--rank", type=int, default=0)
     p.add_argument("--repeat", type=int, default=3)
@@ -172,15 +176,12 @@ def main(argv: list[str] | None = None) -> int:
     return int(not met)
 
 
-def _run(command: Callable[[], int]) -> int:
+def _run(body: Callable[[], int]) -> int:
     try:
-        return command()
-    except ValueError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2
-    except (CorruptBundle, CudaError) as e:
-        print(f"error: {type(e).__name__}: {e}", file=sys.stderr)
-        return 1
+        return body()
+    except (ValueError, CorruptBundle, CudaError, FingerprintMismatch, StoreError) as e:
+        print(error_line(e), file=sys.stderr)
+        return exit_code(e)
 
 
 if __name__ == "__main__":

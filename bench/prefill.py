@@ -19,7 +19,16 @@ from rich.table import Table
 from graphs.keys import GraphKey
 from runtime.build import build
 from runtime.capture import TWIN_NOTE
-from runtime.cli import Bar, add_selection, command, console, print_json, run, selection
+from runtime.cli import (
+    Bar,
+    add_selection,
+    command,
+    console,
+    longest,
+    print_json,
+    run,
+    selection,
+)
 from runtime.driver import Runtime
 from runtime.report import provenance
 from runtime.sampling import SamplingParams
@@ -41,11 +50,12 @@ def main(argv: list[str] | None = None) -> int:
             f"expected --repeats of at least 1 and --prompt-len of at least 2, got {args.repeats} "
             f"and {args.prompt_len}"
         )
-    most = args.max_seq_len - 2
+    seq_len = longest(args)
+    most = seq_len - 2
     if not 1 <= args.ctx_len <= most or args.prompt_len > most:
         raise ValueError(
             f"--ctx-len {args.ctx_len}, --prompt-len {args.prompt_len}: expected 1 … {most} and "
-            f"2 … {most} (--max-seq-len {args.max_seq_len}); give shorter ones, or raise "
+            f"2 … {most} (--max-seq-len {seq_len}); give shorter ones, or raise "
             "--max-seq-len"
         )
     with Bar() as bar:

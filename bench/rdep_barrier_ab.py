@@ -26,6 +26,7 @@ from barriers.errors import RankError
 from barriers.group import RankGroup
 from bench.barrier_cases import FLIGHT, NODE, BarrierCases
 from bench.barrier_others import time_others
+from capture_cache.command import command, error_line, exit_code
 from capture_cache.driver import Device, driver_version
 from capture_cache.errors import CudaError
 from capture_cache.nvrtc import nvrtc_version
@@ -90,11 +91,7 @@ def report(about: dict[str, Any], results: Results, args: argparse.Namespace) ->
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="bench.rdep_barrier_ab",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command("bench.rdep_barrier_ab", __doc__)
     parser.add_argument("--replays", type=int, default=100_000, help="of the payload litmus")
     parser.add_argument("--deadline-ms", type=int, default=2000, help="of every wait")
     parser.add_argument("--limit-s", type=float, default=40.0, help="no case starts after this")
@@ -113,10 +110,13 @@ def main(argv: list[str] | None = None) -> int:
     try:
         config = GroupConfig.from_env(os.environ, timeout_s=40.0)
     except (ValueError, RankError) as e:
-        print(e, file=sys.stderr)
-        return 2
+        print(error_line(e), file=sys.stderr)
+        return exit_code(e)
     if config.world < 2:
-        print("expected ranks, got one: start with torchrun --nproc-per-node N", file=sys.stderr)
+        print(
+            "error: expected ranks, got one; start with torchrun --nproc-per-node N",
+            file=sys.stderr,
+        )
         return 2
     try:
         group = RankGroup(config, {"options": f"{args.replays} {args.deadline_ms}"})
@@ -131,8 +131,8 @@ def main(argv: list[str] | None = None) -> int:
             shared_gpu=args.shared_gpu,
         )
     except (RankError, CudaError) as e:
-        print(f"rank {config.rank} could not set up: {e}", file=sys.stderr)
-        return 1
+        print(error_line(e), file=sys.stderr)
+        return exit_code(e)
     return _run(cases, args)
 
 

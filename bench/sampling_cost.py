@@ -5,6 +5,10 @@ for sampling and log-probs, for penalties and masks, or for all of it. Beside it
 step: the same graph with the plain greedy kernels and nothing else around the layers. Tokens and
 log-probs of bare and greedy steps are compared first, bit for bit. Every mode is timed `--rounds`
 times in turn, so that a drift of the clock meets all of them.
+
+Log-probs of a prompt take a row of the key for each token. Two modes therefore hold half of the
+step's tokens in one prompt, once without and once with them: the difference of those two is theirs,
+for such a step reads less KV than one in which every row decodes.
 """
 
 from __future__ import annotations
@@ -20,7 +24,7 @@ import torch
 from numpy.typing import NDArray
 from rich.table import Table
 
-from graphs.keys import GraphKey
+from graphs.keys import GraphKey, Ladder
 from kernels.triton.sample import greedy, greedy_ref
 from kernels.triton.state import mask_words
 from runtime.build import build
@@ -29,14 +33,22 @@ from runtime.cli import Bar, add_selection, command, console, print_json, run, s
 from runtime.driver import Runtime
 from runtime.engine import Engine
 from runtime.report import provenance
-from runtime.sampling import SamplingParams
+from runtime.sampling import SamplingParams, StepOutput
 
 WARM_UP = 3
 BARE = "bare step"
 SAMPLED: dict[str, Any] = {"temperature": 1.0, "top_p": 0.95, "logprobs": 5}
 PENALTIES: dict[str, Any] = {"repetition_penalty": 1.1, "presence_penalty": 0.2}
+# Eight of sixteen tokens, none of which comes: no row ends, and each is compared in every step.
+STOPS = {"stop_sequences": [[16 * i + j for j in range(16)] for i in range(8)]}
 BIAS = {"logit_bias": {token: 0.5 for token in range(16)}}
+EVERYTHING: dict[str, Any] = {
+    **(SAMPLED | PENALTIES | BIAS),
+    **{"mask": True, "top_k": 1000, "min_p": 0.01, "logprobs": 20},
+}
 # Settings that rows take in turn; "mask" is a token mask that allows half of the vocabulary.
+# "return_logits" is for as many rows as `--logits-rows` has room for. "prompt": one prompt instead
+# of half of the rows, whose tokens are half of each step's.
 MODES: dict[str, list[dict[str, Any]]] = {
     BARE: [{}],
     "greedy": [{}],
@@ -53,9 +65,13 @@ MODES: dict[str, list[dict[str, Any]]] = {
         {"stop_sequences": [[1, 2, 3]], "min_tokens": 1, "stop_token_ids": (0,)},
         {"logprobs": 20, "logprobs_mode": "processed", "temperature": 0.6},
     ],
-    "everything, every row": [
-        SAMPLED | PENALTIES | BIAS | {"mask": True, "top_k": 1000, "min_p": 0.01, "logprobs": 20}
-    ],
+    "everything, every row": [EVERYTHING],
+    "stop sequences": [STOPS],
+    "logits": [{"return_logits": True}],
+    "everything, stop sequences, logits": [EVERYTHING | STOPS | {"return_logits": True}],
+    "half of it a prompt": [{"prompt": True}],
+    "the same, with its log-probs": [{"prompt": True, "prompt_logprobs": 0}],
+    "the same, 20 alternatives": [{"prompt": True, "prompt_logprobs": 20}],
     "masks renewed each step": [{"mask": True, "renew": True, "temperature": 1.0}],
 }
 
@@ -65,7 +81,9 @@ def parser() -> argparse.ArgumentParser:
     add_selection(p)
     p.add_argument("--ctx-len", type=int, default=2000, help="KV tokens a row holds")
     p.add_argument("--steps", type=int, default=50, help="timed steps of a mode and round")
-    p.add_argument("--rounds", type=int, default=3)
+    p.add_argument("--rounds", type=int, default=3, help="times that every mode is timed")
+    p.add_argument("--logits-rows", type=int, default=8, help="rows that return their logits")
+    p.add_argument("--modes", nargs="+", choices=MODES, metavar="MODE", help="only these")
     return p
 
 
@@ -75,15 +93,16 @@ def main(argv: list[str] | None = None) -> int:
         if getattr(args, name) < 1:
             raise ValueError(f"--{name} {getattr(args, name)}: expected at least 1")
     with Bar() as bar:
-        engine = build(selection(args, verify=False), bar)
+        engine = build(selection(args, verify=False, logits_rows=args.logits_rows), bar)
         with Runtime(engine) as runtime:
             bench = SamplingBench(runtime, args.ctx_len, args.steps)
             bench.check()
-            times: dict[str, list[dict[str, float]]] = {name: [] for name in MODES}
+            chosen = [m for m in MODES if m == BARE or m in (args.modes or MODES)]
+            times: dict[str, list[dict[str, float]]] = {name: [] for name in chosen}
             for _ in range(args.rounds):
-                for name in MODES:
+                for name in chosen:
                     times[name].append(bench.time_mode(name))
-                    bar("time", args.rounds * len(MODES), name)
+                    bar("time", args.rounds * len(chosen), name)
             report = _report(engine, args, times)
     _show(report, engine)
     if args.json:
@@ -99,7 +118,8 @@ class SamplingBench:
         self.ctx_len, self.steps = ctx_len, steps
         self.rows = self.engine.config.max_rows
         self.key = self.engine.ladder.select(self.rows, self.rows)
-        rng = np.random.default_rng(0)
+        runtime.ladder = Ladder([self.key])  # a prompt must not take the step to a larger one
+        self._rng = rng = np.random.default_rng(0)
         words = mask_words(self.engine.model_config.vocab_size)
         self.masks = rng.integers(-(2**31), 2**31, (2, words), dtype=np.int64).astype(np.int32)
         self.engine.fill_kv(seed=0)
@@ -149,8 +169,7 @@ class SamplingBench:
             start = time.perf_counter()
             out = self.runtime.collect()
             host.append(launched[i] + time.perf_counter() - start)
-            if (out.tokens < 0).any():
-                raise RuntimeError(f"{mode}: a row ended with an error; the times mean nothing")
+            self._check_output(mode, out)
             entry = self.runtime.last_entry
             assert entry is not None
             ends.append(entry.end_ns)
@@ -164,6 +183,20 @@ class SamplingBench:
             "host_us": float(np.median(host[WARM_UP:])) * 1e6,
         }
 
+    def _check_output(self, mode: str, out: StepOutput) -> None:
+        """Raises RuntimeError if the step did not do what it is timed for."""
+        if (out.tokens < 0).any():
+            raise RuntimeError(f"{mode}: a row ended with an error; the times mean nothing")
+        wish = MODES[mode][0]
+        logits = min(self.rows, self.engine.config.logits_rows) * wish.get("return_logits", 0)
+        scored = (self.rows - len(out)) * ("prompt_logprobs" in wish)
+        told = 0 if out.prompt is None else len(out.prompt.tokens)
+        if (len(out.logits), told) != (logits, scored):
+            raise RuntimeError(
+                f"{mode}: expected logits of {logits} rows and log-probs of {scored} prompt tokens "
+                f"in a step, got {len(out.logits)} and {told}; the times mean nothing"
+            )
+
     def _launch(self, renewed: list[int]) -> float:
         start = time.perf_counter()
         for row in renewed:
@@ -176,16 +209,33 @@ class SamplingBench:
 
     def _occupy(self, mode: str) -> list[int]:
         most = WARM_UP + self.steps + 1
-        taken = []
-        for i in range(self.rows):
+        taken: list[int] = []
+        decoding, logits = self.rows, self.engine.config.logits_rows
+        if MODES[mode][0].get("prompt"):
+            decoding -= self._add_prompt(dict(MODES[mode][0]))
+        for i in range(decoding):
             wish = dict(MODES[mode][i % len(MODES[mode])])
             masked = wish.pop("mask", False)
-            wish.pop("renew", None)
+            for name in ("renew", "prompt", "prompt_logprobs"):
+                wish.pop(name, None)
+            if wish.get("return_logits"):
+                wish["return_logits"] = logits > 0
+                logits -= 1
             params = SamplingParams(max_tokens=most, ignore_eos=True, seed=i, **wish)
             taken += self.runtime.occupy(1, self.ctx_len, most, params)
             if masked:
                 self.runtime.set_token_mask(taken[-1], self.masks[i % 2])
         return taken
+
+    def _add_prompt(self, wish: dict[str, Any]) -> int:
+        """A prompt that every timed step takes a part of; how many tokens of each step that is."""
+        steps = WARM_UP + self.steps + 2
+        longest = self.engine.config.max_seq_len - 1
+        part: int = max(1, min(self.rows // 2, (longest - 1) // steps))
+        prompt = self._rng.integers(0, self.engine.model_config.vocab_size, part * steps + 1)
+        wish.pop("prompt")
+        self.runtime.add(prompt, SamplingParams(ignore_eos=True, max_tokens=1, **wish))
+        return part
 
     def _release(self) -> None:
         while self.runtime.num_in_flight:
@@ -260,6 +310,7 @@ def _report(
         "vocab": engine.model_config.vocab_size,
         "rows": engine.config.max_rows,
         "ctx_len": args.ctx_len,
+        "logits_rows": engine.config.logits_rows,
         "steps": args.steps,
         "rounds": args.rounds,
         "attention": engine.config.attention,

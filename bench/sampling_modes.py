@@ -3,6 +3,8 @@
 Times the sampling operations alone, as a graph, over random logits at a model's vocabulary: first
 the greedy kernels of a bare step, then all operations with every row asking for one more thing.
 Tokens of the first and the last replay are compared first. Token masks lie in pinned host memory.
+Stop sequences, returned logits and log-probs of prompts are the work of other kernels (`settle`,
+`answer`) or of further rows: `bench.sampling_cost` times them within whole steps.
 """
 
 from __future__ import annotations

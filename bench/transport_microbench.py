@@ -48,6 +48,7 @@ from bench.transport_layer import Layer, Plan, TimedLayer
 from bench.transport_modes import LAST, MODES, SizesMissing, Subject, make_subject
 from bench.transport_report import merge, print_mode
 from bench.transport_timing import WARM_UP, Aligner
+from capture_cache.command import command, error_line, exit_code
 from capture_cache.driver import Device
 from runtime.report import provenance
 
@@ -107,8 +108,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 "transports are timed on GPUs, got none; tests/cpu checks them without"
             )
     except ValueError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2
+        print(error_line(e), file=sys.stderr)
+        return exit_code(e)
     torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", place.rank)))
     torch.cuda.set_stream(torch.cuda.Stream())  # type: ignore[no-untyped-call]
     report: dict[str, Any] = {
@@ -144,7 +145,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m bench.transport_microbench")
+    parser = command("bench.transport_microbench", __doc__)
     add = parser.add_argument
     add("--mode", default="all", help=f"all, or some of {','.join(MODES)}")
     add("--decode-batch-size", type=int, default=256, help="global batch: rows a rank times ranks")

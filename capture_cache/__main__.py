@@ -17,7 +17,13 @@ from typing import Any
 
 from capture_cache import survey
 from capture_cache.archive import export, import_file
-from capture_cache.errors import CorruptBundle, CudaError, FingerprintMismatch, StoreError
+from capture_cache.command import command, error_line, exit_code
+from capture_cache.errors import (
+    CorruptBundle,
+    CudaError,
+    FingerprintMismatch,
+    StoreError,
+)
 from capture_cache.fingerprint import show as shown_value
 from capture_cache.packed import PackedWeights, is_packed
 from capture_cache.prune import prune
@@ -30,9 +36,7 @@ _MAX_CELL = 48
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(
-        prog="python -m capture_cache", description=__doc__, allow_abbrev=False
-    )
+    p = command("capture_cache", __doc__)
     commands = p.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def add(name: str, run: Callable[[argparse.Namespace], Outcome], doc: str) -> Any:
@@ -68,19 +72,12 @@ def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     try:
         code, report = args.run(args)
-    except ValueError as e:
-        return _fail(2, e)
-    except (CorruptBundle, CudaError, FingerprintMismatch, StoreError) as e:
-        return _fail(1, e)
+    except (ValueError, CorruptBundle, CudaError, FingerprintMismatch, StoreError) as e:
+        print(error_line(e), file=sys.stderr)
+        return exit_code(e)
     if args.json:
         print(json.dumps(report, allow_nan=False))
     return int(code)
-
-
-def _fail(code: int, error: Exception) -> int:
-    name = "" if code == 2 else f"{type(error).__name__}: "
-    print(f"error: {name}{error}", file=sys.stderr)
-    return code
 
 
 def _store(args: argparse.Namespace) -> Store:

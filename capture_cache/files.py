@@ -177,6 +177,8 @@ def write_failure(e: OSError, path: Path, option: str) -> StoreError:
         errno.EDQUOT: f"free quota, or give another directory with {option}",
         errno.EACCES: f"make it writable, or give another directory with {option}",
         errno.EPERM: f"make it writable, or give another directory with {option}",
+        errno.ENOTDIR: f"a file is in the way: give another directory with {option}",
+        errno.EEXIST: f"a file is in the way: give another directory with {option}",
         errno.EROFS: f"it is read-only: give another directory with {option}",
     }
     remedy = remedies.get(e.errno or 0, f"check the file system, or give another {option}")

@@ -199,6 +199,21 @@ class Store:
                 if record is not None:
                     yield Fingerprint.from_json(record.get("fingerprint"))
 
+    def check_writable(self) -> None:
+        """Find out before hours of work whether its result could be stored.
+
+        Raises:
+            StoreError: no permission, an unsafe directory, or none at all.
+        """
+        self._prepare(())
+        temporary = self._temporary()
+        try:
+            self._files.make_dir(temporary)
+        except OSError as e:
+            raise self._failure(e, self.root) from e
+        finally:
+            self._discard(temporary)
+
     # -- compiled kernels ------------------------------------------------------------------------
 
     def publish_kernel(

@@ -213,7 +213,7 @@ class ModelConfig:
             raise refuse("q_lora_rank", "a positive integer or null", self.q_lora_rank)
         if not 1 <= self.num_layers <= self.num_hidden_layers:
             expected = f"1 … {self.num_hidden_layers}, the layers of the model"
-            raise refuse("layers", expected, self.num_layers, "lower --layers")
+            raise refuse("layers", expected, self.num_layers, "leave --layers out to run all")
         if self.act_dtype not in DTYPES:
             raise refuse("dtype", " or ".join(DTYPES), self.act_dtype)
         if self.weight_format not in ("plain", "fp8"):

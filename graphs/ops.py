@@ -11,6 +11,7 @@ from functools import partial
 
 from kernels.triton import (
     activation,
+    advance,
     draw_pipeline,
     grouped,
     intake,
@@ -40,7 +41,7 @@ class Ops:
             return ref if launch is None else partial(kernel, launch)
 
         self.intake = bind(intake.intake, intake.intake_ref)
-        self.advance = bind(intake.advance, intake.advance_ref)
+        self.advance = bind(advance.advance, advance.advance_ref)
         self.copy_masks = bind(intake.copy_masks, intake.copy_masks_ref)
         self.answer = bind(settle.answer, settle.answer_ref)
         self.settle = bind(settle.settle, settle.settle_ref)

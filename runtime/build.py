@@ -16,9 +16,10 @@ import torch
 
 from barriers.rdep import RdepTuning
 from capture_cache.arena import Arena, DeviceArena, HostArena
-from capture_cache.errors import CorruptBundle, CudaError, NotRestorable
+from capture_cache.errors import CorruptBundle, CudaError, NotRestorable, StoreError
 from capture_cache.fingerprint import Fingerprint
 from capture_cache.manifest import Manifest
+from capture_cache.packed import PackedWeights
 from capture_cache.restore_driver import Driver
 from capture_cache.store import Bundle, Store
 from graphs.aot import AotLauncher
@@ -49,7 +50,7 @@ from runtime.tuning import Tuner, check_kernels, pinned, record_calls, share
 from runtime.weights import find as find_weights
 from runtime.weights import load as load_packed_weights
 
-# (kind of work, pieces in all, piece)
+# (kind of work, pieces in all, piece); no pieces at all: that work begins
 Progress = Callable[[str, int, object], None]
 _CHUNK_BYTES = 64 << 20
 COMPILE_TIMEOUT_S = 1800.0  # how long the other ranks wait for rank 0 to compile
@@ -93,19 +94,25 @@ class _Builder:
         self.weights_note = ""
 
     @contextmanager
-    def _timed(self, name: str) -> Iterator[None]:
+    def _timed(self, name: str, *, told: bool = True) -> Iterator[None]:
         start = time.perf_counter()
+        if told:
+            self.progress(name, 0, "")
         yield
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
     def run(self) -> Engine:
-        with self._timed("select"):
+        with self._timed("select", told=False):  # mostly where options are refused
             selection = choose(self.options)
             check_kernels(self.options, selection)
+            weights = find_weights(self.options, selection.model, selection.source)
+            self.weights_note = weights.note
+            self._check_store(selection)
             ranks, selection = self._meet(selection)
         launcher = _launcher(self.store, selection) if selection.on_device else None
-        with self._timed("tune attention"):
-            selection = self._tune_attention(selection, launcher, ranks)
+        if launcher is not None and self.options.kernels != "default":
+            with self._timed("tune attention"):
+                selection = self._tune_attention(selection, launcher, ranks)
         with self._timed("arena"):
             arena = self._map(selection)
             device = torch.device("cuda" if selection.on_device else "cpu")
@@ -115,7 +122,7 @@ class _Builder:
             self._compile(selection, launcher, ranks)
         backend: GraphBackend = CudaBackend(device) if selection.on_device else TwinBackend()
         with self._timed("weights"), backend.on_stream():
-            self._load_weights(selection, arena, views, launcher)
+            self._load_weights(selection, weights.packed, arena, views, launcher)
             reset_state(views)
             backend.synchronize()
         with self._timed("transport"):
@@ -132,6 +139,15 @@ class _Builder:
             self._record(engine, arena)
         engine.stages, engine.weights_note = self.seconds, self.weights_note
         return engine
+
+    def _check_store(self, selection: Selection) -> None:
+        """Raises StoreError if the capture could not be stored, unless it is on record already."""
+        try:
+            self.store.check_writable()
+        except StoreError:
+            facts = fingerprint(self.options, on_device=selection.on_device)
+            if self.replace or self.options.kernels == "tune" or self.store.load(facts) is None:
+                raise
 
     def _meet(self, selection: Selection) -> tuple[Ranks, Selection]:
         """Come together with the other ranks; the KV cache is as large as the smallest can have."""
@@ -184,18 +200,17 @@ class _Builder:
     def _load_weights(
         self,
         selection: Selection,
+        packed: PackedWeights | None,
         arena: Arena,
         views: dict[str, torch.Tensor],
         launcher: AotLauncher | None,
     ) -> None:
         model, step = selection.model, selection.step
         views["rope_table"].copy_(rope_table(model, step.max_seq_len))
-        found = find_weights(self.options, model, selection.source)
-        self.weights_note = found.note
-        if found.packed is not None:
+        if packed is not None:
             with _driver(selection) as driver:
                 load_packed_weights(
-                    found.packed,
+                    packed,
                     arena,
                     self.options,
                     rank=step.ep_rank,
@@ -246,13 +261,10 @@ class _Builder:
         return GraphSet(step, selection.ladder, backend, forbid_compile=launcher.freeze)
 
     def _tune_attention(
-        self, selection: Selection, launcher: AotLauncher | None, ranks: Ranks
+        self, selection: Selection, launcher: AotLauncher, ranks: Ranks
     ) -> Selection:
         """Choose kernel and cut on rank 0, for all; the KV cache is then sized again."""
-        options = self.options
-        if launcher is None or options.kernels == "default":
-            return selection
-        chosen = ""
+        options, chosen = self.options, ""
         if ranks.rank == 0:
             pins = pinned(options)
             if pins is None:

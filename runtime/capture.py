@@ -17,7 +17,16 @@ from rich.table import Table
 from graphs.choices import KernelChoices
 from graphs.ledger import Ledger
 from runtime.build import build
-from runtime.cli import Bar, add_selection, command, console, print_json, run, selection
+from runtime.cli import (
+    Bar,
+    add_selection,
+    command,
+    console,
+    print_json,
+    run,
+    selection,
+    writable_file,
+)
 from runtime.engine import Engine
 
 TWIN_NOTE = "CPU twin: no CUDA graph, for correctness only; its times mean nothing"
@@ -57,9 +66,13 @@ def main(argv: list[str] | None = None) -> int:
     if args.compile_only:
         from runtime.compile_only import compile_only
 
+        if args.save_kernels is not None:
+            raise ValueError("--save-kernels needs a capture; --compile-only chooses no kernels")
         return compile_only(options, args.compile_only, jobs=args.jobs, as_json=args.json)
     if args.jobs is not None:
         raise ValueError("--jobs goes with --compile-only")
+    if args.save_kernels is not None:
+        writable_file("--save-kernels", args.save_kernels)
     start = time.perf_counter()
     with Bar() as bar:
         engine = build(options, bar)

@@ -1,12 +1,19 @@
-"""Options that the commands share, and how they end: 0 done, 1 a check failed, 2 bad arguments."""
+"""Options that the commands share, and how they end: 0 done, 1 a check failed, 2 bad arguments.
+
+What goes wrong is one line, `error: …`, with the error's own name where it has one.
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
+import time
+from collections import Counter
 from collections.abc import Callable
-from typing import Any, NoReturn
+from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -15,6 +22,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from barriers.deepep import DeepEpMissing, ParityError
 from barriers.errors import RankError
 from barriers.transport import NAMES as TRANSPORTS
+from capture_cache.command import command as command  # for the commands
+from capture_cache.command import error_line, exit_code
 from capture_cache.errors import (
     ArenaError,
     CaptureError,
@@ -25,6 +34,8 @@ from capture_cache.errors import (
     StoreError,
 )
 from graphs.keys import NotCaptured
+from graphs.model_config import parse_overrides
+from graphs.model_source import resolve_model
 from runtime.config import ATTENTION, DEVICES, PDL, RuntimeConfig
 from runtime.driver import StepFailed
 from runtime.pages import OutOfPages
@@ -44,6 +55,7 @@ NAMED_FAILURES = (
     StepFailed,
     StoreError,
 )
+LINE_EVERY_S = 5.0  # of progress, where no terminal shows a bar
 PIPE_WIDTH = 140  # columns of a table that no terminal limits
 console = Console(width=None if sys.stdout.isatty() else PIPE_WIDTH)
 
@@ -67,18 +79,6 @@ class Once(argparse.Action):
         setattr(namespace, self.dest, values)
 
 
-class Parser(argparse.ArgumentParser):
-    """Says in one line what is wrong; `--help` has the page of all options."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message}; see {self.prog} --help\n")
-
-
-def command(module: str, doc: str | None) -> argparse.ArgumentParser:
-    """The parser of `python -m module`; options are spelled out, never guessed from a prefix."""
-    return Parser(prog=f"python -m {module}", description=doc, allow_abbrev=False)
-
-
 def add_selection(parser: argparse.ArgumentParser) -> None:
     """What is run: model, sizes, ladder, device, store."""
     parser.register("action", None, Once)
@@ -93,7 +93,11 @@ def add_selection(parser: argparse.ArgumentParser) -> None:
         help="graph keys: ROWS or ROWS+PROMPT_TOKENS, as 1,2,4,8+64 or 1 2 4 8+64",
     )
     add(
-        "--max-seq-len", "--max-model-len", type=int, default=4096, help="prompt and output, tokens"
+        "--max-seq-len",
+        "--max-model-len",
+        "--context-length",
+        type=int,
+        help="prompt and output, tokens; default: 4096, or the model's positions if fewer",
     )
     add("--num-pages", type=int, help="KV pages of a rank")
     add("--page-size", type=int, default=64, help="tokens a page")
@@ -178,10 +182,63 @@ def selection(args: argparse.Namespace, **more: Any) -> RuntimeConfig:
     return options
 
 
-class Bar:
-    """A progress bar on a terminal, and nothing elsewhere. One task per kind of work."""
+def longest(args: argparse.Namespace) -> int:
+    """`--max-seq-len` as the model settles it; reads no more than the model's config.
+
+    Raises:
+        ValueError: it exceeds the model's positions, or there is no such model.
+    """
+    overrides = parse_overrides(args.override)
+    model, _ = resolve_model(args.model, layers=args.layers, overrides=overrides)
+    return selection(args).seq_len(model.max_position)
+
+
+def writable_folder(option: str, path: Path) -> None:
+    """Make the directory that `option` names; raises ValueError if nothing could be put there."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"{option} {path} cannot be a folder: {error.strerror}") from error
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise ValueError(f"{option} {path} cannot be written: make it writable, or give another")
+
+
+def writable_file(option: str, path: Path) -> None:
+    """Raises ValueError if the file that `option` names could not be written; leaves no trace."""
+    problem = ""
+    if path.is_dir():
+        problem = "it is a folder"
+    elif not path.parent.is_dir():
+        problem = f"{path.parent} is no folder"
+    elif not os.access(path if path.exists() else path.parent, os.W_OK):
+        problem = "no permission"
+    if problem:
+        raise ValueError(f"{option} {path} cannot be written: {problem}; give another file")
+
+
+class Lines:
+    """Progress as lines of stderr, for who reads no terminal: stages, and long ones in between."""
 
     def __init__(self) -> None:
+        self._begin = time.monotonic()
+        self._last = (0.0, "")  # when, and of which kind
+
+    def tell(self, kind: str, text: str = "") -> None:
+        """A kind of work, once as it begins and then every `LINE_EVERY_S` at most."""
+        now = time.monotonic()
+        when, last = self._last
+        if console.is_terminal or console.quiet or (kind == last and now - when < LINE_EVERY_S):
+            return
+        self._last = (now, kind)
+        print(f"{now - self._begin:7.1f} s  {kind} {text}".rstrip(), file=sys.stderr, flush=True)
+
+
+class Bar:
+    """A progress bar on a terminal, lines elsewhere. One task per kind of work."""
+
+    def __init__(self) -> None:
+        self._lines = Lines()
+        self._done: Counter[str] = Counter()
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -194,7 +251,15 @@ class Bar:
         self._tasks: dict[str, Any] = {}
 
     def __call__(self, kind: str, total: int, item: object = "") -> None:
-        """One more of `total` pieces of `kind` is done; `item` says which."""
+        """One more of `total` pieces of `kind` is done; `item` says which.
+
+        With a `total` of 0 the kind of work begins: what may take long without any piece is told.
+        """
+        if not total:
+            self._lines.tell(kind)
+            return
+        self._done[kind] += 1
+        self._lines.tell(kind, f"{self._done[kind]}/{total} {item}")
         if kind not in self._tasks:
             self._tasks[kind] = self._progress.add_task(kind, total=total)
         self._progress.update(self._tasks[kind], advance=1, description=f"{kind} {item}".strip())
@@ -222,10 +287,7 @@ def run(main: Callable[[list[str] | None], int], argv: list[str] | None = None) 
     except KeyboardInterrupt:
         print("interrupted; nothing half-made was stored", file=sys.stderr)
         code = 130
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        code = 2
-    except NAMED_FAILURES as error:
-        print(f"error: {type(error).__name__}: {error}", file=sys.stderr)
-        code = 1
+    except (ValueError, *NAMED_FAILURES) as error:
+        print(error_line(error), file=sys.stderr)
+        code = exit_code(error)
     sys.exit(code)

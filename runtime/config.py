@@ -17,6 +17,7 @@ from runtime.scheduler import SchedulerConfig
 
 DEVICES = ("auto", "cuda", "cpu")
 ATTENTION = ("auto", "flashinfer", "triton")
+DEFAULT_SEQ_LEN = 4096  # tokens, where the model has as many positions
 KERNELS = ("auto", "tune", "default")  # or a file that pins them
 PDL = ("auto", "off", "late", "early")
 CHECK_KEYS = ("first", "all")
@@ -61,7 +62,8 @@ class RuntimeConfig:
     Attributes:
         model: Hugging Face directory or preset name.
         bs: global decode batch; a rank holds `bs / ep_size` rows.
-        max_seq_len: tokens, prompt and output together.
+        max_seq_len: tokens, prompt and output together; None: 4096, or all that the model has
+            positions for where those are fewer.
         num_pages: KV pages of a rank; None: what the rows can use, or what memory allows.
         page_size: tokens.
         ladder: graph keys as text ("1,2,4,8+64"), or a list of them; None: the default ladder.
@@ -99,7 +101,7 @@ class RuntimeConfig:
 
     model: str
     bs: int = 256
-    max_seq_len: int = 4096
+    max_seq_len: int | None = None
     num_pages: int | None = None
     page_size: int = 64
     ladder: str | None = None
@@ -141,10 +143,10 @@ class RuntimeConfig:
                 raise ValueError(
                     f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}"
                 )
-        for name in ("bs", "max_seq_len", "page_size", "num_ranks", "logits_rows"):
+        for name in ("bs", "page_size", "num_ranks", "logits_rows"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.max_seq_len < 2:
+        if self.max_seq_len is not None and self.max_seq_len < 2:
             raise ValueError(
                 f"max_seq_len must be at least 2 (a prompt token and a new one), got "
                 f"{self.max_seq_len}"
@@ -232,6 +234,21 @@ class RuntimeConfig:
             named["ladder"] = ",".join(str(key) for key in ladder)
         return cls(**named)
 
+    def seq_len(self, positions: int) -> int:
+        """Tokens of prompt and output together, for a model that has so many positions.
+
+        Raises:
+            ValueError: more are asked for than it has.
+        """
+        if self.max_seq_len is None:
+            return min(DEFAULT_SEQ_LEN, positions)
+        if self.max_seq_len > positions:
+            raise ValueError(
+                f"max_seq_len {self.max_seq_len} exceeds the model's {positions} positions; lower "
+                "--max-seq-len, or leave it out"
+            )
+        return self.max_seq_len
+
     @property
     def scheduling(self) -> SchedulerConfig:
         """How requests share rows, pages and steps."""
@@ -258,7 +275,8 @@ class RuntimeConfig:
             except OSError as error:
                 raise ValueError(
                     f"--kernels {self.kernels}: expected {', '.join(KERNELS)} or a file of kernel "
-                    f"choices, got {error}; write one with python -m runtime.capture --save-kernels"
+                    f"choices, and that cannot be read ({error.strerror}); write one with "
+                    "python -m runtime.capture --save-kernels"
                 ) from error
         return f"{how}, inexact ones too" if self.allow_inexact else how
 

@@ -37,7 +37,7 @@ class Runtime(Control):
         cls,
         model: str,
         bs: int = 256,
-        max_seq_len: int = 4096,
+        max_seq_len: int | None = None,
         num_pages: int | None = None,
         device: str = "auto",
         store: str | None = None,
@@ -49,7 +49,8 @@ class Runtime(Control):
         Args:
             model: Hugging Face directory (config.json + safetensors) or a preset name.
             bs: global decode batch; rows of a rank are `bs / ep_size`.
-            max_seq_len: tokens of prompt and output together.
+            max_seq_len: tokens of prompt and output together; default: 4096, or as many positions
+                as the model has.
             num_pages: KV pages of 64 tokens; default: what the rows can use, or what memory allows.
             device: "auto", "cuda" or "cpu" (the CPU twin: for correctness only).
             store: directory of compiled kernels and manifests.

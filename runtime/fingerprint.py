@@ -143,7 +143,7 @@ def _asked(options: RuntimeConfig, model: ModelConfig, source: ModelSource) -> d
         "seed": options.seed if source.is_preset else None,
         "ep size": options.num_ranks,
         "rows": rows,
-        "max seq len": options.max_seq_len,
+        "max seq len": options.seq_len(model.max_position),
         "page size": options.page_size,
         "num pages": "auto" if options.num_pages is None else options.num_pages,
         "ladder": str(ladder),

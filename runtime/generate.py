@@ -9,14 +9,11 @@ import time
 from pathlib import Path
 from typing import Any, Protocol
 
-from graphs.checkpoint import resolve_model
-from graphs.model_config import parse_overrides
 from runtime.build import build
-from runtime.cli import Bar, add_selection, command, print_json, run, selection
+from runtime.cli import Bar, add_selection, command, longest, print_json, run, selection
 from runtime.driver import Runtime
 from runtime.sampling import SamplingParams
 
-DEFAULT_SEQ_LEN = 4096  # tokens, where the model has as many positions
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
@@ -81,7 +78,7 @@ def load_tokenizer(model: str) -> Tokenizer:
 def parser() -> argparse.ArgumentParser:
     p = command("runtime.generate", __doc__)
     add_selection(p)
-    p.set_defaults(bs=1, max_seq_len=None)
+    p.set_defaults(bs=1)
     p.add_argument("--prompt", required=True, help="text to go on from")
     p.add_argument("--max-tokens", type=int, default=128, help="new tokens at most")
     p.add_argument(
@@ -101,10 +98,7 @@ def main(argv: list[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="replace")  # a terminal may not know every character
     tokenizer = load_tokenizer(args.model)
     prompt = tokenizer.encode(args.prompt).ids
-    if args.max_seq_len is None:
-        overrides = parse_overrides(args.override)
-        model, _ = resolve_model(args.model, layers=args.layers, overrides=overrides)
-        args.max_seq_len = min(DEFAULT_SEQ_LEN, model.max_position)
+    seq_len = longest(args)
     params = SamplingParams(
         max_tokens=args.max_tokens,
         ignore_eos=args.ignore_eos,
@@ -116,10 +110,10 @@ def main(argv: list[str] | None = None) -> int:
     )
     if not prompt:
         raise ValueError("a prompt is a non-empty list of token ids; this --prompt has none")
-    if len(prompt) + params.max_tokens > args.max_seq_len:  # said before minutes of capture
+    if len(prompt) + params.max_tokens > seq_len:  # said before minutes of capture
         raise ValueError(
             f"prompt of {len(prompt)} tokens + --max-tokens {params.max_tokens} exceeds "
-            f"max_seq_len {args.max_seq_len}; lower --max-tokens or shorten the prompt"
+            f"max_seq_len {seq_len}; lower --max-tokens or shorten the prompt"
         )
     with Bar() as bar:
         engine = build(selection(args), bar)

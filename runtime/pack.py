@@ -28,16 +28,17 @@ from graphs.aot import AotLauncher
 from graphs.compile import KernelCompiler
 from graphs.model_config import parse_overrides
 from graphs.model_source import resolve_model
-from runtime.cli import Once, command, console, print_json, run
+from runtime.cli import Lines, Once, command, console, print_json, run
 from runtime.config import DEVICES, RuntimeConfig
 from runtime.packing import pack
 from runtime.weights import identity, store_folder
 
 
 class ByteBar:
-    """A progress bar of bytes on a terminal, and nothing elsewhere. One task per kind of work."""
+    """A progress bar of bytes on a terminal, lines elsewhere. One task per kind of work."""
 
     def __init__(self) -> None:
+        self._lines = Lines()
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -52,6 +53,7 @@ class ByteBar:
 
     def __call__(self, kind: str, done: int, total: int) -> None:
         """`done` of `total` bytes of `kind` are finished."""
+        self._lines.tell(kind, f"{done / 2**20:,.0f} of {total / 2**20:,.0f} MiB")
         if kind not in self._tasks:
             self._tasks[kind] = self._progress.add_task(kind, total=total)
         self._progress.update(self._tasks[kind], completed=done)

@@ -22,12 +22,23 @@ from graphs.floor import READ_BYTES_PER_S, Floor, step_floor
 from graphs.keys import GraphKey
 from runtime.build import build
 from runtime.capture import TWIN_NOTE
-from runtime.cli import Bar, add_selection, command, console, print_json, run, selection
+from runtime.cli import (
+    Bar,
+    add_selection,
+    command,
+    console,
+    longest,
+    print_json,
+    run,
+    selection,
+    writable_folder,
+)
 from runtime.driver import Runtime
 from runtime.engine import Engine
 from runtime.report import provenance, write_files
 from runtime.sampling import SamplingParams
 
+CTX_LEN = 2000  # KV tokens
 WARM_UP = 3  # steps before the ones that are timed
 MARKS = {"python_us": 30.0, "idle_us": 3.0}  # at most, whatever the key
 
@@ -74,7 +85,11 @@ class KeyTimes:
 def parser() -> argparse.ArgumentParser:
     p = command("runtime.replay_bench", __doc__)
     add_selection(p)
-    p.add_argument("--ctx-len", type=int, default=2000, help="KV tokens a row holds at the start")
+    p.add_argument(
+        "--ctx-len",
+        type=int,
+        help=f"KV tokens a row holds at the start; default: {CTX_LEN}, or what fits if less",
+    )
     p.add_argument("--steps", type=int, default=100, help="timed steps a key")
     p.add_argument("--keys", help="time only these keys of the ladder")
     p.add_argument("--out", help="directory for the JSON, the PNG and the Chrome trace")
@@ -94,26 +109,28 @@ def main(argv: list[str] | None = None) -> int:
         raise ValueError(f"--steps {args.steps}: expected at least 2, to time what lies between")
     if args.bandwidth is not None and args.bandwidth <= 0:
         raise ValueError(f"--bandwidth {args.bandwidth}: expected TB/s, more than 0")
-    most = args.max_seq_len - WARM_UP - args.steps - 1
+    seq_len = longest(args)
+    most = seq_len - WARM_UP - args.steps - 1
+    if args.ctx_len is None:
+        args.ctx_len = max(1, min(CTX_LEN, most))
     if not 1 <= args.ctx_len <= most:
         raise ValueError(
             f"--ctx-len {args.ctx_len} with {args.steps} steps: expected 1 … {most} "
-            f"(--max-seq-len {args.max_seq_len} less the steps); raise --max-seq-len"
+            f"(--max-seq-len {seq_len} less the steps); raise --max-seq-len"
         )
     if args.out:
-        try:
-            Path(args.out).mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ValueError(f"--out {args.out} cannot be a folder: {error.strerror}") from error
+        writable_folder("--out", Path(args.out))
     with Bar() as bar:
         engine = build(selection(args, verify=args.verify), bar)
         with Runtime(engine, engine.options.scheduling) as runtime:
+            bar("replay", 0)
             bench = ReplayBench(runtime, args.ctx_len, args.steps, args.bandwidth)
             keys, skipped = _keys(engine, args.keys)
             times = []
             for key in keys:
                 times.append(bench.time_key(key))
                 bar("replay", len(keys), key)
+            bar("inside a step", 0)
             largest = max((k for k in keys if k.tokens == k.rows), default=keys[-1])
             parts = bench.time_parts(largest)
             report = _report(engine, args, times, largest, parts) | {

@@ -18,6 +18,7 @@ from typing import Any
 
 from rich.table import Table
 
+from capture_cache.command import error_line, exit_code
 from capture_cache.store import Store
 from runtime.bundle_names import SKIP_WEIGHTS
 from runtime.cli import Bar, add_selection, command, console, print_json, run, selection
@@ -78,8 +79,8 @@ def main(argv: list[str] | None = None) -> int:
                 bar("capture", 1)
             found = _measure(runs, options, [KINDS[kind] for kind in args.kinds], args.repeats, bar)
     except RunFailed as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        print(error_line(error), file=sys.stderr)
+        return exit_code(error)
     report = {
         "model": options.model,
         "ranks": options.num_ranks,

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from capture_cache.dataclass import dataclass
 from kernels.triton.state import MAX_BIASES, MAX_STOP_LENGTH, MAX_STOP_SEQUENCES, MAX_TOP
+from runtime.other_engines import unknown_setting
 
 FINISH_REASONS = ("", "stop", "length", "cancelled", "error", "deadline")
 LOGPROBS_MODES = ("raw", "processed")
@@ -68,7 +69,7 @@ class SamplingParams:
         deadline_ms: the request ends with reason `deadline` after the first token that comes later
             than this after `Runtime.add`; the device's clock decides.
     Raises:
-        TypeError: a value of a wrong type.
+        TypeError: a value of a wrong type, or a setting that there is not.
         ValueError: a value outside its range, or at odds with another.
     """
 
@@ -92,6 +93,13 @@ class SamplingParams:
     return_logits: bool = False
     logprobs_mode: str = "raw"
     deadline_ms: int | None = None
+
+    def __new__(cls, *_: Any, **settings: Any) -> SamplingParams:  # noqa: PYI034
+        # Before the generated __init__, which would only say that it does not know the name.
+        for name in settings:
+            if name not in cls.__dataclass_fields__:
+                raise TypeError(unknown_setting(name, [f.name for f in fields(cls)]))
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         self._check_numbers()
@@ -151,10 +159,6 @@ class SamplingParams:
         """
         if not isinstance(name, str) or name not in PROFILES:
             raise ValueError(f"profile must be one of {', '.join(PROFILES)}, got {name!r}")
-        known = [f.name for f in fields(cls)]
-        unknown = [setting for setting in settings if setting not in known]
-        if unknown:
-            raise TypeError(f"no such setting: {unknown[0]}; there are {', '.join(known)}")
         return cls(**{**PROFILES[name], **settings})
 
 

@@ -57,11 +57,7 @@ def choose(options: RuntimeConfig, *, compile_only: bool = False) -> Selection:
                 f"eos_token_id {token} is outside the vocabulary [0, {model.vocab_size}); correct "
                 "the model's config.json or generation_config.json"
             )
-    if options.max_seq_len > model.max_position:
-        raise ValueError(
-            f"max_seq_len {options.max_seq_len} exceeds the model's {model.max_position} "
-            "positions; lower --max-seq-len"
-        )
+    seq_len = options.seq_len(model.max_position)
     world = options.ranks.world
     if not compile_only and options.num_ranks != world:
         raise ValueError(
@@ -75,10 +71,10 @@ def choose(options: RuntimeConfig, *, compile_only: bool = False) -> Selection:
     transport = resolve_transport(options.transport, world=options.num_ranks, on_device=on_device)
     step = StepConfig(
         max_rows=rows,
-        max_seq_len=options.max_seq_len,
+        max_seq_len=seq_len,
         num_pages=2,
         page_size=options.page_size,
-        cut=default_cut(rows, options.max_seq_len, options.page_size),
+        cut=default_cut(rows, seq_len, options.page_size),
         ep_size=options.num_ranks,
         ep_rank=0 if compile_only else options.ranks.rank,
         attention=attention,

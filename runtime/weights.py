@@ -13,12 +13,13 @@ from pathlib import Path
 from capture_cache.arena import Arena
 from capture_cache.fingerprint import Fingerprint, Value
 from capture_cache.packed import PackedWeights, is_packed
+from capture_cache.packed_index import INDEX
 from capture_cache.restore_driver import Driver
 from capture_cache.store import Store
 from capture_cache.weights_io import LoadStats, Progress, load_packed
 from graphs.model_config import ModelConfig
 from graphs.model_source import ModelSource, model_digest
-from graphs.safetensors_dir import shard_files
+from graphs.safetensors_dir import CONFIG_FILE, shard_files
 from graphs.weights import weight_table
 from runtime.config import RuntimeConfig
 
@@ -72,6 +73,7 @@ def find(options: RuntimeConfig, model: ModelConfig, source: ModelSource) -> Fou
     the store holds are used if they fit and the checkpoint's files are still the ones read then.
 
     Raises:
+        ValueError: what is given holds no packed weights.
         FingerprintMismatch: given weights are of another model, or for another number of ranks.
         CorruptBundle: they are damaged.
     """
@@ -80,6 +82,7 @@ def find(options: RuntimeConfig, model: ModelConfig, source: ModelSource) -> Fou
     if given is None and source.path is not None and is_packed(source.path):
         given = str(source.path)
     if given is not None:
+        _check_given(Path(given))
         packed = PackedWeights(given)
         # Fewer layers may run than are packed; each tensor is compared with the arena's.
         packed.check_identity(wanted, unset=frozenset({"layers", "table"}))
@@ -97,6 +100,22 @@ def find(options: RuntimeConfig, model: ModelConfig, source: ModelSource) -> Fou
             return Found(None, f"{plain}: its files have changed since {folder} was packed")
         return Found(packed, f"packed, {folder}")
     return Found(None, plain)
+
+
+def _check_given(path: Path) -> None:
+    """Raises ValueError, with what `path` is instead, unless it holds packed weights."""
+    if is_packed(path):
+        return
+    got, remedy = "nothing", f"python -m runtime.pack --out {path} makes them"
+    if (path / CONFIG_FILE).exists() or any(path.glob("*.safetensors")):
+        got, remedy = "a checkpoint", "give that as --model, or pack it: python -m runtime.pack"
+    elif path.exists():
+        got = "a directory without it" if path.is_dir() else "a file"
+        remedy = "python -m runtime.pack makes them"
+    raise ValueError(
+        f"--weights {path}: expected a directory of packed weights, with {INDEX} in it, got {got}; "
+        f"{remedy}"
+    )
 
 
 def load(

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from kernels.triton import intake, settle
+from kernels.triton import advance, intake, settle
 from kernels.triton.launch import Launcher
 from kernels.triton.rows import RowState
 from kernels.triton.state import (
@@ -113,7 +113,7 @@ class Device:
     def advance(self) -> None:
         args = (self.lists["tok_row"], self.lists["tok_pos"], self.page_table)
         more = dict(page_size=PAGE, kv_slot=self.kv_slot, kv_len=self.kv_len, fault=self.fault)
-        self._call(intake, "advance", *args, **more)
+        self._call(advance, "advance", *args, **more)
 
     def settle(self) -> None:
         entries = (self.lists["sample_row"], self.lists["sample_pos"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 os.environ["TRITON_INTERPRET"] = "1"  # before the first import of triton
@@ -12,6 +13,22 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small model's directory; tests may put a store into it."""
+    from tests.cpu.twins import micro_checkpoint  # with transformers, which few tests need
+
+    return micro_checkpoint(tmp_path_factory.mktemp("micro"))
+
+
+@pytest.fixture
+def terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Any:
+    """Where commands are run, over a store of the test's own."""
+    from tests.cpu.terminal import Terminal
+
+    return Terminal(tmp_path / "store", capsys)
 
 
 @pytest.fixture(autouse=True)

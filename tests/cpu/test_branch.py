@@ -22,7 +22,7 @@ from kernels.triton.overlap import EARLY
 from runtime.assemble import make_step
 from runtime.config import RuntimeConfig
 from runtime.selection import Selection, choose
-from tests.cpu.twins import load_micro, micro_checkpoint
+from tests.cpu.twins import load_micro
 from tests.serving import Answer, make_requests, serve
 
 
@@ -123,11 +123,6 @@ class Late:
             run()
         self._waiting.clear()
         self.joined += 1
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return micro_checkpoint(tmp_path_factory.mktemp("micro"))
 
 
 def answers(checkpoint: Path, late: Late | None = None, **options: Any) -> list[Answer]:

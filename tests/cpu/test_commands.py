@@ -7,62 +7,14 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-import runtime
 from runtime import capture, cli, generate, replay_bench
 from runtime.capture import TWIN_NOTE
-from runtime.cli import run
-from tests.cpu.checkpoints import edit_config, read_tensors, write_tensors
-from tests.cpu.twins import micro_checkpoint
-
-ROOT = Path(runtime.__file__).parent.parent
-Main = Callable[[list[str] | None], int]
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return micro_checkpoint(tmp_path_factory.mktemp("micro"))
-
-
-class Terminal:
-    """Runs commands as a shell would, in this process: code, what they print, JSON at its end."""
-
-    def __init__(self, store: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        self.store, self._capsys = store, capsys
-        self.out = self.err = ""
-
-    def run(self, main: Main, *argv: str) -> int:
-        with pytest.raises(SystemExit) as end:
-            run(main, [*argv, "--store", str(self.store)])
-        self.out, self.err = self._capsys.readouterr()
-        assert isinstance(end.value.code, int)
-        return end.value.code
-
-    @property
-    def report(self) -> dict[str, Any]:
-        assert self.out.endswith("}\n"), "JSON is not the last line"
-        report = json.loads(self.out.splitlines()[-1])
-        assert isinstance(report, dict)
-        return report
-
-
-@pytest.fixture
-def terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Terminal:
-    return Terminal(tmp_path / "store", capsys)
-
-
-def small(checkpoint: Path, *more: str) -> list[str]:
-    """Two rows of at most 64 tokens."""
-    return [
-        *("--model", str(checkpoint), "--device", "cpu", "--bs", "2", "--ladder", "1,2,2+14"),
-        *("--max-seq-len", "64", "--page-size", "16", *more),
-    ]
-
+from tests.cpu.terminal import ROOT, Terminal, small
 
 # ------------------------------------------------------------------ capture
 
@@ -105,12 +57,13 @@ def test_proof_replays_are_counted(checkpoint: Path, terminal: Terminal) -> None
 
 
 def test_spellings_of_other_engines(checkpoint: Path, terminal: Terminal) -> None:
-    want = None
+    want, length = None, "--max-seq-len"
     for model in ("--model", "--model-path", "--ckpt"):
         for rows in ("--bs", "--max-batch-size"):
             for ladder in ("--ladder", "--cuda-graph-bs"):
                 argv = (model, str(checkpoint), rows, "2", ladder, "1,2")
-                more = ("--max-model-len", "64", "--page-size", "16", "--no-verify", "--json")
+                more = (length, "64", "--page-size", "16", "--no-verify", "--json")
+                length = {"--max-seq-len": "--max-model-len"}.get(length, "--context-length")
                 assert terminal.run(capture.main, *argv, *more, "--device", "cpu") == 0
                 want = want or terminal.report["fingerprint"]
                 assert terminal.report["fingerprint"] == want, argv
@@ -171,93 +124,32 @@ def test_the_deadline_is_ten_seconds_or_as_given_in_ms(words: list[str], seconds
     assert cli.selection(parser.parse_args(words)).deadline_s == seconds
 
 
-REFUSED: dict[str, tuple[list[str], str]] = {
-    "no rows": (["--bs", "0"], "bs must be at least 1, got 0"),
-    "rows are no number": (["--bs", "many"], "invalid int value: 'many'"),
-    "ladder too short": (["--bs", "4"], "the largest entry must be 4 (--bs divided by --ep-size)"),
-    "ladder malformed": (["--ladder", "1,2x"], "ladder entry '2x' is neither ROWS nor"),
-    "ladder empty": (["--ladder", ""], "the ladder is empty"),
-    "too long": (["--max-seq-len", "4096"], "exceeds the model's 512 positions"),
-    "page size": (["--page-size", "48"], "page_size must be a power of two"),
-    "pages": (["--num-pages", "1"], "num_pages must be at least"),
-    "no pages": (["--num-pages", "0"], "num_pages must be at least"),
-    "layers": (["--layers", "3"], "layers: expected 1 … 2"),
-    "no layers": (["--layers", "0"], "layers"),
-    "override": (["--override", "n_experts=4"], "n_experts"),
-    "override form": (["--override", "n_group"], "n_group"),
-    "device": (["--device", "tpu"], "invalid choice: 'tpu'"),
-    "cuda": (["--device", "cuda"], "--device cuda: torch sees no CUDA device"),
-    "flashinfer": (["--attention", "flashinfer"], "--attention flashinfer needs a CUDA device"),
-    "ranks": (["--ep-size", "2"], "--ep-size 2"),
-    "uneven ranks": (["--bs", "2", "--ep-size", "4"], "must divide by ep_size 4; use --bs 4"),
-    "model": (["--model", "deepseek-v4"], "presets tiny, moonlight, deepseek-v3, kimi-k2"),
-    "chip": (["--compile-only", "sm_80"], "--compile-only takes sm_90 (Hopper) or sm_100"),
-    "jobs": (["--jobs", "2"], "--jobs goes with --compile-only"),
-    "replays": (["--proof-replays", "0"], "replay"),
-    "replays unproved": (["--no-verify", "--proof-replays", "9"], "--proof-replays"),
-    "deadline": (["--deadline-ms", "0"], "deadline_s (--deadline-ms) must be more than 0, got 0"),
-    "unknown": (["--max-batch", "4", "--frobnicate"], "--frobnicate"),
-    "two spellings": (["--max-model-len", "48"], "--max-model-len"),
-    "two models": (["--model-path", "tiny"], "--model"),
-}
+def test_without_a_length_a_small_model_gets_its_own(checkpoint: Path, terminal: Terminal) -> None:
+    """512 positions: the default of 4096 would be refused."""
+    argv = ("--model", str(checkpoint), "--device", "cpu", "--bs", "1", "--ladder", "1", "--json")
+    digests = []
+    for more in ((), ("--max-seq-len", "512"), ("--max-seq-len", "256")):
+        assert terminal.run(capture.main, *argv, *more, "--no-verify") == 0
+        digests.append(terminal.report["fingerprint"])
+    assert digests[0] == digests[1] != digests[2]
+    assert terminal.run(replay_bench.main, *argv, "--no-verify", "--steps", "2") == 0
+    assert terminal.report["ctx_len"] == 512 - 2 - replay_bench.WARM_UP - 1
 
 
-@pytest.mark.parametrize("name", REFUSED)
-def test_bad_arguments_end_with_2_and_the_reason(
-    name: str, checkpoint: Path, terminal: Terminal
+def test_where_no_terminal_shows_a_bar_stages_are_lines_of_stderr(
+    checkpoint: Path, terminal: Terminal, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    more, reason = REFUSED[name]
-    assert terminal.run(capture.main, *small(checkpoint, *more)) == 2
-    assert reason in terminal.err
-    assert "Traceback" not in terminal.err
-
-
-def break_architecture(path: Path) -> None:
-    edit_config(path, lambda config: config.update(architectures=["LlamaForCausalLM"]))
-
-
-def break_weights(path: Path) -> None:
-    shard = path / "model.safetensors"
-    shard.write_bytes(shard.read_bytes()[:-100])
-
-
-def rename_a_tensor(path: Path) -> None:
-    tensors = read_tensors(path)
-    tensors["model.norm.wait"] = tensors.pop("model.norm.weight")
-    write_tensors(path, tensors)
-
-
-def remove_the_config(path: Path) -> None:
-    (path / "config.json").unlink()
-
-
-@pytest.mark.parametrize(
-    ("break_it", "reason"),
-    [
-        (break_architecture, "LlamaForCausalLM"),
-        (break_weights, "model.safetensors"),
-        (rename_a_tensor, "model.norm.weight"),
-        (remove_the_config, "config.json"),
-    ],
-    ids=lambda value: getattr(value, "__name__", ""),
-)
-def test_a_broken_checkpoint_ends_with_2_and_names_what_is_wrong(
-    break_it: Callable[[Path], None], reason: str, tmp_path: Path, terminal: Terminal
-) -> None:
-    path = micro_checkpoint(tmp_path / "model")
-    break_it(path)
-    assert terminal.run(capture.main, *small(path)) == 2
-    assert reason in terminal.err
-
-
-def test_a_failed_proof_ends_with_1(tmp_path: Path, terminal: Terminal) -> None:
-    path = micro_checkpoint(tmp_path / "model")
-    tensors = read_tensors(path)
-    tensors["model.norm.weight"].fill_(3e38)
-    write_tensors(path, tensors)
-    assert terminal.run(capture.main, *small(path)) == 1
-    assert terminal.err.startswith("error: ProofFailed: key ")
-    assert terminal.err.count("\n") == 1
+    argv = small(checkpoint, "--ctx-len", "20", "--steps", "2")
+    assert terminal.run(replay_bench.main, *argv) == 0
+    told = [line.split(" s  ")[1] for line in terminal.err.splitlines()]
+    for stage in ("weights", "warm up", "capture", "prove", "store", "replay"):
+        assert told.count(stage) == 1, f"{stage}: {told}"
+    monkeypatch.setattr(cli, "LINE_EVERY_S", 0.0)  # of a stage that takes long, pieces too
+    assert terminal.run(replay_bench.main, *argv) == 0
+    told = [line.split(" s  ")[1] for line in terminal.err.splitlines()]
+    assert [t for t in told if t.startswith("replay")] == [
+        *("replay", "replay 1/3 1", "replay 2/3 2", "replay 3/3 2+14"),
+    ]
 
 
 def test_as_a_process(checkpoint: Path, tmp_path: Path) -> None:
@@ -312,108 +204,6 @@ def test_compile_only_reports_every_kernel_and_compiles_nothing_twice(tmp_path: 
         assert 0 <= kernel["shared_bytes"] <= 227 << 10, kernel
     names = {kernel["name"] for kernel in first["kernels"]}
     assert {"_intake", "_advance", "_mla_decode", "_settle", "_stamp"} <= names
-
-
-# ------------------------------------------------------------------ replay_bench
-
-
-def test_replay_bench_times_every_key_and_writes_its_files(
-    checkpoint: Path, tmp_path: Path, terminal: Terminal
-) -> None:
-    out = tmp_path / "out"
-    argv = small(checkpoint, "--ctx-len", "20", "--steps", "4", "--out", str(out), "--json")
-    assert terminal.run(replay_bench.main, *argv) == 0
-    assert TWIN_NOTE in terminal.out
-    report = terminal.report
-    assert report["times_mean_something"] is False
-    expected = {"command", "commit", "device", "versions", "ctx_len", "steps", "keys", "parts_us"}
-    assert expected <= report.keys()
-    assert [k["key"] for k in report["keys"]] == ["1", "2", "2+14"]
-    for key in report["keys"]:
-        assert 0 < key["p50_us"] <= key["p99_us"]
-        assert key["host_us"] > 0
-        assert 0 < key["graph_launch_us"] < key["host_us"]
-        assert 0 < key["python_us"] < key["host_us"]
-        assert key["floor"]["total"] > 0
-        assert key["new_tokens_per_s"] > 0
-    assert report["marks"] == {"python_us": 30.0, "idle_us": 3.0}
-    assert "mark 30; launch us" in " ".join(terminal.out.split())
-    assert report["parts_key"] == "2"
-    assert list(report["parts_us"]) == [
-        *("embed", "layer 0 attention", "layer 0 mlp", "layer 1 attention", "layer 1 mlp"),
-        *("head", "settle"),
-    ]
-    record, plot, trace = (out / f"replay_bench.{kind}" for kind in ("json", "png", "trace.json"))
-    assert json.loads(record.read_text()) == report
-    assert plot.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
-    events = json.loads(trace.read_text())["traceEvents"]
-    assert [event["name"] for event in events] == list(report["parts_us"])
-    assert all(event["ph"] == "X" and event["dur"] >= 0 for event in events)
-
-
-def test_replay_bench_takes_the_keys_it_is_told(checkpoint: Path, terminal: Terminal) -> None:
-    argv = small(checkpoint, "--ctx-len", "9", "--steps", "2", "--keys", "2,2+14", "--json")
-    assert terminal.run(replay_bench.main, *argv, "--no-verify") == 0
-    assert [k["key"] for k in terminal.report["keys"]] == ["2", "2+14"]
-
-
-@pytest.mark.parametrize("context", [1, 56, 57])
-def test_replay_bench_takes_every_context_that_it_says_it_takes(
-    context: int, checkpoint: Path, terminal: Terminal
-) -> None:
-    argv = small(checkpoint, "--ctx-len", str(context), "--steps", "4", "--no-verify")
-    code = terminal.run(replay_bench.main, *argv)
-    if code:
-        assert code == 2
-        assert f"--ctx-len {context} with 4 steps: expected 1 … " in terminal.err
-        assert int(re.findall(r"1 … (\d+)", terminal.err)[0]) < context
-
-
-def test_replay_bench_of_a_prompt_chunk_longer_than_a_request_may_be(
-    checkpoint: Path, terminal: Terminal
-) -> None:
-    """The default ladder has keys of 512 prompt tokens, whatever --max-seq-len is."""
-    argv = [
-        *("--model", str(checkpoint), "--device", "cpu", "--bs", "2", "--no-verify", "--json"),
-        *("--max-seq-len", "32", "--page-size", "16", "--ctx-len", "8", "--steps", "2"),
-    ]
-    ladder = ("--ladder", "1,2,2+40,2+80")
-    assert terminal.run(replay_bench.main, *argv, *ladder) == 0
-    assert [k["key"] for k in terminal.report["keys"]] == ["1", "2"]
-    assert terminal.report["skipped_keys"] == ["2+40", "2+80"]
-    assert "skipped    2+40, 2+80: a prompt that fills the key is longer" in terminal.out
-    assert terminal.run(replay_bench.main, *argv, *ladder, "--keys", "2+40") == 2
-    assert "raise it, or name other --keys" in terminal.err
-
-
-BENCH_REFUSED: dict[str, tuple[list[str], str]] = {
-    "context": (["--ctx-len", "2000"], "--ctx-len 2000 with 4 steps: expected 1 … "),
-    "no context": (["--ctx-len", "0"], "--ctx-len 0"),
-    "no steps": (["--steps", "0"], "--steps"),
-    "keys": (["--keys", "3"], "--keys 3: not in the ladder 1,2,2+14"),
-    "malformed keys": (["--keys", "two"], "'two' is neither ROWS nor"),
-    "no keys": (["--keys", ""], "neither ROWS nor"),
-    "bandwidth": (["--bandwidth", "-1"], "--bandwidth"),
-    "unknown": (["--proof-replays", "3"], "unrecognized arguments: --proof-replays 3"),
-}
-
-
-@pytest.mark.parametrize("name", BENCH_REFUSED)
-def test_replay_bench_refuses_with_the_reason(
-    name: str, checkpoint: Path, terminal: Terminal
-) -> None:
-    more, reason = BENCH_REFUSED[name]
-    argv = small(checkpoint, "--ctx-len", "20", "--steps", "4", "--no-verify", *more)
-    assert terminal.run(replay_bench.main, *argv) == 2
-    assert reason in terminal.err
-
-
-def test_replay_bench_without_enough_pages_ends_with_1(
-    checkpoint: Path, terminal: Terminal
-) -> None:
-    argv = small(checkpoint, "--ctx-len", "40", "--steps", "2", "--num-pages", "4", "--no-verify")
-    assert terminal.run(replay_bench.main, *argv) == 1
-    assert terminal.err.startswith("error: OutOfPages: ")
 
 
 # ------------------------------------------------------------------ the README

@@ -15,14 +15,9 @@ from graphs.capture import Captured, GraphSet, StaleGraph, State, TwinBackend
 from graphs.keys import GraphKey, Ladder, NotCaptured
 from graphs.step import DecodeStep
 from runtime import Runtime
-from tests.cpu.twins import device_state, load_micro, micro_checkpoint
+from tests.cpu.twins import device_state, load_micro
 
 LADDER = Ladder.parse("1,4,4+8", 4)
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return micro_checkpoint(tmp_path_factory.mktemp("micro"))
 
 
 @pytest.fixture

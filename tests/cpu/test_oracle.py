@@ -228,6 +228,28 @@ def test_random_configs(seed: int, tmp_path: Path) -> None:
     check_fp32(save_model(tmp_path, model), model, seed=seed)
 
 
+def test_returned_logits_are_those_of_transformers(tmp_path: Path) -> None:
+    """All of the vocabulary, at every position, of requests that are decoded together."""
+    model = random_model(small_config(), seed=9)
+    save_model(tmp_path, model)
+    prompts = [list(range(1, 1 + n)) for n in (3, 20)]
+    params = SamplingParams(max_tokens=12, ignore_eos=True, return_logits=True)
+    with load(tmp_path) as runtime:
+        rows = [runtime.add(prompt, params) for prompt in prompts]
+        tokens: dict[int, list[int]] = {row: [] for row in rows}
+        logits: dict[int, list[Any]] = {row: [] for row in rows}
+        while runtime.num_running:
+            out = runtime.step()
+            for row, token in zip(out.rows.tolist(), out.tokens.tolist(), strict=True):
+                tokens[row].append(token)
+                logits[row].append(out.logits[row])
+    for row, prompt in zip(rows, prompts, strict=True):
+        ids = torch.tensor([[*prompt, *tokens[row][:-1]]])
+        with torch.no_grad():
+            want = model(ids, use_cache=False).logits[0, len(prompt) - 1 :].numpy()
+        assert np.abs(np.array(logits[row]) - want).max() < 1e-3
+
+
 def test_the_first_layers_alone_are_a_model(tmp_path: Path) -> None:
     model = random_model(small_config(), seed=5)
     save_model(tmp_path, model)

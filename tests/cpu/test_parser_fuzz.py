@@ -37,7 +37,7 @@ from graphs.safetensors_dir import BadShard, tensors_of
 from runtime.packing import pack
 from tests.cpu import bundles
 from tests.cpu.mutations import is_json, mutated, mutated_json, mutated_text
-from tests.cpu.test_packed import _preset
+from tests.cpu.packs import small_preset
 
 HERE = Path("file")
 
@@ -116,7 +116,7 @@ def targets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Target]:
     program, graph = encode_program(bundles.program()), encode_graph(bundles.graph())
     golden = encode_golden(bundles.golden())
     record = _record(_manifest()) | {"files": {"f": {"bytes": 3, "sha256": "0" * 64}}}
-    index = (pack(*_preset("tiny", "fp8"), folder / "p", ep_size=2).path / INDEX).read_bytes()
+    index = (pack(*small_preset("tiny", "fp8"), folder / "p", ep_size=2).path / INDEX).read_bytes()
     index_record = unseal(index, HERE)
     archive = _archive(folder)
     header, size = _shard()

@@ -15,7 +15,7 @@ from runtime import Runtime, SamplingParams
 from runtime.pages import OutOfPages, PagePool
 from runtime.prefix_cache import DigestChain, PrefixCache
 from runtime.scheduler import SchedulerConfig
-from tests.cpu.twins import PAGE, VOCAB, load_micro, micro_checkpoint
+from tests.cpu.twins import PAGE, VOCAB, load_micro
 from tests.fake_device import FakeConfig, FakeDevice, FakeModel, answer
 from tests.serving import Request, alone, serve
 
@@ -316,11 +316,6 @@ def test_occupied_rows_are_neither_found_nor_find() -> None:
 
 
 # ------------------------------------------------------------------ bits, on the twin
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return micro_checkpoint(tmp_path_factory.mktemp("micro"))
 
 
 def test_a_cached_prefix_gives_the_same_bits(checkpoint: Path) -> None:

@@ -16,7 +16,7 @@ from graphs.keys import GraphKey, Ladder
 from graphs.prove import Proof, ProofFailed, Prover
 from graphs.step import DecodeStep
 from runtime import Runtime
-from tests.cpu.twins import device_state, load_micro, micro_checkpoint
+from tests.cpu.twins import device_state, load_micro
 from tests.serving import Request, serve
 
 LADDER = "1,2,4,6,1+20,6+10"
@@ -24,11 +24,6 @@ KEYS = [GraphKey.parse(text) for text in LADDER.split(",")]
 PADDED = [key for key in KEYS if key.tokens > 1]
 
 Op = Callable[..., None]
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return micro_checkpoint(tmp_path_factory.mktemp("micro"))
 
 
 @pytest.fixture

@@ -32,7 +32,8 @@ from capture_cache.prune import prune
 from capture_cache.store import Store
 from runtime import Runtime, SamplingParams
 from runtime.packing import pack
-from tests.cpu.test_packed import _preset
+from tests.cpu.failing_files import FailingFiles
+from tests.cpu.packs import small_preset
 from tests.cpu.twins import load_micro, micro_checkpoint
 
 HERE = Fingerprint.of({"device": "H200", "driver": "595.20", "model": "a", "sms": 132})
@@ -45,47 +46,6 @@ def _manifest(fingerprint: Fingerprint = HERE) -> Manifest:
     return Manifest(fingerprint, layout, {"keys": []}, (KERNEL,))
 
 
-class Interrupted(Files):
-    """Ends the process, or fails, at the n-th operation, the half of it done."""
-
-    def __init__(self, left: int, end: Callable[[], None]) -> None:
-        self.left, self.end = left, end
-
-    def _step(self, half: Callable[[], object] = lambda: None) -> None:
-        if self.left == 0:
-            half()
-            self.end()
-        self.left -= 1
-
-    def make_dir(self, path: Path) -> None:
-        self._step()
-        super().make_dir(path)
-
-    def write(self, path: Path, data: bytes) -> None:
-        self._step(lambda: path.write_bytes(data[: len(data) // 2]))
-        super().write(path, data)
-
-    def allocate(self, path: Path, nbytes: int) -> None:
-        self._step(lambda: path.write_bytes(bytes(nbytes // 2)))
-        super().allocate(path, nbytes)
-
-    def sync_file(self, path: Path) -> None:
-        self._step()
-        super().sync_file(path)
-
-    def sync_dir(self, path: Path) -> None:
-        self._step()
-        super().sync_dir(path)
-
-    def rename(self, old: Path, new: Path) -> None:
-        self._step()
-        super().rename(old, new)
-
-    def remove(self, path: Path) -> None:
-        self._step()
-        super().remove(path)
-
-
 def _bundle(root: Path, files: Files | None = None) -> None:
     Store(root, files).publish(HERE, _manifest(), FILES, replace_existing=True)
 
@@ -96,7 +56,7 @@ def _kernel(root: Path, files: Files | None = None) -> None:
 
 def _pack(root: Path, files: Files | None = None) -> None:
     torch.set_num_threads(1)
-    model, source = _preset("tiny", "fp8")
+    model, source = small_preset("tiny", "fp8")
     pack(model, source, root / "weights" / "w", force=True, files=files)
 
 
@@ -163,7 +123,7 @@ def test_a_writer_killed_at_any_write_leaves_the_old_the_new_or_nothing(
         root = tmp_path / f"{n:02}" / "store"
         if before or kind in ("import", "export"):
             write(root if before else tmp_path / f"{n:02}" / "warm")
-        child = context.Process(target=write, args=(root, Interrupted(n, _die)))
+        child = context.Process(target=write, args=(root, FailingFiles(n, _die)))
         child.start()
         child.join(60)
         if child.exitcode == 0:
@@ -188,7 +148,7 @@ def test_a_full_disk_is_named_and_leaves_the_old_or_nothing(tmp_path: Path, kind
         if kind in ("import", "export"):
             write(tmp_path / f"{n:02}" / "warm")
         try:
-            write(root, Interrupted(n, full))
+            write(root, FailingFiles(n, full, once=True))
             break
         except StoreError as e:
             refusals += "free space" in str(e)

@@ -34,15 +34,10 @@ from tests.contract import (
     random_calls,
     random_prompt,
 )
-from tests.cpu.twins import ROWS, VOCAB, load_micro, micro_checkpoint
+from tests.cpu.twins import ROWS, VOCAB, load_micro
 
 ONE_KEY = "6+10"
 LADDERS = ("1,2,4,6,6+10", "6+10", "1,6+3", "3,6,2+17,6+40")
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return micro_checkpoint(tmp_path_factory.mktemp("micro"))
 
 
 @pytest.fixture(scope="module")
@@ -579,7 +574,7 @@ def test_masks_and_rows_that_cannot_be(runtime: Runtime) -> None:
         ({"ladder": 6}, "ladder must be text, got 6"),
         ({"bs": "6"}, "bs must be a whole number, got '6'"),
         ({"bs": 6.0}, "bs must be a whole number, got 6.0"),
-        ({"max_seq_len": None}, "max_seq_len must be a whole number, got None"),
+        ({"bs": None}, "bs must be a whole number, got None"),
         ({"verify": 1}, "verify must be True or False, got 1"),
         ({"deadline_s": "10"}, "deadline_s must be a number, got '10'"),
         ({"device": 0}, "device must be text, got 0"),

@@ -18,14 +18,9 @@ from runtime import SamplingParams
 from runtime.sampling import PROFILES
 from tests.contract import Ask, Got, ask_all, mask_of
 from tests.cpu.checkpoints import random_model, save_model, small_config
-from tests.cpu.twins import VOCAB, load_micro, micro_checkpoint
+from tests.cpu.twins import VOCAB, load_micro
 
 TOLERANCE = 2e-5  # of float32 log-probs against float64 over the same logits
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return micro_checkpoint(tmp_path_factory.mktemp("micro"))
 
 
 def log_softmax(x: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -16,16 +16,11 @@ import pytest
 
 from runtime import Runtime, SamplingParams
 from tests.contract import Ask, Got, ask_all, collect, everything, mask_of, random_prompt
-from tests.cpu.twins import VOCAB, load_micro, micro_checkpoint
+from tests.cpu.twins import VOCAB, load_micro
 from tests.queued import by_request, submit_all
 
 ONE_KEY = "6+10"
 MORE = 30  # new tokens: rows outgrow the pages that they begin with
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return micro_checkpoint(tmp_path_factory.mktemp("micro"))
 
 
 @pytest.fixture(scope="module")

@@ -7,18 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.cpu.twins import MAX_SEQ_LEN, PAGE, VOCAB, load_micro, micro_checkpoint
+from tests.cpu.twins import MAX_SEQ_LEN, PAGE, VOCAB, load_micro
 from tests.fuzz import MOST_TOKENS, Fuzz, happenings
 from tests.serving import Answer, Request, alone, make_requests
 
 OPERATIONS = 2000
 NUM_PROMPTS = 20
 NUM_PAGES = 17  # sixteen to give out, and six rows may want thirty
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return micro_checkpoint(tmp_path_factory.mktemp("micro"))
 
 
 @pytest.fixture(scope="module")

@@ -21,6 +21,7 @@ from capture_cache.fingerprint import Fingerprint, check, diff
 from capture_cache.layout import ArenaLayout, Entry
 from capture_cache.manifest import Manifest, seal, unseal
 from capture_cache.store import Loaded, Store
+from tests.cpu.failing_files import Killed, dying
 
 HERE = Fingerprint.of({"driver": "595.20", "gpu": "H200", "sms": 132, "pdl": True})
 DIGEST = "ab" * 32
@@ -234,45 +235,6 @@ def test_deep_nesting_is_refused(tmp_path: Path) -> None:
 # -- writers that fail ----------------------------------------------------------------------------
 
 
-class Killed(BaseException):
-    """The process is gone; nothing after it may run."""
-
-
-class Dying(Files):
-    """Performs `steps` operations, half of the next one, and then nothing at all."""
-
-    def __init__(self, steps: int, error: BaseException | None = None) -> None:
-        self.left = steps
-        self.error = error
-
-    def _step(self, half: Callable[[], object] = lambda: None) -> None:
-        if self.left == 0:
-            half()
-        self.left -= 1
-        if self.left < 0:
-            raise self.error if self.left == -1 and self.error else Killed
-
-    def make_dir(self, path: Path) -> None:
-        self._step()
-        super().make_dir(path)
-
-    def write(self, path: Path, data: bytes) -> None:
-        self._step(lambda: path.write_bytes(data[: len(data) // 2]))
-        super().write(path, data)
-
-    def sync_dir(self, path: Path) -> None:
-        self._step()
-        super().sync_dir(path)
-
-    def rename(self, old: Path, new: Path) -> None:
-        self._step()
-        super().rename(old, new)
-
-    def remove(self, path: Path) -> None:
-        self._step()
-        super().remove(path)
-
-
 @pytest.mark.parametrize("publish", [_publish_kernel, _publish_bundle])
 @pytest.mark.parametrize("damaged", [False, True])
 def test_a_writer_killed_anywhere_leaves_all_or_nothing(
@@ -285,7 +247,7 @@ def test_a_writer_killed_anywhere_leaves_all_or_nothing(
             target = next(p for p in root.rglob("*") if p.is_file() and p.suffix != ".json")
             target.write_bytes(b"damaged")
         try:
-            publish(root, Dying(steps))
+            publish(root, dying(steps))
             break  # it lived to the end
         except Killed:
             pass

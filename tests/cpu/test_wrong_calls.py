@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
@@ -10,6 +12,7 @@ import pytest
 
 from kernels.triton.state import mask_words
 from runtime import Runtime, SamplingParams
+from runtime.other_engines import ELSEWHERE
 from runtime.scheduler import SchedulerConfig
 from tests.fake_device import FakeConfig, FakeDevice, FakeModel
 
@@ -81,7 +84,7 @@ WRONG: dict[str, tuple[Call, type[Exception], str]] = {
     "profile's setting": (
         lambda _: SamplingParams.profile("rl_sample", warmth=1),
         TypeError,
-        "no such setting: warmth; there are max_tokens, temperature",
+        "SamplingParams has no .warmth.: leave it out; it has max_tokens, temperature",
     ),
     "ageing": (lambda _: SchedulerConfig(ageing_steps="x"), ValueError, "at least 1 step, got 'x'"),
     "budget": (
@@ -119,3 +122,32 @@ def test_an_opening_of_another_type_is_refused_before_anything_is_loaded() -> No
         ValueError, match=r"opening: expected a runtime\.opening\.Opening or None, got"
     ):
         Runtime.load("tiny", bs=1, device="cpu", opening=5)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("setting", "remedy"),
+    [
+        ("n", "submit the prompt several times"),
+        ("best_of", "submit the prompt several times"),
+        ("stop", "give them as stop_sequences"),
+        ("max_new_tokens", "give it as max_tokens"),
+        ("temprature", r"did you mean temperature\?"),
+        ("qzx", "leave it out"),
+    ],
+)
+def test_a_setting_of_another_engine_is_answered_with_what_does_the_same(
+    setting: str, remedy: str
+) -> None:
+    with pytest.raises(TypeError, match=f"has no '{setting}': .*{remedy}.*; it has max_tokens, "):
+        SamplingParams(**{setting: 2})
+
+
+def test_what_is_told_of_other_engines_settings_is_true() -> None:
+    """None of them is ours, and what they are sent to is."""
+    ours = {f.name for f in fields(SamplingParams)}
+    assert not ours & ELSEWHERE.keys()
+    for remedy in ELSEWHERE.values():
+        for name in re.findall(r"(?:as|in) (\w+_\w+)", remedy):
+            assert name in ours, remedy
+        for name in re.findall(r"Runtime\.(\w+)", remedy):
+            assert hasattr(Runtime, name), remedy

@@ -1,4 +1,10 @@
-"""Capture on the device: proof, ledger, what it refuses, and agreement with the CPU twin."""
+"""Capture on the device: proof, ledger, what it refuses, and agreement with the CPU twin.
+
+No test here asks transformers, which GPU machines need not have: the twin stands between the two.
+Its tokens, log-probs and returned logits are compared with transformers' in
+tests/cpu/test_oracle.py, and the device's tokens and log-probs with the twin's here; that the
+device's log-probs are those of the logits that it returns is tested in test_row_contract.py.
+"""
 
 from __future__ import annotations
 

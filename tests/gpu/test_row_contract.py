@@ -116,6 +116,7 @@ def test_prompt_logprobs_are_those_of_forced_tokens(load: Load) -> None:
 
 
 def test_logprobs_are_those_of_the_returned_logits(load: Load) -> None:
+    """In float64; log-probs are compared with the twin's, and so with transformers', elsewhere."""
     with load("bf16") as runtime:
         got = one(runtime, Ask(prompt(20), params(return_logits=True, logprobs=20, max_tokens=30)))
     for token, logprob, top, logits in zip(

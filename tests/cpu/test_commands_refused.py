@@ -1,0 +1,184 @@
+"""What commands refuse: with what exit code, in what words, and before which work."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from capture_cache.files import Files
+from runtime import capture, replay_bench
+from tests.cpu.checkpoints import edit_config, read_tensors, write_tensors
+from tests.cpu.terminal import ROOT, Terminal, small
+from tests.cpu.twins import micro_checkpoint
+
+REFUSED: dict[str, tuple[list[str], str]] = {
+    "no rows": (["--bs", "0"], "bs must be at least 1, got 0"),
+    "rows are no number": (["--bs", "many"], "invalid int value: 'many'"),
+    "ladder too short": (["--bs", "4"], "the largest entry must be 4 (--bs divided by --ep-size)"),
+    "ladder malformed": (["--ladder", "1,2x"], "ladder entry '2x' is neither ROWS nor"),
+    "ladder empty": (["--ladder", ""], "the ladder is empty"),
+    "too long": (["--max-seq-len", "4096"], "max_seq_len 4096 exceeds the model's 512 positions"),
+    "page size": (["--page-size", "48"], "page_size must be a power of two"),
+    "pages": (["--num-pages", "1"], "num_pages must be at least"),
+    "no pages": (["--num-pages", "0"], "num_pages must be at least"),
+    "layers": (["--layers", "3"], "layers: expected 1 … 2"),
+    "no layers": (["--layers", "0"], "got 0; leave --layers out to run all"),
+    "override": (["--override", "n_experts=4"], "n_experts"),
+    "override form": (["--override", "n_group"], "n_group"),
+    "device": (["--device", "tpu"], "invalid choice: 'tpu'"),
+    "cuda": (["--device", "cuda"], "--device cuda: torch sees no CUDA device"),
+    "flashinfer": (["--attention", "flashinfer"], "--attention flashinfer needs a CUDA device"),
+    "ranks": (["--ep-size", "2"], "--ep-size 2"),
+    "uneven ranks": (["--bs", "2", "--ep-size", "4"], "must divide by ep_size 4; use --bs 4"),
+    "model": (["--model", "deepseek-v4"], "presets tiny, moonlight, deepseek-v3, kimi-k2"),
+    "chip": (["--compile-only", "sm_80"], "--compile-only takes sm_90 (Hopper) or sm_100"),
+    "jobs": (["--jobs", "2"], "--jobs goes with --compile-only"),
+    "replays": (["--proof-replays", "0"], "replay"),
+    "replays unproved": (["--no-verify", "--proof-replays", "9"], "--proof-replays"),
+    "deadline": (["--deadline-ms", "0"], "deadline_s (--deadline-ms) must be more than 0, got 0"),
+    "unknown": (["--max-batch", "4", "--frobnicate"], "--frobnicate"),
+    "two spellings": (["--max-model-len", "48"], "--max-model-len"),
+    "two models": (["--model-path", "tiny"], "--model"),
+    "choices nowhere": (["--save-kernels", "/nowhere/kernels.json"], "/nowhere is no folder"),
+    "choices in a folder": (["--save-kernels", "/tmp"], "--save-kernels /tmp cannot be written"),
+    "no weights": (["--weights", "/nowhere"], "with weights.json in it, got nothing; python -m"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_bad_arguments_end_with_2_and_the_reason(
+    name: str, checkpoint: Path, terminal: Terminal
+) -> None:
+    more, reason = REFUSED[name]
+    assert terminal.run(capture.main, *small(checkpoint, *more)) == 2
+    assert reason in terminal.err
+    assert terminal.err.count("\n") == 1, "refused only after work had begun"
+    assert "Traceback" not in terminal.err
+
+
+@pytest.mark.parametrize(
+    ("files", "got"),
+    [
+        ((), "got a directory without it; python -m runtime.pack makes them"),
+        (("config.json",), "got a checkpoint; give that as --model, or pack it"),
+        (("x.safetensors",), "got a checkpoint; give that as --model, or pack it"),
+    ],
+)
+def test_weights_that_are_no_packed_ones_are_told_what_they_are(
+    files: tuple[str, ...], got: str, checkpoint: Path, tmp_path: Path, terminal: Terminal
+) -> None:
+    folder = tmp_path / "given"
+    folder.mkdir()
+    folder.chmod(0o777)  # as /tmp; what is missing is said first
+    for name in files:
+        (folder / name).write_text("{}")
+    assert terminal.run(capture.main, *small(checkpoint, "--weights", str(folder))) == 2
+    assert got in terminal.error
+
+
+@pytest.mark.parametrize("command", [capture, replay_bench], ids=lambda m: m.__name__)
+def test_a_store_that_cannot_be_written_is_refused_before_the_work(
+    command: Any, checkpoint: Path, tmp_path: Path, terminal: Terminal
+) -> None:
+    terminal.store = tmp_path / "file" / "store"
+    (tmp_path / "file").write_text("in the way")
+    more = ("--ctx-len", "20", "--steps", "2") if command is replay_bench else ()
+    assert terminal.run(command.main, *small(checkpoint, *more)) == 1
+    assert terminal.error.startswith("error: StoreError: ")
+    assert "--store" in terminal.error
+    assert "warm up" not in terminal.err
+
+
+def test_a_capture_on_record_needs_no_store_that_can_be_written(
+    checkpoint: Path, terminal: Terminal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert terminal.run(capture.main, *small(checkpoint, "--no-verify")) == 0
+
+    def refuse(self: Files, path: Path) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+    monkeypatch.setattr(Files, "make_dir", refuse)
+    assert terminal.run(capture.main, *small(checkpoint, "--no-verify")) == 0
+    argv = small(checkpoint, "--no-verify", "--num-pages", "9")  # another, and not on record
+    assert terminal.run(capture.main, *argv, "--seed", "1", "--max-seq-len", "48") == 1
+    assert "it is read-only: give another directory with --store" in terminal.error
+    assert "warm up" not in terminal.err
+
+
+def test_an_error_with_a_name_of_ours_is_told_with_it(checkpoint: Path, terminal: Terminal) -> None:
+    """In one form, whatever the exit code is: `error: NAME: message`."""
+    assert terminal.run(capture.main, *small(checkpoint, "--layers", "0")) == 2
+    assert terminal.error.startswith("error: UnsupportedModel: layers: ")
+    assert terminal.run(capture.main, *small(checkpoint, "--bs", "0")) == 2
+    assert terminal.error.startswith("error: bs must be at least 1")
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        *("capture_cache", "bench.load_weights", "bench.rdep_barrier_ab"),
+        *("bench.transport_microbench", "runtime.pack"),
+    ],
+)
+def test_every_command_refuses_in_one_line(module: str) -> None:
+    argv = [sys.executable, "-m", module, "--frobnicate"]
+    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.endswith(f"; see python -m {module} --help\n")
+    assert done.stderr.count("\n") == 1
+
+
+def break_architecture(path: Path) -> None:
+    edit_config(path, lambda config: config.update(architectures=["LlamaForCausalLM"]))
+
+
+def break_weights(path: Path) -> None:
+    shard = path / "model.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-100])
+
+
+def rename_a_tensor(path: Path) -> None:
+    tensors = read_tensors(path)
+    tensors["model.norm.wait"] = tensors.pop("model.norm.weight")
+    write_tensors(path, tensors)
+
+
+def remove_the_config(path: Path) -> None:
+    (path / "config.json").unlink()
+
+
+@pytest.mark.parametrize(
+    ("break_it", "reason"),
+    [
+        (break_architecture, "LlamaForCausalLM"),
+        (break_weights, "model.safetensors"),
+        (rename_a_tensor, "model.norm.weight"),
+        (remove_the_config, "config.json"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_a_broken_checkpoint_ends_with_2_and_names_what_is_wrong(
+    break_it: Callable[[Path], None], reason: str, tmp_path: Path, terminal: Terminal
+) -> None:
+    path = micro_checkpoint(tmp_path / "model")
+    break_it(path)
+    assert terminal.run(capture.main, *small(path)) == 2
+    assert reason in terminal.err
+
+
+def test_a_failed_proof_ends_with_1(tmp_path: Path, terminal: Terminal) -> None:
+    path = micro_checkpoint(tmp_path / "model")
+    tensors = read_tensors(path)
+    tensors["model.norm.weight"].fill_(3e38)
+    write_tensors(path, tensors)
+    assert terminal.run(capture.main, *small(path)) == 1
+    assert terminal.error.startswith("error: ProofFailed: key ")
+    assert "Traceback" not in terminal.err
