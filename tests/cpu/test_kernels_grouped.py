@@ -289,7 +289,7 @@ def test_oracle_follows_the_definition() -> None:
             h = y[:inter] * torch.sigmoid(y[:inter]) * y[inter:]
             for group in (slice(0, 128), slice(128, 130)):
                 s = max(h[group].abs().max().item(), 1e-4) / 448
-                assert scale[pair, group.start // 128].item() == pytest.approx(s, rel=1e-5)
+                assert scale[pair, group.start // 128].item() == pytest.approx(s, rel=1e-4)
             back = out[pair].float() * scale[pair].repeat_interleave(128)[:inter]
             torch.testing.assert_close(back, h, rtol=0.07, atol=scale[pair].max().item() * 2**-8)
 
