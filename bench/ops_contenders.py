@@ -18,6 +18,7 @@ from graphs.attention_choice import AttentionCut, cuts_for
 from graphs.calls import Call
 from graphs.candidates import ONLY, Candidate, candidates
 from graphs.flashinfer_mla import FlashinferMla
+from graphs.hopper_mla import HopperMla
 from graphs.model_config import ModelConfig
 from graphs.ops import Ops
 from graphs.timing import Run
@@ -98,14 +99,18 @@ def _ours(ops: Ops, candidate: Candidate, call: Call) -> Run:
 def _attention(call: Call, ops: Ops, model: ModelConfig, wanted: list[str]) -> Iterator[Contender]:
     """Each backend at each cut; every cut has bits of its own."""
     longest = call.args[2].shape[1] * call["page_size"]
-    usable = "flashinfer" in wanted and FlashinferMla.available(model)[0]
-    for backend in ("triton", *(("flashinfer",) if usable else ())):
+    backends = ["triton"]
+    if HopperMla.available(model, call["page_size"])[0]:
+        backends.append("hopper")
+    if "flashinfer" in wanted and FlashinferMla.available(model)[0]:
+        backends.append("flashinfer")
+    for backend in backends:
         for cut in cuts_for(longest, call["page_size"]):
             choice = AttentionCut(backend, cut)
             if (backend, cut) != ("triton", call["cut"]):
-                library = OURS if backend == "triton" else "flashinfer"
+                library = backend if backend == "flashinfer" else OURS
                 bind = partial(_bind_attention, ops, model, choice)
-                note = "without its plan, made once a step" if backend == "flashinfer" else ""
+                note = "without its plan, made once a step" if backend != "triton" else ""
                 yield Contender(str(choice), library, bind, str(choice), note)
 
 

@@ -1,6 +1,7 @@
 """Decode attention through flashinfer's FA3 MLA kernel, planned on the device and merged by us.
 
-Used on Hopper for DeepSeek-V3's shapes, where it is about twice as fast as our Triton kernel.
+Used on Hopper where our own kernel (`graphs.hopper_mla`) does not take the model: it is about twice
+as fast as our Triton kernel.
 Only the kernel of flashinfer is used, not its planner: see `kernels.triton.mla_plan` for why.
 """
 

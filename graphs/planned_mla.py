@@ -45,12 +45,13 @@ class PlannedMla:
         got = (model.kv_lora_rank, model.qk_rope_head_dim)
         if got != (LATENT_DIM, ROPE_DIM):
             return (
-                f"FA3 MLA takes a latent of {LATENT_DIM} and a rotary part of {ROPE_DIM}, not {got}"
+                f"planned MLA takes a latent of {LATENT_DIM} and a rotary part of {ROPE_DIM}, "
+                f"not {got}"
             )
         if model.act_dtype != "bfloat16":
-            return f"FA3 MLA takes bfloat16, not {model.act_dtype}"
+            return f"planned MLA takes bfloat16, not {model.act_dtype}"
         if model.num_heads > MAX_HEADS:
-            return f"FA3 MLA takes at most {MAX_HEADS} heads a token, not {model.num_heads}"
+            return f"planned MLA takes at most {MAX_HEADS} heads a token, not {model.num_heads}"
         return ""
 
     @staticmethod

@@ -26,6 +26,7 @@ from graphs.attention_choice import (
 )
 from graphs.capture import GraphBackend
 from graphs.compile import RecordingLauncher, compile_all
+from graphs.flashinfer_mla import FlashinferMla
 from graphs.hopper_mla import HopperMla
 from graphs.ops import Ops
 from graphs.timing import Timer
@@ -81,12 +82,18 @@ class AttentionTuner:
         step = self._step
         cuts = cuts_for(step.max_pages * step.page_size, step.page_size)
         others = [AttentionCut(step.attention, cut) for cut in cuts if cut != step.cut]
-        if self._options.attention == "auto" and step.attention != "triton":
-            others.append(AttentionCut("triton", step.cut))
-        ours, _ = HopperMla.available(self._model, step.page_size)
-        if self._options.attention == "auto" and step.attention != "hopper" and ours:
-            others.append(AttentionCut("hopper", step.cut))
+        if self._options.attention == "auto":
+            others += [AttentionCut(b, step.cut) for b in self._backends() if b != step.attention]
         return [AttentionCut(step.attention, step.cut), *others]
+
+    def _backends(self) -> list[str]:
+        """Those that this process can run."""
+        usable = {
+            "hopper": HopperMla.available(self._model, self._step.page_size)[0],
+            "flashinfer": FlashinferMla.available(self._model)[0],
+            "triton": True,
+        }
+        return [name for name, can in usable.items() if can]
 
     def _digest(self, found: Sequence[AttentionCut]) -> str:
         facts = here(on_device=True, ordinal=self._options.local_rank) | {

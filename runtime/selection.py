@@ -174,11 +174,23 @@ def _attention(options: RuntimeConfig, model: ModelConfig, on_device: bool) -> t
         if asked != "auto":
             raise ValueError(f"--attention {asked} needs a CUDA device; leave it at auto")
         return "triton", "not on a device"
-    wanted = "flashinfer" if asked == "auto" else asked
-    usable, reason = _planned(wanted, model, options.page_size)
-    if asked != "auto" and not usable:
+    if asked == "auto":
+        return _fastest(model, options.page_size)
+    usable, reason = _planned(asked, model, options.page_size)
+    if not usable:
         raise ValueError(f"--attention {asked} cannot be used here: {reason}")
-    return (wanted if usable else "triton"), reason
+    return asked, reason
+
+
+def _fastest(model: ModelConfig, page_size: int) -> tuple[str, str]:
+    """The first that this process can run, fastest first, and why none before it."""
+    reasons = []
+    for backend in ("hopper", "flashinfer"):
+        usable, reason = _planned(backend, model, page_size)
+        reasons.append(reason)
+        if usable:
+            return backend, reason
+    return "triton", "; ".join(reasons)
 
 
 def _planned(backend: str, model: ModelConfig, page_size: int) -> tuple[bool, str]:

@@ -161,16 +161,6 @@ __device__ __forceinline__ void wgmma_64(float (&d)[32], u64 a, u64 b, int add) 
       : "l"(a), "l"(b), "r"(add));
 }
 
-// The same with a in registers.
-__device__ __forceinline__ void wgmma_64(float (&d)[32], const u32* a, u64 b, int add) {
-  asm volatile(
-      "{ .reg .pred p; setp.ne.b32 p, %37, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 " LOCKSTEP_R32
-      ", {%32, %33, %34, %35}, %36, p, 1, 1, 0; }"
-      : LOCKSTEP_F32(d, 0)
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));
-}
-
 // d [64, 128] (+)= a [64, 16], in registers, · b [16, 128], rows along N.
 __device__ __forceinline__ void wgmma_128(float (&d)[64], const u32* a, u64 b, int add) {
   asm volatile(

@@ -1,15 +1,14 @@
 // Decode attention over the paged latent cache, for Hopper: 64 heads of one token and one split at a time.
 //
 // Three warpgroups of a block, over blocks of 64 KV tokens in two stages of shared memory:
-//   scores  Q·Kᵀ, the running softmax, and the first columns of P·V;
-//   values  the other columns of P·V: those of KV block n run while `scores` does the softmax of n + 1, so the
-//           tensor cores always have work;
-//   loads   one thread, which asks the copy engine for Q and KV, in the order in which they are freed and used.
+//   scores  Q·Kᵀ, the running softmax, and P·V in the first half of the columns;
+//   values  P·V in the other half;
+//   loads   one thread of each warp, which asks the copy engine for Q and KV as room is freed.
 // P passes from `scores` to `values` through shared memory in the order of registers: the same lane of the same
 // warp reads what one wrote. A KV block is nine tiles of 64 columns; V is the first eight, read transposed. Tiles
-// travel and are freed in pairs (`group`), the rotary tile alone.
+// travel and are freed in pairs (a group), the rotary tile alone.
 //
-// Two blocks with the two halves of the heads form a cluster: each loads half of the rows of every tile, into both.
+// With two blocks of 64 heads a token's blocks form a cluster: each loads half of the rows of every tile, into both.
 //
 // A token's bits depend on its own query and KV alone: a work item is a token's split, cut at a fixed multiple,
 // walked in fixed blocks, in one order.
@@ -23,48 +22,23 @@ using namespace lockstep;
 #ifndef LOCKSTEP_BLOCKS
 #define LOCKSTEP_BLOCKS 2  // blocks of a token, one for 64 heads each
 #endif
-#ifndef LOCKSTEP_OWN
-#define LOCKSTEP_OWN 1  // groups of value columns that `scores` multiplies itself
-#endif
-#ifndef LOCKSTEP_HELD
-#define LOCKSTEP_HELD 0  // tiles of Q that `scores` holds in registers
-#endif
-#ifndef LOCKSTEP_AHEAD
-#define LOCKSTEP_AHEAD 1  // KV blocks that L2 is asked for ahead of their load
-#endif
-#ifndef LOCKSTEP_WARM
-#define LOCKSTEP_WARM 0  // KV blocks that L2 is asked for before the inputs are known to be there
-#endif
-#ifndef LOCKSTEP_SLACK
-#define LOCKSTEP_SLACK 8  // powers of two that a score may pass the running maximum by before it moves
-#endif
-
-#ifndef LOCKSTEP_SCORES_REGISTERS  // of a thread of each warpgroup: together not more than the block started with
-#define LOCKSTEP_SCORES_REGISTERS 216
-#define LOCKSTEP_VALUES_REGISTERS 240
-#define LOCKSTEP_LOADS_REGISTERS 40
-#endif
-
-#ifdef LOCKSTEP_TRACE  // trials: when the first thread of a role of the first block passed its marks
-#define LOCKSTEP_MARK(role, what)                                                              \
-  if (threadIdx.x % 128 == 0 && blockIdx.x == 0 && marks < 1000) {                             \
-    int* at = reinterpret_cast<int*>(p.seen) + (role) * 2048 + 2 * marks++;                    \
-    at[0] = what, at[1] = clock();                                                             \
-  }
-#define LOCKSTEP_MARKS int marks = 0
-#else
-#define LOCKSTEP_MARK(role, what)
-#define LOCKSTEP_MARKS
-#endif
 
 namespace {
 
-constexpr int kCluster = LOCKSTEP_CLUSTER, kBlocks = LOCKSTEP_BLOCKS, kOwn = LOCKSTEP_OWN, kHeld = LOCKSTEP_HELD;
+constexpr int kCluster = LOCKSTEP_CLUSTER, kBlocks = LOCKSTEP_BLOCKS;
+constexpr int kOwn = 2;               // groups of value columns that `scores` multiplies itself
+constexpr int kAhead = 2;             // KV blocks that L2 is asked for ahead of their load
+constexpr int kWarm = 2;              // KV blocks that L2 is asked for before the inputs are known to be there
+constexpr float kSlack = 8;           // powers of two that a score may pass the running maximum by before it moves
+// Registers of a thread of each warpgroup: together not more than the block starts with, three times 168.
+constexpr int kScoresRegisters = 240, kValuesRegisters = 216, kLoadsRegisters = 48;
+constexpr u32 kMostTries = 1u << 24;  // of a wait, each 20 ns or more: far more than the microseconds that are usual
 constexpr int kRows = 64;             // heads of a block, and tokens of a KV block and of a page
 constexpr int kWidth = 576;
 constexpr int kTileBytes = kRows * 128, kTiles = 9, kStageBytes = kTiles * kTileBytes;
 constexpr int kGroups = 5, kRope = 4, kValueGroups = 4;  // groups 0 … 3: two tiles each; 4: the rotary tile
 constexpr int kTheirs = kValueGroups - kOwn;
+static_assert(kTheirs == 2, "`values` frees and stores two groups");
 constexpr u32 kAll = 0xffffffffu;
 
 // The i-th group to be scored, in the order in which they are freed.
@@ -87,12 +61,7 @@ struct Params {
   const TensorMap* part_o;  // bf16 [T * splits * heads, 512]
   float* part_lse;        // fp32 [T, splits, heads], base 2
   float scale;            // of the scores, in powers of two
-  const char* ask;        // bytes that are read after this kernel, for L2; or null
-  u64 ask_bytes;
-  u32 ask_chunk;          // of them, for each KV block
   int table_entries, num_pages;
-  int* failed;            // int32 [1]: a wait that took too long
-  float* seen;            // debugging
 };
 
 struct Item {
@@ -124,7 +93,6 @@ __device__ __forceinline__ Item read_item(const Params& p, int slot) {
 // Where barriers lie, and waits on them.
 struct Shared {
   u32 base;
-  int* failed;
 
   __device__ u32 barrier(int index) const { return base + kBarriers + 8 * index; }
   __device__ u32 full(int stage, int group) const { return barrier(stage * kGroups + group); }
@@ -136,28 +104,11 @@ struct Shared {
   __device__ u32 cleared() const { return barrier(5 * kGroups + 3); }
   __device__ u32 stage(u32 block) const { return base + kKv + (block & 1) * kStageBytes; }
 
-#ifdef LOCKSTEP_WAIT_CYCLES
-  // For the first trials of a change: go on with wrong results rather than hang, at once if any wait was too long.
-  __device__ __forceinline__ void wait_at_most(u32 bar, u32 parity, int what) const {
-    long long begin = clock64();
-    while (!barrier_done(bar, parity)) {
-      long long waited = clock64() - begin;
-      if (waited < LOCKSTEP_WAIT_CYCLES / 64) continue;
-      if (waited > LOCKSTEP_WAIT_CYCLES || *reinterpret_cast<volatile int*>(failed)) {
-        atomicCAS(failed, 0, what);
-        return;
-      }
+  // A wait that never ends is a fault, of this code or of the device: the launch fails, rather than hang.
+  __device__ __forceinline__ void wait(u32 bar, u32 parity) const {
+    for (u32 tries = 0; !barrier_done(bar, parity);) {
+      if (++tries == kMostTries) __trap();
     }
-  }
-#endif
-
-  __device__ __forceinline__ void wait(u32 bar, u32 parity, int what) {
-#ifdef LOCKSTEP_WAIT_CYCLES
-    if (!barrier_done(bar, parity)) wait_at_most(bar, parity, what);
-#else
-    while (!barrier_done(bar, parity)) {
-    }
-#endif
   }
 };
 
@@ -216,7 +167,7 @@ __device__ __forceinline__ void warm(const Params& p, const char* cache, u32 ran
   if (slot < 0 || slot >= p.capacity) return;
   int begin = __ldcg(p.work + 6 * p.capacity + slot), end = __ldcg(p.work + 7 * p.capacity + slot);
   int at = __ldcg(p.work + p.capacity + slot) + begin / kRows;
-  for (int i = 0; i < LOCKSTEP_WARM && begin + i * kRows < end; ++i) {
+  for (int i = 0; i < kWarm && begin + i * kRows < end; ++i) {
     if (at < 0 || at + i >= p.table_entries) return;
     int page = __ldcg(p.page_table + at + i);
     if (page >= 0 && page < p.num_pages) ask_page(cache, page, rank);
@@ -228,43 +179,35 @@ __device__ __forceinline__ void loads(Shared sh, const Params& p, const TensorMa
                                       const char* cache) {
   u32 half = blockIdx.x % kBlocks, rank = kCluster > 1 ? half : 0;
   int own = (threadIdx.x >> 5) & 3;
-  if (LOCKSTEP_WARM > 0 && own == 0) warm(p, cache, rank);
+  if (own == 0) warm(p, cache, rank);
   await_inputs();
+  // With no more items than clusters each finds its own at its number: read it beside the bounds, not after them.
+  int guess = blockIdx.x / kBlocks;
+  Item item = read_item(p, min(guess, p.capacity - 1));
   auto [first, last] = own_items(p);
   u32 block = 0;
-  LOCKSTEP_MARKS;
-  LOCKSTEP_MARK(2, 0);
   for (int slot = first; slot < last; ++slot) {
-    Item item = read_item(p, slot);
+    if (slot != guess) item = read_item(p, slot);
     const int* pages = p.page_table + item.pages;
     u32 turn = slot - first;
     int page = pages[0];
-    int later = -1;
-    sh.wait(sh.q_empty(), (turn & 1) ^ 1, 1);
+    int later = kAhead < item.blocks ? pages[kAhead] : -1;
+    sh.wait(sh.q_empty(), (turn & 1) ^ 1);
     int query = (item.token * kBlocks + half) * kRows;
     for (int n = 0; n < item.blocks; ++n, ++block) {
       int next = n + 1 < item.blocks ? pages[n + 1] : 0;
       if (own == 0) {
         if (n == 0) load_query(sh, q, kRope, query);
-        sh.wait(sh.empty(block & 1, kRope), ((block >> 1) & 1) ^ 1, 2);
+        sh.wait(sh.empty(block & 1, kRope), ((block >> 1) & 1) ^ 1);
         load_group(sh, kv, kRope, block, page, rank);
       }
       if (n == 0) load_query(sh, q, own, query);
-      sh.wait(sh.empty(block & 1, own), ((block >> 1) & 1) ^ 1, 3 + own);
-      LOCKSTEP_MARK(2, 1);
+      sh.wait(sh.empty(block & 1, own), ((block >> 1) & 1) ^ 1);
       load_group(sh, kv, own, block, page, rank);
-      LOCKSTEP_MARK(2, 2);
       if (own == 0) {
-        // L2 is asked for nothing before the first block is here: it would only be later.
-        if (LOCKSTEP_AHEAD > 0 && n == 1) {
-          sh.wait(sh.full((block - 1) & 1, own), ((block - 1) >> 1) & 1, 8);
-          for (int i = 2; i <= LOCKSTEP_AHEAD + 1 && i < item.blocks; ++i) ask_page(cache, pages[i], rank);
-        }
-        if (LOCKSTEP_AHEAD > 0 && later >= 0) ask_page(cache, later, rank);
-        int ahead = n + 1 + LOCKSTEP_AHEAD;
-        later = n > 0 && ahead < item.blocks ? pages[ahead] : -1;
-        u64 at = (u64(block) * gridDim.x + blockIdx.x) * p.ask_chunk;
-        if (p.ask_chunk > 0 && at + p.ask_chunk <= p.ask_bytes) ask_l2(p.ask + at, p.ask_chunk);
+        if (later >= 0) ask_page(cache, later, rank);
+        int ahead = n + 1 + kAhead;
+        later = ahead < item.blocks ? pages[ahead] : -1;
       }
       page = next;
     }
@@ -339,46 +282,26 @@ __device__ __forceinline__ void end_item(const Shared& sh) {
 
 // -- scores --------------------------------------------------------------------------------------
 
-// Tiles of Q as the first operand's registers: rows r and r + 8, columns 2i, 2i + 1 and eight further.
-__device__ __forceinline__ void hold_query(Shared& sh, u32* held, u32 parity) {
-#pragma unroll
-  for (int group = 0; group < (kHeld + 1) / 2; ++group) sh.wait(sh.q_full(group), parity, 20 + group);
-  int lane = threadIdx.x & 31, warp = (threadIdx.x >> 5) & 3;
-  int row = warp * 16 + (lane >> 2);
-#pragma unroll
-  for (int i = 0; i < kHeld * 16; ++i) {
-    int tile = i / 16, k = i / 4 % 4, chunk = 2 * k + (i / 2 % 2), r = row + i % 2 * 8;
-    u32 at = sh.base + kQ + tile * kTileBytes + r * 128 + ((chunk ^ (r & 7)) * 16) + (lane & 3) * 4;
-    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(held[i]) : "r"(at) : "memory");
-  }
-}
-
-__device__ __forceinline__ void multiply_tile(float (&s)[32], const Shared& sh, const u32* held, u32 stage, int tile,
-                                              bool add) {
+__device__ __forceinline__ void multiply_tile(float (&s)[32], const Shared& sh, u32 stage, int tile, bool add) {
   u32 q = columns_along_k(sh.base + kQ), kv = columns_along_k(stage);
 #pragma unroll
   for (int k = 0; k < 4; ++k) {
     int step = (tile * kTileBytes + k * 32) / 16;
-    if (tile < kHeld) {
-      wgmma_64(s, held + (tile * 4 + k) * 4, operand(kv + step), k > 0 || add);
-    } else {
-      wgmma_64(s, operand(q + step), operand(kv + step), k > 0 || add);
-    }
+    wgmma_64(s, operand(q + step), operand(kv + step), k > 0 || add);
   }
 }
 
 // s = Q · Kᵀ over groups in_order(kFrom … kTo - 1), as they arrive.
 template <int kFrom, int kTo>
-__device__ __forceinline__ void multiply_scores(float (&s)[32], Shared& sh, const u32* held, u32 block,
-                                                int query_parity = -1) {
+__device__ __forceinline__ void multiply_scores(float (&s)[32], Shared& sh, u32 block, int query_parity = -1) {
 #pragma unroll
   for (int i = kFrom; i < kTo; ++i) {
     int group = in_order(i);
-    if (query_parity >= 0) sh.wait(sh.q_full(group), query_parity, 20 + group);
-    sh.wait(sh.full(block & 1, group), (block >> 1) & 1, 10 + group);
+    if (query_parity >= 0) sh.wait(sh.q_full(group), query_parity);
+    sh.wait(sh.full(block & 1, group), (block >> 1) & 1);
     wgmma_fence();
-    multiply_tile(s, sh, held, sh.stage(block), 2 * group, i > 0);
-    if (group != kRope) multiply_tile(s, sh, held, sh.stage(block), 2 * group + 1, true);
+    multiply_tile(s, sh, sh.stage(block), 2 * group, i > 0);
+    if (group != kRope) multiply_tile(s, sh, sh.stage(block), 2 * group + 1, true);
     wgmma_commit();  // the compiler would do so anyhow, where it waits
   }
 }
@@ -409,11 +332,11 @@ __device__ __forceinline__ float2 raise(const float (&s)[32], Softmax& x, float 
   new0 = quad_max(new0) * scale;
   new1 = quad_max(new1) * scale;
   float2 factor = make_float2(1.0f, 1.0f);
-  if (new0 > x.high0 + LOCKSTEP_SLACK) {
+  if (new0 > x.high0 + kSlack) {
     factor.x = exp2_fast(x.high0 - new0);
     x.high0 = new0;
   }
-  if (new1 > x.high1 + LOCKSTEP_SLACK) {
+  if (new1 > x.high1 + kSlack) {
     factor.y = exp2_fast(x.high1 - new1);
     x.high1 = new1;
   }
@@ -452,15 +375,9 @@ __device__ __forceinline__ void give_weights(Shared& sh, const u32 (&w)[16]) {
                  : "memory");
 }
 
-// The compiler moves arithmetic over signals and over waits for products, but not over a loop: this one is left at
-// once, or soon, and no weights may be handed over before it anyway.
-__device__ __forceinline__ void keep_order(Shared& sh, u32 given) { sh.wait(sh.p_empty(), (given & 1) ^ 1, 30); }
-
-// The scores of a KV block are there: free what only they need.
-__device__ __forceinline__ void end_scores(Shared& sh, u32 block, u32 given) {
-  free_group(sh, block, kRope);
-  keep_order(sh, given);
-}
+// `values` has taken the last weights that it was given. The compiler moves arithmetic over waits for products, but not
+// over the loop of this one.
+__device__ __forceinline__ void await_taken(Shared& sh, u32 given) { sh.wait(sh.p_empty(), (given & 1) ^ 1); }
 
 // The product with the first columns of V is through.
 __device__ __forceinline__ void end_values(Shared& sh, u32 block) {
@@ -505,28 +422,28 @@ __device__ __forceinline__ void store_sums(const Params& p, const Item& item, co
 template <bool kLast>
 __device__ __forceinline__ float2 take_even(Shared& sh, const Params& p, float (&s)[32], Softmax& x, u32 (&weights)[16],
                                           float (&o)[kOwn][64], u32 block, u32& given, int live) {
-  end_scores(sh, block, given);
+  free_group(sh, block, kRope);
   mask_scores(s, live);
   float2 factor = raise(s, x, p.scale);
   weigh(s, x, factor, weights, p.scale);
+  await_taken(sh, given);
   float2 inverse = kLast ? give_inverses(sh, x) : factor;
   hand_over(sh, weights, factor, given);
   rescale(o, factor.x, factor.y);
   return inverse;
 }
 
-// The second one's, while the first one's weights are multiplied; these must be through before they are overwritten.
+// The second one's, while the first one's weights are multiplied.
 template <bool kLast>
 __device__ __forceinline__ float2 take_odd(Shared& sh, const Params& p, float (&s)[32], Softmax& x, u32 (&weights)[16],
                                          float (&o)[kOwn][64], u32 block, u32& given, int live) {
-  end_scores(sh, block, given);
+  free_group(sh, block, kRope);
   mask_scores(s, live);
   float2 factor = raise(s, x, p.scale);
-  keep_order(sh, given);
+  weigh(s, x, factor, weights, p.scale);
+  await_taken(sh, given);
   wgmma_wait<0>();
   end_values(sh, block - 1);
-  keep_order(sh, given);
-  weigh(s, x, factor, weights, p.scale);
   float2 inverse = kLast ? give_inverses(sh, x) : factor;
   hand_over(sh, weights, factor, given);
   rescale(o, factor.x, factor.y);
@@ -541,61 +458,52 @@ __device__ __forceinline__ void scores(Shared sh, const Params& p) {
   auto [first, last] = own_items(p);
   u32 block = 0, given = 0, tails = 0;
   float o[kOwn][64], even[32], odd[32];
-  u32 held[kHeld * 16 + 1], weights[16];
-  LOCKSTEP_MARKS;
-  LOCKSTEP_MARK(0, 0);
+  u32 weights[16], others[16];  // of even and odd blocks
   for (int slot = first; slot < last; ++slot) {
     Item item = read_item(p, slot);
     u32 turn = slot - first;
     Softmax x = {-LOCKSTEP_INFINITY, -LOCKSTEP_INFINITY, 0.0f, 0.0f};
-    if (kHeld > 0) hold_query(sh, held, turn & 1);
-    multiply_scores<0, kGroups>(even, sh, held, block, turn & 1);
+    multiply_scores<0, kGroups>(even, sh, block, turn & 1);
     clear(o);
     int left = item.blocks;
     for (; left > 2; left -= 2) {
-      multiply_scores<0, kGroups>(odd, sh, held, block + 1);
+      multiply_scores<0, kGroups>(odd, sh, block + 1);
       wgmma_wait<kGroups>();
-      LOCKSTEP_MARK(0, 1);
       take_even<false>(sh, p, even, x, weights, o, block, given, kRows);
-      LOCKSTEP_MARK(0, 2);
       multiply_own(o, weights, sh.stage(block));
       wgmma_wait<1>();
-      LOCKSTEP_MARK(0, 3);
-      take_odd<false>(sh, p, odd, x, weights, o, block + 1, given, kRows);
-      LOCKSTEP_MARK(0, 4);
+      take_odd<false>(sh, p, odd, x, others, o, block + 1, given, kRows);
       block += 2;
-      multiply_own(o, weights, sh.stage(block - 1));
-      multiply_scores<0, 2>(even, sh, held, block);
+      multiply_own(o, others, sh.stage(block - 1));
+      multiply_scores<0, 2>(even, sh, block);
       wgmma_wait<2>();
-      LOCKSTEP_MARK(0, 5);
       end_values(sh, block - 1);
-      multiply_scores<2, kGroups>(even, sh, held, block);
-      LOCKSTEP_MARK(0, 6);
+      multiply_scores<2, kGroups>(even, sh, block);
     }
     float2 inverse;
     if (left == 2) {
-      multiply_scores<0, kGroups>(odd, sh, held, block + 1);
+      multiply_scores<0, kGroups>(odd, sh, block + 1);
       wgmma_wait<kGroups>();
       take_even<false>(sh, p, even, x, weights, o, block, given, kRows);
       multiply_own(o, weights, sh.stage(block));
       wgmma_wait<1>();
       ++block;
-      inverse = take_odd<true>(sh, p, odd, x, weights, o, block, given, item.tail);
+      inverse = take_odd<true>(sh, p, odd, x, others, o, block, given, item.tail);
+#pragma unroll
+      for (int i = 0; i < 16; ++i) weights[i] = others[i];
     } else {
       wgmma_wait<0>();
       inverse = take_even<true>(sh, p, even, x, weights, o, block, given, item.tail);
     }
-    if (item.tail < kRows) sh.wait(sh.cleared(), tails++ & 1, 31);
+    if (item.tail < kRows) sh.wait(sh.cleared(), tails++ & 1);
     multiply_own(o, weights, sh.stage(block));
     wgmma_wait<0>();
     end_values(sh, block);
     ++block;
-    LOCKSTEP_MARK(0, 7);
     if (slot + 1 == last) release_dependents();
     store_values<kOwn>(sh, p, item, 0, o, inverse);
     end_item(sh);
     store_sums(p, item, x);
-    LOCKSTEP_MARK(0, 8);
   }
 }
 
@@ -621,7 +529,7 @@ __device__ __forceinline__ void take_weights(const Shared& sh, u32 (&w)[16]) {
 // Zero the rows of the last KV block that hold no token: their weight is 0, but what they hold may be NaN.
 __device__ __forceinline__ void clear_tail(Shared& sh, u32 block, int live) {
 #pragma unroll
-  for (int g = 0; g < kValueGroups; ++g) sh.wait(sh.full(block & 1, g), (block >> 1) & 1, 40);
+  for (int g = 0; g < kValueGroups; ++g) sh.wait(sh.full(block & 1, g), (block >> 1) & 1);
   for (int i = threadIdx.x & 127; i < (kRows - live) * 64; i += 128) {
     u32 at = sh.stage(block) + (i % 64 / 8) * kTileBytes + (live + i / 64) * 128 + i % 8 * 16;
     asm volatile("st.shared.v4.b32 [%0], {%1, %1, %1, %1};" ::"r"(at), "r"(0) : "memory");
@@ -633,14 +541,12 @@ __device__ __forceinline__ void clear_tail(Shared& sh, u32 block, int live) {
 // The weights of a KV block, and the earlier results rescaled for them. Returns the inverses that come with the last.
 __device__ __forceinline__ float2 take_block(Shared& sh, float (&o)[kTheirs][64], u32 (&weights)[16], u32 block,
                                              u32& taken) {
-  sh.wait(sh.p_full(), taken & 1, 41);
+  sh.wait(sh.p_full(), taken & 1);
   take_weights(sh, weights);
   float2 factor = take_pair(sh, kFactors), inverse = take_pair(sh, kInverses);
   arrive_once_a_warp(sh.p_empty());
   ++taken;
   rescale(o, factor.x, factor.y);
-#pragma unroll
-  for (int g = 0; g < kTheirs; ++g) sh.wait(sh.full(block & 1, kOwn + g), (block >> 1) & 1, 44);
   return inverse;
 }
 
@@ -660,8 +566,6 @@ __device__ __forceinline__ void values(Shared sh, const Params& p) {
   u32 block = 0, taken = 0, tails = 0;
   float o[kTheirs][64];
   u32 weights[16];
-  LOCKSTEP_MARKS;
-  LOCKSTEP_MARK(1, 0);
   for (int slot = first; slot < last; ++slot) {
     Item item = read_item(p, slot);
     bool partial = item.tail < kRows;
@@ -669,39 +573,25 @@ __device__ __forceinline__ void values(Shared sh, const Params& p) {
     if (partial && item.blocks == 1) clear_tail(sh, block, item.tail);
     for (int n = 1; n < item.blocks; ++n, ++block) {
       take_block(sh, o, weights, block, taken);
-      LOCKSTEP_MARK(1, 1);
       multiply_theirs(sh, o, weights, block);
-      if (kTheirs > 2) {
-        wgmma_wait<2>();
-        free_group(sh, block, kValueGroups - 3);
-      }
       wgmma_wait<1>();
-      free_group(sh, block, kValueGroups - 2);
+      free_group(sh, block, kOwn);
       wgmma_wait<0>();
-      free_group(sh, block, kValueGroups - 1);
-      LOCKSTEP_MARK(1, 2);
+      free_group(sh, block, kOwn + 1);
       if (partial && n + 1 == item.blocks) clear_tail(sh, block + 1, item.tail);
     }
     float2 inverse = take_block(sh, o, weights, block, taken);
-    if (partial) sh.wait(sh.cleared(), tails++ & 1, 43);
-    LOCKSTEP_MARK(1, 3);
+    if (partial) sh.wait(sh.cleared(), tails++ & 1);
     multiply_theirs(sh, o, weights, block);
     // Each group leaves while the next is multiplied.
-    if (kTheirs > 2) {
-      wgmma_wait<2>();
-      free_group(sh, block, kValueGroups - 3);
-      store_values<1>(sh, p, item, kValueGroups - 3, o + kTheirs - 3, inverse);
-    }
     wgmma_wait<1>();
-    free_group(sh, block, kValueGroups - 2);
-    store_values<1>(sh, p, item, kValueGroups - 2, o + kTheirs - 2, inverse);
+    free_group(sh, block, kOwn);
+    store_values<1>(sh, p, item, kOwn, o, inverse);
     wgmma_wait<0>();
-    free_group(sh, block, kValueGroups - 1);
-    LOCKSTEP_MARK(1, 4);
-    store_values<1>(sh, p, item, kValueGroups - 1, o + kTheirs - 1, inverse);
+    free_group(sh, block, kOwn + 1);
+    store_values<1>(sh, p, item, kOwn + 1, o + 1, inverse);
     end_item(sh);
     ++block;
-    LOCKSTEP_MARK(1, 5);
   }
 }
 
@@ -723,29 +613,16 @@ __device__ __forceinline__ void prepare_barriers(const Shared& sh) {
 extern "C" __global__ void __launch_bounds__(384, 1)
     hopper_mla(const __grid_constant__ TensorMap q_map, const __grid_constant__ TensorMap kv_map,
                const __grid_constant__ TensorMap out_map, const __grid_constant__ TensorMap part_map,
-               const char* cache, const int* page_table, const int* work, float* part_lse, const char* ask,
-               int ask_bytes, int ask_chunk, int capacity, int work_indptr, int table_entries, int num_pages, float scale
-#ifdef LOCKSTEP_TRIAL
-               , int* failed, float* seen
-#endif
-    ) {
-#ifndef LOCKSTEP_TRIAL
-  int* failed = nullptr;
-  float* seen = nullptr;
-#endif
-
+               const char* cache, const int* page_table, const int* work, float* part_lse, int capacity,
+               int work_indptr, int table_entries, int num_pages, float scale) {
   extern __shared__ __align__(1024) char memory[];
-  Shared sh{shared_address(memory), failed};
-  Params p{page_table, work, capacity, work_indptr, &out_map, &part_map, part_lse, scale,
-           ask,        u64(ask_bytes), u32(ask_chunk), table_entries, num_pages, failed, seen};
+  Shared sh{shared_address(memory)};
+  Params p{page_table, work, capacity, work_indptr, &out_map, &part_map, part_lse, scale, table_entries, num_pages};
   int role = __shfl_sync(kAll, threadIdx.x / 128, 0);
   if (threadIdx.x == 0) {
     prepare_barriers(sh);
     ask_map(&q_map);
     ask_map(&kv_map);
-#ifdef LOCKSTEP_TRIAL
-    if (sh.base % 1024) atomicCAS(failed, 0, 99);
-#endif
   }
   if (kCluster > 1) {
     cluster_sync();
@@ -753,13 +630,13 @@ extern "C" __global__ void __launch_bounds__(384, 1)
     __syncthreads();
   }
   if (role == 0) {
-    take_registers<LOCKSTEP_SCORES_REGISTERS>();
+    take_registers<kScoresRegisters>();
     scores(sh, p);
   } else if (role == 1) {
-    take_registers<LOCKSTEP_VALUES_REGISTERS>();
+    take_registers<kValuesRegisters>();
     values(sh, p);
   } else {
-    leave_registers<LOCKSTEP_LOADS_REGISTERS>();
+    leave_registers<kLoadsRegisters>();
     if (threadIdx.x % 32 == 0) loads(sh, p, &q_map, &kv_map, cache);
   }
   if (kCluster > 1) {

@@ -22,8 +22,7 @@ HOPPER_MLA = CudaKernel(
     file="mla_decode.cu",
     params=(
         *("q_map", "kv_map", "out_map", "part_map", "cache", "page_table", "work", "part_lse"),
-        *("ask", "ask_bytes", "ask_chunk", "capacity", "work_indptr"),
-        *("table_entries", "num_pages", "scale"),
+        *("capacity", "work_indptr", "table_entries", "num_pages", "scale"),
     ),
     constexprs=("CLUSTER", "BLOCKS"),
     cluster="CLUSTER",
@@ -78,9 +77,6 @@ def hopper_mla(
         page_table,
         ws,
         part_lse,
-        kv_cache,  # nothing is asked for
-        0,
-        0,
         layout.capacity,
         layout.work_indptr,
         page_table.numel(),

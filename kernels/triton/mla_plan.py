@@ -1,4 +1,4 @@
-"""The work list of flashinfer's FA3 MLA kernel, made on the device from the step's lengths.
+"""The work list of the planned MLA kernels, made on the device from the step's lengths.
 
 flashinfer plans on the host and cuts rows where its clusters end, so a row's bits would depend on
 its neighbours. Here a token's KV is cut at fixed multiples of `cut`; one (token, split) is one work
@@ -6,7 +6,8 @@ item and gives the same bits on whichever cluster it runs. Invariants: every spl
 listed once; a cluster's items are contiguous; the merge list is empty, because `mla_decode.merge`
 merges.
 
-The layout is private to flashinfer 0.6.18.post1 (`MLAPlanInfo` in attention/scheduler.cuh).
+The layout is flashinfer's own, private to 0.6.18.post1 (`MLAPlanInfo` in attention/scheduler.cuh);
+our kernel for Hopper reads the same.
 """
 
 from __future__ import annotations

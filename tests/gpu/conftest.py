@@ -57,6 +57,7 @@ def store(tmp_path_factory: pytest.TempPathFactory, arch: str) -> Path:
     from capture_cache.store import Store
     from graphs.compile import KernelCompiler, compile_all
     from graphs.flashinfer_mla import FlashinferMla
+    from graphs.hopper_mla import PAGE, HopperMla
     from runtime.assemble import list_kernels
     from runtime.config import RuntimeConfig
     from runtime.selection import choose
@@ -68,6 +69,8 @@ def store(tmp_path_factory: pytest.TempPathFactory, arch: str) -> Path:
             chosen = options_of(name) | {"ladder": ladder, "store": str(path)}
             selection = choose(RuntimeConfig.of(**chosen), compile_only=True)
             kinds = ["triton"] if FlashinferMla.unfit(selection.model) else ["triton", "flashinfer"]
+            if arch == "sm_90" and not HopperMla.unfit_here(selection.model, PAGE):
+                kinds.append("hopper")
             listed = list_kernels(selection, arch, kinds).requests
             requests |= {request.spec: request for request in listed}
     compile_all(list(requests.values()), KernelCompiler(Store(path), arch))

@@ -12,8 +12,8 @@ MODELS: dict[str, tuple[str, ...]] = {
     "fp32": ("dtype=float32",),
     "bf16_smooth": ALL_EXPERTS,
     "fp8_smooth": (*ALL_EXPERTS, "quantization=fp8"),
-    # Latent and rotary widths of the published models, which flashinfer takes.
-    "wide": ("kv_lora_rank=512", "qk_rope_head_dim=64", "v_head_dim=128", "num_attention_heads=16"),
+    # Widths of the published models, and heads, that both planned MLA kernels take.
+    "wide": ("kv_lora_rank=512", "qk_rope_head_dim=64", "v_head_dim=128", "num_attention_heads=64"),
 }
 LADDER = "1,2,4,8,8+64"
 # The same request meets other keys and other chunks in each.

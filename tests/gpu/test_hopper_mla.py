@@ -5,12 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pytest
 import torch
 
 from graphs.hopper_mla import HopperMla
 from graphs.planned_mla import LATENT_DIM, PlannedMla, no_hopper
 from kernels.triton.mla_decode import mla_decode_ref, num_splits
+from tests.gpu.conftest import Load
+from tests.gpu.models import LADDERS
+from tests.serving import alone, make_requests, serve
 
 if TYPE_CHECKING:
     from graphs.aot import AotLauncher
@@ -162,3 +166,25 @@ def test_a_graph_follows_the_lengths(launcher: AotLauncher) -> None:
         replayed = rows.out.clone()
         _compare(rows, replayed)
         assert torch.equal(rows.run(launcher), replayed)
+
+
+def test_a_captured_step_is_proved_and_compiles_nothing(load: Load) -> None:
+    with load("wide", attention="hopper", verify=True, proof_replays=20) as runtime:
+        assert runtime.config.attention == "hopper"
+        assert runtime.engine.launcher is not None
+        assert runtime.engine.launcher.num_compiled == 0
+        assert all(proof.replays == 21 for proof in runtime.engine.proofs.values())
+
+
+@pytest.mark.parametrize("max_seq_len", [1280, 256])
+def test_a_requests_bits_do_not_depend_on_company_or_ladder(max_seq_len: int, load: Load) -> None:
+    """With several splits of a row, and where none can have a second."""
+    rng = np.random.default_rng(5)
+    requests = make_requests(rng, (1, 37, 64, 200, 100), 2048, 24)
+    want: list[str] = []
+    for ladder in LADDERS[:2]:
+        options = {"ladder": ladder, "max_seq_len": max_seq_len, "prefix_cache": False}
+        with load("wide", attention="hopper", **options) as runtime:
+            want = want or [a.bits for a in alone(runtime, requests)]
+            assert [a.bits for a in serve(runtime, requests)] == want
+            assert [a.bits for a in serve(runtime, requests[::-1])][::-1] == want
