@@ -13,6 +13,7 @@ from capture_cache.nvrtc import nvrtc_version
 from capture_cache.store import Store
 from graphs.attention_choice import AttentionCut, example, run_every_cut
 from graphs.compile import KernelCompiler, RecordingLauncher, compile_all
+from graphs.flashinfer_mla import FlashinferMla
 from graphs.hopper_mla import HopperMla
 from graphs.model_config import ModelConfig, parse_overrides
 from graphs.ops import Ops
@@ -22,6 +23,8 @@ from kernels.cuda.mla_decode import HOPPER_MLA, hopper_mla
 from kernels.cuda.source import CudaKernel, cuda_headers
 from kernels.triton.launch import Arg
 from kernels.triton.mla_plan import PlanLayout
+from runtime.config import RuntimeConfig
+from runtime.selection import _attention, _fastest
 
 META = torch.device("meta")
 
@@ -133,3 +136,29 @@ def test_its_headers_are_part_of_its_identity(monkeypatch: pytest.MonkeyPatch) -
     changed = {name: f"{text}\n" for name, text in cuda_headers().items()}
     monkeypatch.setattr("kernels.cuda.source.cuda_headers", lambda: changed)
     assert HOPPER_MLA.source_hash() != before
+
+
+@pytest.mark.parametrize(
+    ("able", "taken"),
+    [
+        (("hopper", "flashinfer"), "hopper"),
+        (("flashinfer",), "flashinfer"),
+        ((), "triton"),
+    ],
+)
+def test_auto_takes_the_fastest_that_can_run(
+    able: tuple[str, ...], taken: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, kind in (("hopper", HopperMla), ("flashinfer", FlashinferMla)):
+        answer = (name in able, f"{name}'s reason")
+        monkeypatch.setattr(kind, "available", staticmethod(lambda *_, answer=answer: answer))
+    backend, reason = _fastest(_model(), 64)
+    assert backend == taken
+    assert ("hopper's reason" in reason) == (taken != "flashinfer")
+
+
+def test_asking_for_it_where_it_does_not_fit_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    options = RuntimeConfig.of(model="deepseek-v3", layers=4, attention="hopper")
+    monkeypatch.setattr(HopperMla, "available", staticmethod(lambda *_: (False, "too few heads")))
+    with pytest.raises(ValueError, match="--attention hopper cannot be used here: too few heads"):
+        _attention(options, _model(), True)
