@@ -119,9 +119,17 @@ def flashinfer_reason(name: str) -> str:
 
 
 @pytest.fixture
-def needs_flashinfer() -> Callable[[str], None]:
-    def check(name: str) -> None:
-        if reason := flashinfer_reason(name):
+def needs() -> Callable[[str, str], None]:
+    """Skips a test of a model with a kind of attention where the machine has no such kernel."""
+
+    def check(name: str, attention: str) -> None:
+        from graphs.planned_mla import no_hopper
+
+        reasons = {
+            "flashinfer": lambda: flashinfer_reason(name),
+            "hopper": lambda: no_hopper("our own MLA"),
+        }
+        if reason := reasons.get(attention, str)():
             pytest.skip(reason)
 
     return check

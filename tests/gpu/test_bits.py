@@ -34,13 +34,18 @@ COMPANY: dict[str, Callable[[Runtime, list[Request]], list[str]]] = {
 
 @pytest.mark.parametrize(
     ("name", "attention"),
-    [("bf16", "triton"), ("fp8", "triton"), ("wide", "triton"), ("wide", "flashinfer")],
+    [
+        ("bf16", "triton"),
+        ("fp8", "triton"),
+        ("wide", "triton"),
+        ("wide", "flashinfer"),
+        ("wide", "hopper"),
+    ],
 )
 def test_bits_do_not_depend_on_company_row_key_or_chunking(
-    name: str, attention: str, load: Load, needs_flashinfer: Callable[[str], None]
+    name: str, attention: str, load: Load, needs: Callable[[str, str], None]
 ) -> None:
-    if attention == "flashinfer":
-        needs_flashinfer(name)
+    needs(name, attention)
     requests = requests_of(name)
     want: list[str] = []
     for ladder in LADDERS:
@@ -53,13 +58,12 @@ def test_bits_do_not_depend_on_company_row_key_or_chunking(
     assert len(set(want)) == len(want)
 
 
-@pytest.mark.parametrize("attention", ["triton", "flashinfer"])
+@pytest.mark.parametrize("attention", ["triton", "flashinfer", "hopper"])
 def test_bits_where_no_row_can_have_a_second_split(
-    attention: str, load: Load, needs_flashinfer: Callable[[str], None]
+    attention: str, load: Load, needs: Callable[[str, str], None]
 ) -> None:
     """There is no merge then, and attention may leave padded tokens as they were."""
-    if attention == "flashinfer":
-        needs_flashinfer("wide")
+    needs("wide", attention)
     rng = np.random.default_rng(5)
     requests = make_requests(rng, (1, 37, 64, 200, 100), 2048, TOKENS)
     with load("wide", attention=attention, max_seq_len=256, prefix_cache=False) as runtime:

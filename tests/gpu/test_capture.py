@@ -44,12 +44,11 @@ def test_every_key_is_captured_and_proved(name: str, load: Load) -> None:
             assert cost.replays_proved == 21
 
 
-@pytest.mark.parametrize("attention", ["triton", "flashinfer"])
+@pytest.mark.parametrize("attention", ["triton", "flashinfer", "hopper"])
 def test_the_wide_model_is_proved_with_either_attention(
-    attention: str, load: Load, needs_flashinfer: Callable[[str], None]
+    attention: str, load: Load, needs: Callable[[str, str], None]
 ) -> None:
-    if attention == "flashinfer":
-        needs_flashinfer("wide")
+    needs("wide", attention)
     with load("wide", attention=attention, verify=True, proof_replays=20) as runtime:
         assert runtime.config.attention == attention
         assert runtime.engine.launcher is not None

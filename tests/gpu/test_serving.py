@@ -19,7 +19,7 @@ from tests.serving import Request, serve
 from tests.soak import Soak
 
 VOCAB = 2048
-CASES = [("bf16", "triton"), ("fp8", "triton"), ("wide", "flashinfer")]
+CASES = [("bf16", "triton"), ("fp8", "triton"), ("wide", "flashinfer"), ("wide", "hopper")]
 
 
 def asks_of(most: int) -> list[Ask]:
@@ -30,10 +30,9 @@ def asks_of(most: int) -> list[Ask]:
 
 @pytest.mark.parametrize(("name", "attention"), CASES)
 def test_a_cached_prefix_gives_the_same_bits(
-    name: str, attention: str, load: Load, needs_flashinfer: Callable[[str], None]
+    name: str, attention: str, load: Load, needs: Callable[[str, str], None]
 ) -> None:
-    if attention == "flashinfer":
-        needs_flashinfer(name)
+    needs(name, attention)
     system = random_prompt(1100, 7, VOCAB)  # more than one attention split
     asks = [
         replace(ask, prompt=(*system[: 200 * i], *ask.prompt))
@@ -58,10 +57,9 @@ def test_preempted_requests_have_the_bits_of_each_alone(
     attention: str,
     prefix_cache: bool,
     load: Load,
-    needs_flashinfer: Callable[[str], None],
+    needs: Callable[[str, str], None],
 ) -> None:
-    if attention == "flashinfer":
-        needs_flashinfer(name)
+    needs(name, attention)
     asks = asks_of(150)
     with load(name, attention=attention, prefix_cache=False) as runtime:
         want = [ask_all(runtime, [ask])[0].bits for ask in asks]
