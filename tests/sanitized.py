@@ -93,6 +93,11 @@ CONFIGS: dict[str, Config] = {
     "rdep_bf16": Config(keys=("3",), transport="rdep"),
     "bf16_plans": Config(keys=("5+40",), candidates=True),
     "fp8_plans": Config(("quantization=fp8",), keys=("2+300",), candidates=True),
+    "hopper": Config(
+        (*V3_HEADS[:4], "num_attention_heads=64", "q_lora_rank=160"),
+        keys=("8", "5+40"),
+        attention="hopper",
+    ),
     # The last: a fault of flashinfer's own kernel would end the run.
     "flashinfer": Config(V3_HEADS, keys=("8", "5+40"), attention="flashinfer"),
 }
@@ -113,7 +118,7 @@ class Watched:
 
     def __call__(self, kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
         """As `Launcher`."""
-        self.note(kernel.fn.__name__)
+        self.note(kernel.__name__)
         self._inner(kernel, grid, *args, **options)
         self._settle()
 

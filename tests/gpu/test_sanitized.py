@@ -29,7 +29,7 @@ def check(tool: str, store: Path, configs: str) -> dict[str, Any]:
 
 
 def test_nothing_is_touched_beside_the_tensors_of_a_step(store: Path) -> None:
-    report = check("fence", store, "bf16,fp8,v3_heads,rdep,flashinfer,fp32,no_q_lora")
+    report = check("fence", store, "bf16,fp8,v3_heads,rdep,hopper,flashinfer,fp32,no_q_lora")
     assert report["exit"] == 0, report
 
 
