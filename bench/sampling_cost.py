@@ -30,6 +30,7 @@ from kernels.triton.state import mask_words
 from runtime.build import build
 from runtime.capture import TWIN_NOTE
 from runtime.cli import Bar, add_selection, command, console, print_json, run, selection
+from runtime.config import told_to_ranks
 from runtime.driver import Runtime
 from runtime.engine import Engine
 from runtime.report import provenance
@@ -89,9 +90,10 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
-    for name in ("steps", "rounds"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name} {getattr(args, name)}: expected at least 1")
+    with told_to_ranks():
+        for name in ("steps", "rounds"):
+            if getattr(args, name) < 1:
+                raise ValueError(f"--{name} {getattr(args, name)}: expected at least 1")
     with Bar() as bar:
         engine = build(selection(args, verify=False, logits_rows=args.logits_rows), bar)
         with Runtime(engine) as runtime:
