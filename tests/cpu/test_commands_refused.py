@@ -14,7 +14,7 @@ import pytest
 
 from bench import prefill, sampling_cost
 from capture_cache.files import Files
-from runtime import capture, generate, replay_bench
+from runtime import capture, generate, replay_bench, restore_bench
 from tests.cpu.checkpoints import edit_config, read_tensors, write_tensors
 from tests.cpu.terminal import ROOT, Terminal, small
 from tests.cpu.twins import micro_checkpoint
@@ -146,6 +146,7 @@ OWN: list[tuple[Command, list[str], str]] = [
     (replay_bench.main, ["--deadline-ms", "0"], "deadline_s (--deadline-ms) must be more than 0"),
     (replay_bench.main, ["--max-seq-len", "4096"], "exceeds the model's 512 positions"),
     (generate.main, ["--prompt", "x"], "tokenizer"),
+    (restore_bench.main, ["--repeats", "0"], "--repeats 0: expected at least 1"),
     (prefill.main, ["--repeats", "0"], "--repeats of at least 1"),
     (sampling_cost.main, ["--rounds", "0"], "--rounds 0: expected at least 1"),
 ]
