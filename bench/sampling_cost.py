@@ -130,7 +130,7 @@ class SamplingBench:
         self.masks = rng.integers(-(2**31), 2**31, (2, words), dtype=np.int64).astype(np.int32)
         self._prompt_steps = WARM_UP + steps + 2
         fit = (self.engine.config.max_seq_len - 2) // self._prompt_steps
-        self.prompt_part = max(1, min(self.rows // 2, fit))
+        self.prompt_part: int = max(1, min(self.rows // 2, fit))
         self.engine.fill_kv(seed=0)
 
     def check(self) -> None:
