@@ -33,7 +33,7 @@ ALIASES = {
     "context_length": "max_seq_len",
 }
 _VISIBLE = "CUDA_VISIBLE_DEVICES"
-_TOLD = "the other ranks, if any, have been told"  # noted on an error
+_TOLD = "the other ranks have been told"  # noted on an error
 
 
 def child_environment(run: str, *, own_gpu: bool = False) -> dict[str, str]:
@@ -75,22 +75,24 @@ def told_to_ranks(*, but: type[Exception] | tuple[type[Exception], ...] = ()) ->
     except but:
         raise
     except Exception as error:
-        if _TOLD not in getattr(error, "__notes__", ()):
+        told = _TOLD in getattr(error, "__notes__", ())
+        if not told and tell_ranks(f"{type(error).__name__}: {error}"):
             error.add_note(_TOLD)
-            tell_ranks(f"{type(error).__name__}: {error}")
         raise
 
 
-def tell_ranks(reason: str) -> None:
-    """Tell the other ranks, if there are any, that this one cannot start. Never raises."""
+def tell_ranks(reason: str) -> bool:
+    """Tell the other ranks that this one cannot start; whether there are any. Never raises."""
     try:
         place = GroupConfig.from_env(os.environ)
     except (ValueError, RankError):
-        return  # it does not know who they are
-    if place.world > 1:
-        from barriers.refusal import tell_failure  # sockets, for ranks alone
+        return False  # it does not know who they are
+    if place.world == 1:
+        return False
+    from barriers.refusal import tell_failure  # sockets, for ranks alone
 
-        tell_failure(place, reason)
+    tell_failure(place, reason)
+    return True
 
 
 @dataclass(frozen=True)

@@ -162,7 +162,7 @@ def test_a_commands_own_options_are_refused_to_the_other_ranks_too_and_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     told: list[str] = []
-    monkeypatch.setattr("runtime.config.tell_ranks", told.append)
+    monkeypatch.setattr("runtime.config.tell_ranks", lambda why: told.append(why) or True)
     assert terminal.run(main, *small(checkpoint)[:-4], "--page-size", "16", *argv) == 2
     assert reason in terminal.error
     assert len(told) == 1
