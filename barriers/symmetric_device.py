@@ -169,6 +169,7 @@ def _check_gpus(parts: list[Part]) -> None:
         if other != rank:
             raise RankMismatch(
                 f"expected a GPU for each rank, got {part.value['gpu']} for ranks {other} and "
-                f"{rank}; start no more ranks than GPUs, and give each its own (LOCAL_RANK)",
+                f"{rank}; start no more ranks than GPUs, and give each its own (LOCAL_RANK, "
+                "or CUDA_VISIBLE_DEVICES of each)",
                 (other, rank),
             )

@@ -15,6 +15,7 @@ import argparse
 import cProfile
 import mmap
 import multiprocessing
+import os
 import pstats
 import time
 from collections.abc import Iterator, Mapping
@@ -130,9 +131,10 @@ def _shared(array: Any) -> Any:
 
 
 def _publish(launched: Any, ring: Any, ring_step: Any, step_s: float) -> None:
-    """What a slow device does, until `launched` says -1."""
+    """What a slow device does, until `launched` says -1 or the process that made it is gone."""
     clock, done, entry = time.perf_counter, 0, ring[0].copy()
-    while launched[0] >= 0:
+    parent = os.getppid()  # which may be killed, and say nothing then
+    while launched[0] >= 0 and os.getppid() == parent:
         if launched[0] > done:
             end = clock() + step_s
             while clock() < end:

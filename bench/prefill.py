@@ -29,6 +29,7 @@ from runtime.cli import (
     run,
     selection,
 )
+from runtime.config import told_to_ranks
 from runtime.driver import Runtime
 from runtime.report import provenance
 from runtime.sampling import SamplingParams
@@ -45,19 +46,8 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
-    if args.repeats < 1 or args.prompt_len < 2:
-        raise ValueError(
-            f"expected --repeats of at least 1 and --prompt-len of at least 2, got {args.repeats} "
-            f"and {args.prompt_len}"
-        )
-    seq_len = longest(args)
-    most = seq_len - 2
-    if not 1 <= args.ctx_len <= most or args.prompt_len > most:
-        raise ValueError(
-            f"--ctx-len {args.ctx_len}, --prompt-len {args.prompt_len}: expected 1 … {most} and "
-            f"2 … {most} (--max-seq-len {seq_len}); give shorter ones, or raise "
-            "--max-seq-len"
-        )
+    with told_to_ranks():
+        _check(args)
     with Bar() as bar:
         engine = build(selection(args, verify=False), bar)
     with Runtime(engine, engine.options.scheduling) as runtime:
@@ -79,6 +69,23 @@ def main(argv: list[str] | None = None) -> int:
     if args.json:
         print_json(report)
     return 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Raises ValueError: lengths that do not fit."""
+    if args.repeats < 1 or args.prompt_len < 2:
+        raise ValueError(
+            f"expected --repeats of at least 1 and --prompt-len of at least 2, got {args.repeats} "
+            f"and {args.prompt_len}"
+        )
+    seq_len = longest(args)
+    most = seq_len - 2
+    if not 1 <= args.ctx_len <= most or args.prompt_len > most:
+        raise ValueError(
+            f"--ctx-len {args.ctx_len}, --prompt-len {args.prompt_len}: expected 1 … {most} and "
+            f"2 … {most} (--max-seq-len {seq_len}); give shorter ones, or raise "
+            "--max-seq-len"
+        )
 
 
 class PrefillBench:

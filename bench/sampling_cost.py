@@ -30,6 +30,7 @@ from kernels.triton.state import mask_words
 from runtime.build import build
 from runtime.capture import TWIN_NOTE
 from runtime.cli import Bar, add_selection, command, console, print_json, run, selection
+from runtime.config import told_to_ranks
 from runtime.driver import Runtime
 from runtime.engine import Engine
 from runtime.report import provenance
@@ -48,7 +49,7 @@ EVERYTHING: dict[str, Any] = {
 }
 # Settings that rows take in turn; "mask" is a token mask that allows half of the vocabulary.
 # "return_logits" is for as many rows as `--logits-rows` has room for. "prompt": one prompt instead
-# of half of the rows, whose tokens are half of each step's.
+# of half of the rows, whose tokens are half of each step's, or as many as fit: the report has it.
 MODES: dict[str, list[dict[str, Any]]] = {
     BARE: [{}],
     "greedy": [{}],
@@ -89,9 +90,10 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
-    for name in ("steps", "rounds"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name} {getattr(args, name)}: expected at least 1")
+    with told_to_ranks():
+        for name in ("steps", "rounds"):
+            if getattr(args, name) < 1:
+                raise ValueError(f"--{name} {getattr(args, name)}: expected at least 1")
     with Bar() as bar:
         engine = build(selection(args, verify=False, logits_rows=args.logits_rows), bar)
         with Runtime(engine) as runtime:
@@ -103,7 +105,7 @@ def main(argv: list[str] | None = None) -> int:
                 for name in chosen:
                     times[name].append(bench.time_mode(name))
                     bar("time", args.rounds * len(chosen), name)
-            report = _report(engine, args, times)
+            report = _report(engine, args, times) | {"prompt_part": bench.prompt_part}
     _show(report, engine)
     if args.json:
         print_json(report)
@@ -111,7 +113,11 @@ def main(argv: list[str] | None = None) -> int:
 
 
 class SamplingBench:
-    """Drives one runtime, all rows decoding, in the key of pure decode that holds them."""
+    """Drives one runtime, all rows decoding, in the key of pure decode that holds them.
+
+    Attributes:
+        prompt_part: tokens of a step that are a prompt's, in modes with one.
+    """
 
     def __init__(self, runtime: Runtime, ctx_len: int, steps: int) -> None:
         self.runtime, self.engine = runtime, runtime.engine
@@ -122,6 +128,9 @@ class SamplingBench:
         self._rng = rng = np.random.default_rng(0)
         words = mask_words(self.engine.model_config.vocab_size)
         self.masks = rng.integers(-(2**31), 2**31, (2, words), dtype=np.int64).astype(np.int32)
+        self._prompt_steps = WARM_UP + steps + 2
+        fit = (self.engine.config.max_seq_len - 2) // self._prompt_steps
+        self.prompt_part: int = max(1, min(self.rows // 2, fit))
         self.engine.fill_kv(seed=0)
 
     def check(self) -> None:
@@ -229,9 +238,7 @@ class SamplingBench:
 
     def _add_prompt(self, wish: dict[str, Any]) -> int:
         """A prompt that every timed step takes a part of; how many tokens of each step that is."""
-        steps = WARM_UP + self.steps + 2
-        longest = self.engine.config.max_seq_len - 1
-        part: int = max(1, min(self.rows // 2, (longest - 1) // steps))
+        part, steps = self.prompt_part, self._prompt_steps
         prompt = self._rng.integers(0, self.engine.model_config.vocab_size, part * steps + 1)
         wish.pop("prompt")
         self.runtime.add(prompt, SamplingParams(ignore_eos=True, max_tokens=1, **wish))

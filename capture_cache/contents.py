@@ -92,12 +92,15 @@ class Contents(Mapping[str, bytes]):
         for found in list(self._found.values()):
             if isinstance(found, Exception):
                 raise found
+        if len(self._found) < len(self._records):
+            raise RuntimeError(f"{self._shown}: the reading has been given up")
 
     def close(self) -> None:
         """Give up what has not been read. Idempotent."""
         with self._change:
             self._left.clear()
-        for thread in self._threads:
+            threads = self._threads  # all of them started: that is done under this lock
+        for thread in threads:
             thread.join()
         with self._change:
             self._stop = True

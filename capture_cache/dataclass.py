@@ -38,7 +38,8 @@ else:
             **_comparison(found),
         }
         for name, method in methods.items():
-            if name not in cls.__dict__ or name == "__hash__":
+            # A class with a comparison of its own has None, from Python, for a hash.
+            if cls.__dict__.get(name) is None:
                 setattr(cls, name, method)
         return cls
 

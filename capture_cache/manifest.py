@@ -20,7 +20,7 @@ from capture_cache.files import REMEDY
 from capture_cache.fingerprint import Fingerprint
 from capture_cache.layout import ArenaLayout
 
-SCHEMA = 1
+SCHEMA = 2  # 1 had its sha256 among the sorted fields
 MAX_RECORD_BYTES = 64 << 20
 _END = b"}\n"  # of a record, and of one that is sealed
 _SEAL = b', "sha256": "%s"}\n'

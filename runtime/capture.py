@@ -27,6 +27,7 @@ from runtime.cli import (
     selection,
     writable_file,
 )
+from runtime.config import told_to_ranks
 from runtime.engine import Engine
 
 TWIN_NOTE = "CPU twin: no CUDA graph, for correctness only; its times mean nothing"
@@ -69,10 +70,11 @@ def main(argv: list[str] | None = None) -> int:
         if args.save_kernels is not None:
             raise ValueError("--save-kernels needs a capture; --compile-only chooses no kernels")
         return compile_only(options, args.compile_only, jobs=args.jobs, as_json=args.json)
-    if args.jobs is not None:
-        raise ValueError("--jobs goes with --compile-only")
-    if args.save_kernels is not None:
-        writable_file("--save-kernels", args.save_kernels)
+    with told_to_ranks():
+        if args.jobs is not None:
+            raise ValueError("--jobs goes with --compile-only")
+        if args.save_kernels is not None:
+            writable_file("--save-kernels", args.save_kernels)
     start = time.perf_counter()
     with Bar() as bar:
         engine = build(options, bar)

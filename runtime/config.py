@@ -32,9 +32,8 @@ ALIASES = {
     "max_model_len": "max_seq_len",
     "context_length": "max_seq_len",
 }
-
-
 _VISIBLE = "CUDA_VISIBLE_DEVICES"
+_TOLD = "the other ranks have been told"  # noted on an error
 
 
 def child_environment(run: str, *, own_gpu: bool = False) -> dict[str, str]:
@@ -47,6 +46,11 @@ def child_environment(run: str, *, own_gpu: bool = False) -> dict[str, str]:
     env = {**os.environ, name: f"{os.environ.get(name, '')}/{run}"}
     if own_gpu:
         seen, rank = _visible(), int(env.get("LOCAL_RANK", "0"))
+        if 1 < len(seen) <= rank:
+            raise ValueError(
+                f"{_VISIBLE} names {len(seen)} GPUs, and this is local rank {rank}: name one for "
+                "each rank, or leave it unset"
+            )
         if len(seen) != 1:  # of a single one it is known whose it is
             env[_VISIBLE] = seen[rank] if seen else str(rank)
     return env
@@ -61,6 +65,8 @@ def _visible() -> list[str]:
 def told_to_ranks(*, but: type[Exception] | tuple[type[Exception], ...] = ()) -> Iterator[None]:
     """What fails inside, before ranks have met, is told to those that would wait for this one.
 
+    Once, where one such block lies in another: by the second time they may be gone.
+
     Args:
         but: failures that do not keep this rank from the meeting.
     """
@@ -69,20 +75,24 @@ def told_to_ranks(*, but: type[Exception] | tuple[type[Exception], ...] = ()) ->
     except but:
         raise
     except Exception as error:
-        tell_ranks(f"{type(error).__name__}: {error}")
+        told = _TOLD in getattr(error, "__notes__", ())
+        if not told and tell_ranks(f"{type(error).__name__}: {error}"):
+            error.add_note(_TOLD)
         raise
 
 
-def tell_ranks(reason: str) -> None:
-    """Tell the other ranks, if there are any, that this one cannot start. Never raises."""
+def tell_ranks(reason: str) -> bool:
+    """Tell the other ranks that this one cannot start; whether there are any. Never raises."""
     try:
         place = GroupConfig.from_env(os.environ)
     except (ValueError, RankError):
-        return  # it does not know who they are
-    if place.world > 1:
-        from barriers.refusal import tell_failure  # sockets, for ranks alone
+        return False  # it does not know who they are
+    if place.world == 1:
+        return False
+    from barriers.refusal import tell_failure  # sockets, for ranks alone
 
-        tell_failure(place, reason)
+    tell_failure(place, reason)
+    return True
 
 
 @dataclass(frozen=True)

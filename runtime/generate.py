@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 from runtime.build import build
 from runtime.cli import Bar, add_selection, command, longest, print_json, run, selection
+from runtime.config import told_to_ranks
 from runtime.driver import Runtime
 from runtime.sampling import SamplingParams
 
@@ -96,25 +97,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal may not know every character
-    tokenizer = load_tokenizer(args.model)
-    prompt = tokenizer.encode(args.prompt).ids
-    seq_len = longest(args)
-    params = SamplingParams(
-        max_tokens=args.max_tokens,
-        ignore_eos=args.ignore_eos,
-        temperature=args.temperature,
-        top_k=args.top_k,
-        top_p=args.top_p,
-        min_p=args.min_p,
-        seed=args.sample_seed,
-    )
-    if not prompt:
-        raise ValueError("a prompt is a non-empty list of token ids; this --prompt has none")
-    if len(prompt) + params.max_tokens > seq_len:  # said before minutes of capture
-        raise ValueError(
-            f"prompt of {len(prompt)} tokens + --max-tokens {params.max_tokens} exceeds "
-            f"max_seq_len {seq_len}; lower --max-tokens or shorten the prompt"
-        )
+    with told_to_ranks():
+        tokenizer, prompt, params = _understand(args)
     with Bar() as bar:
         engine = build(selection(args), bar)
     tokens: list[int] = []
@@ -144,6 +128,32 @@ def main(argv: list[str] | None = None) -> int:
             }
         )
     return 1 if reason == "error" else 0
+
+
+def _understand(
+    args: argparse.Namespace,
+) -> tuple[Tokenizer, list[int], SamplingParams]:
+    """The prompt as tokens, and what is asked of it; raises ValueError where that cannot be."""
+    tokenizer = load_tokenizer(args.model)
+    prompt = tokenizer.encode(args.prompt).ids
+    seq_len = longest(args)
+    params = SamplingParams(
+        max_tokens=args.max_tokens,
+        ignore_eos=args.ignore_eos,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        min_p=args.min_p,
+        seed=args.sample_seed,
+    )
+    if not prompt:
+        raise ValueError("a prompt is a non-empty list of token ids; this --prompt has none")
+    if len(prompt) + params.max_tokens > seq_len:  # said before minutes of capture
+        raise ValueError(
+            f"prompt of {len(prompt)} tokens + --max-tokens {params.max_tokens} exceeds "
+            f"max_seq_len {seq_len}; lower --max-tokens or shorten the prompt"
+        )
+    return tokenizer, prompt, params
 
 
 def _write(text: str) -> None:

@@ -32,7 +32,7 @@ class Opening:
     """The driver and a device's primary context, made in a thread.
 
     Args:
-        ordinal: of the device; with several ranks LOCAL_RANK.
+        ordinal: of the device; with several ranks that of `RuntimeConfig.local_rank`.
         lib: driver functions; by default those of the machine.
     """
 

@@ -211,8 +211,8 @@ class Ranks:
         self.group.barrier(what)
 
     def close(self) -> None:
-        """Leave the group and release what is shared. Idempotent; waits for nobody, but for the
-        deadline where DeepEP ends in a meeting."""
+        """Leave the group and release what is shared. Idempotent; waits for nobody, but for up
+        to the deadline where DeepEP ends in a meeting or NCCL is being given up."""
         self._open.close()
 
 

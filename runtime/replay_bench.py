@@ -33,6 +33,7 @@ from runtime.cli import (
     selection,
     writable_folder,
 )
+from runtime.config import told_to_ranks
 from runtime.driver import Runtime
 from runtime.engine import Engine
 from runtime.report import provenance, write_files
@@ -105,21 +106,8 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
-    if args.steps < 2:
-        raise ValueError(f"--steps {args.steps}: expected at least 2, to time what lies between")
-    if args.bandwidth is not None and args.bandwidth <= 0:
-        raise ValueError(f"--bandwidth {args.bandwidth}: expected TB/s, more than 0")
-    seq_len = longest(args)
-    most = seq_len - WARM_UP - args.steps - 1
-    if args.ctx_len is None:
-        args.ctx_len = max(1, min(CTX_LEN, most))
-    if not 1 <= args.ctx_len <= most:
-        raise ValueError(
-            f"--ctx-len {args.ctx_len} with {args.steps} steps: expected 1 … {most} "
-            f"(--max-seq-len {seq_len} less the steps); raise --max-seq-len"
-        )
-    if args.out:
-        writable_folder("--out", Path(args.out))
+    with told_to_ranks():
+        _settle(args)
     with Bar() as bar:
         engine = build(selection(args, verify=args.verify), bar)
         with Runtime(engine, engine.options.scheduling) as runtime:
@@ -143,6 +131,25 @@ def main(argv: list[str] | None = None) -> int:
     if args.json:
         print_json(report)
     return 0
+
+
+def _settle(args: argparse.Namespace) -> None:
+    """Refuse what cannot be timed, and settle the context; raises ValueError."""
+    if args.steps < 2:
+        raise ValueError(f"--steps {args.steps}: expected at least 2, to time what lies between")
+    if args.bandwidth is not None and args.bandwidth <= 0:
+        raise ValueError(f"--bandwidth {args.bandwidth}: expected TB/s, more than 0")
+    seq_len = longest(args)
+    most = seq_len - WARM_UP - args.steps - 1
+    if args.ctx_len is None:
+        args.ctx_len = max(1, min(CTX_LEN, most))
+    if not 1 <= args.ctx_len <= most:
+        raise ValueError(
+            f"--ctx-len {args.ctx_len} with {args.steps} steps: expected 1 … {most} "
+            f"(--max-seq-len {seq_len} less the steps); raise --max-seq-len"
+        )
+    if args.out:
+        writable_folder("--out", Path(args.out))
 
 
 def _chunk(key: GraphKey) -> int:

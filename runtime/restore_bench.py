@@ -22,7 +22,7 @@ from capture_cache.command import error_line, exit_code
 from capture_cache.store import Store
 from runtime.bundle_names import SKIP_WEIGHTS
 from runtime.cli import Bar, add_selection, command, console, print_json, run, selection
-from runtime.config import CHECK_KEYS, RuntimeConfig
+from runtime.config import CHECK_KEYS, RuntimeConfig, told_to_ranks
 from runtime.fingerprint import fingerprint
 from runtime.report import provenance
 from runtime.restore_runs import RunFailed, Runs
@@ -64,12 +64,13 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
-    if args.repeats < 1:
-        raise ValueError(f"--repeats {args.repeats}: expected at least 1")
-    options = selection(args, verify=False, check_keys=args.check_keys)
-    facts = fingerprint(options)
-    if dict(facts.fields)["device"] == "cpu twin":
-        raise ValueError("the CPU twin has no graphs to restore; run this on a machine with a GPU")
+    with told_to_ranks():
+        if args.repeats < 1:
+            raise ValueError(f"--repeats {args.repeats}: expected at least 1")
+        options = selection(args, verify=False, check_keys=args.check_keys)
+        facts = fingerprint(options)
+        if dict(facts.fields)["device"] == "cpu twin":
+            raise ValueError("the CPU twin has no graphs to restore; run this on a GPU's machine")
     store = Store(options.store_path)
     restores = any(kind in args.kinds for kind in ("no-weights", "weights"))
     try:

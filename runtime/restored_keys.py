@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 from numpy.typing import NDArray
@@ -58,6 +59,7 @@ class Keys:
         self._made: dict[GraphKey, int] = {}  # CUgraphs, by the maker, for the builder
         self._used: list[int] = []  # CUgraphs that have been instantiated
         self._lock = threading.Lock()  # one graph is instantiated at a time
+        self._next = threading.Lock()  # held by who waits for that one: the builder, too, queues
         self._dropping = threading.Lock()
         self._stop = threading.Event()
         self._turns = threading.Semaphore(0)  # keys that the maker may make
@@ -162,7 +164,7 @@ class Keys:
             raise NotCaptured(
                 f"key {key} was not captured (ladder {self._ladder}); add it with --ladder"
             )
-        with self._lock:
+        with self._turn():
             graph = self._graphs.get(key)
             if graph is not None:  # the other thread was quicker
                 return graph
@@ -184,6 +186,16 @@ class Keys:
             self.seconds[key] = time.perf_counter() - start
             self._graphs[key] = graph
             return graph
+
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        """In order of arrival: who has just let a lock go would else be the first to take it."""
+        with self._next:
+            self._lock.acquire()
+        try:
+            yield
+        finally:
+            self._lock.release()
 
     def _drop_used(self, keep: int) -> None:
         """Drop graphs that have been instantiated, but the last few."""

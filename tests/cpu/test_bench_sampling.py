@@ -43,6 +43,7 @@ def test_prompts_and_logits_are_in_the_steps_that_are_timed_for_them(
     assert seen == {("bare step", 4, 0, 0), (modes[0], 4, 2, 0), (modes[1], 2, 0, 2)}
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert list(report["modes"]) == ["bare step", *modes]
+    assert report["prompt_part"] == 2
 
     add = sampling_cost.SamplingBench._add_prompt
     monkeypatch.setattr(

@@ -12,12 +12,14 @@ from typing import Any
 
 import pytest
 
+from bench import prefill, sampling_cost
 from capture_cache.files import Files
-from runtime import capture, replay_bench
+from runtime import capture, generate, replay_bench, restore_bench
 from tests.cpu.checkpoints import edit_config, read_tensors, write_tensors
 from tests.cpu.terminal import ROOT, Terminal, small
 from tests.cpu.twins import micro_checkpoint
 
+Command = Callable[[list[str] | None], int]
 REFUSED: dict[str, tuple[list[str], str]] = {
     "no rows": (["--bs", "0"], "bs must be at least 1, got 0"),
     "rows are no number": (["--bs", "many"], "invalid int value: 'many'"),
@@ -135,6 +137,37 @@ def test_every_command_refuses_in_one_line(module: str) -> None:
     assert done.stderr.startswith("error: ")
     assert done.stderr.endswith(f"; see python -m {module} --help\n")
     assert done.stderr.count("\n") == 1
+
+
+# What a command refuses of its own options, beside the selection that all share.
+OWN: list[tuple[Command, list[str], str]] = [
+    (capture.main, ["--save-kernels", "/nowhere/k.json"], "/nowhere is no folder"),
+    (replay_bench.main, ["--steps", "1"], "--steps 1: expected at least 2"),
+    (replay_bench.main, ["--deadline-ms", "0"], "deadline_s (--deadline-ms) must be more than 0"),
+    (replay_bench.main, ["--max-seq-len", "4096"], "exceeds the model's 512 positions"),
+    (generate.main, ["--prompt", "x"], "tokenizer"),
+    (restore_bench.main, ["--repeats", "0"], "--repeats 0: expected at least 1"),
+    (prefill.main, ["--repeats", "0"], "--repeats of at least 1"),
+    (sampling_cost.main, ["--rounds", "0"], "--rounds 0: expected at least 1"),
+]
+
+
+@pytest.mark.parametrize(("main", "argv", "reason"), OWN)
+def test_a_commands_own_options_are_refused_to_the_other_ranks_too_and_once(
+    main: Command,
+    argv: list[str],
+    reason: str,
+    checkpoint: Path,
+    terminal: Terminal,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    told: list[str] = []
+    monkeypatch.setattr("runtime.config.tell_ranks", lambda why: told.append(why) or True)
+    assert terminal.run(main, *small(checkpoint)[:-4], "--page-size", "16", *argv) == 2
+    assert reason in terminal.error
+    assert len(told) == 1
+    assert told[0].startswith("ValueError: ")
+    assert reason in told[0]
 
 
 def break_architecture(path: Path) -> None:

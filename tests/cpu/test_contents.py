@@ -85,6 +85,8 @@ def test_given_up_it_leaves_nothing_open_and_nobody_waiting(entry: Path) -> None
     assert num_open_files() == before
     with pytest.raises(RuntimeError, match="the reading has been given up"):
         contents["program"]
+    with pytest.raises(RuntimeError, match="the reading has been given up"):
+        contents.finish()  # which would say that all is checked
 
 
 def test_what_runs_aside_tells_at_the_end() -> None:

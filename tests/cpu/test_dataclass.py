@@ -89,6 +89,29 @@ def test_comparison_and_hash(kind: Any) -> None:
     assert kind("a").tags is not kind("a").tags
 
 
+@pytest.mark.parametrize("decorate", [dataclass, dataclasses.dataclass])
+def test_methods_of_the_class_itself_stay(decorate: Any) -> None:
+    class Own:
+        name: str
+
+        def __hash__(self) -> int:
+            return 7
+
+        def __repr__(self) -> str:
+            return "own"
+
+    class Compared:
+        name: str
+
+        def __eq__(self, other: object) -> bool:
+            return True
+
+    own, compared = decorate(frozen=True)(Own), decorate(frozen=True)(Compared)
+    assert (hash(own("a")), repr(own("a")), own("a") == own("b")) == (7, "own", False)
+    assert compared("a") == compared("b")
+    assert hash(compared("a")) == hash(("a",))
+
+
 @pytest.mark.parametrize("kind", [OURS, STANDARD])
 def test_nothing_can_be_assigned_or_deleted(kind: Any) -> None:
     thing = kind("a")

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import cProfile
 import json
+import select
+import subprocess
+import sys
 from collections.abc import Callable
 from functools import partial
+from subprocess import PIPE
 
 import numpy as np
 import pytest
@@ -27,6 +31,7 @@ from runtime.mailbox import Ring
 from runtime.row_params import step_output
 from runtime.scheduler import SchedulerConfig
 from runtime.stepping import REHEARSE_SPINS
+from tests.cpu.terminal import ROOT
 from tests.fake_device import FakeConfig, FakeDevice
 
 ROWS = 5
@@ -452,6 +457,18 @@ def test_the_benchmark_reports_each_number_of_rows(capsys: pytest.CaptureFixture
         assert r["changed_us"] > 0
         assert r["waited_us"] > 0
         assert any(name == "stepping.launch" and calls == 1 for name, calls, _ in r["functions"])
+
+
+def test_the_slow_device_ends_with_the_benchmark_even_if_that_is_killed() -> None:
+    program = "import time; from bench.host_time import SlowDevice\n"
+    program += "with SlowDevice(1, 64).running(1e-3): print('up', flush=True); time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=PIPE) as bench:
+        assert bench.stdout is not None
+        assert bench.stdout.readline() == b"up\n"
+        bench.kill()
+        # The other process has the pipe, too: it ends when both have.
+        assert select.select([bench.stdout], [], [], 10)[0], "it goes on alone"
+        assert bench.stdout.read() == b""
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,10 +18,12 @@ import torch
 import runtime.load as load_module
 from capture_cache.arena import ARENA_BASE
 from capture_cache.errors import CudaError
-from graphs.keys import GraphKey, NotCaptured
+from capture_cache.restore import Parts
+from graphs.keys import GraphKey, Ladder, NotCaptured
 from kernels.triton.intake import admit
 from kernels.triton.rows import RowState
 from runtime import Runtime, SamplingParams
+from runtime.aside import Aside
 from runtime.config import RuntimeConfig
 from runtime.player import Player
 from runtime.restore import NotRestored, check_golden, restore
@@ -225,6 +230,52 @@ def test_a_graph_that_the_second_thread_cannot_make_is_made_by_the_first(tmp_pat
     assert not gpu.execs
 
 
+class Gated:
+    """A driver that does nothing but note whose graph is instantiated, and that waits in key 2."""
+
+    def __init__(self) -> None:
+        self.order: list[str] = []
+        self.gate = threading.Event()
+
+    def instantiate(self, graph: int, doing: str) -> int:
+        self.order.append(doing.removeprefix("instantiating the graph of key "))
+        if self.order[-1] == "2":
+            self.gate.wait(20)
+        return len(self.order)
+
+    def ignore(self, *_: object) -> None: ...
+
+    make_current = upload_graph = drop_graph = drop_exec = ignore
+
+
+def until(true: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 10
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+class Unmade(Keys):
+    def _make(self, key: GraphKey, parts: Parts) -> int:
+        return key.tokens
+
+
+def test_a_key_that_a_step_wants_is_the_next_to_be_built() -> None:
+    nothing: Any = None
+    driver: Any = Gated()
+    ladder = Ladder([GraphKey(n, n) for n in range(1, 10)])
+    keys = Unmade(driver, nothing, nothing, nothing, 0, ladder, {})
+    keys.build_rest(pause_s=0.0)
+    until(lambda: driver.order == ["1", "2"])
+    step = Aside(lambda: keys.exec_of(ladder.keys[-1]))
+    until(keys._next.locked)
+    driver.gate.set()
+    step.wait()
+    keys.wait()
+    keys.close()
+    assert driver.order[:4] == ["1", "2", "9", "3"], driver.order
+
+
 def test_neither_thread_begins_before_the_pause_is_over(tmp_path: Path) -> None:
     publish_bundle(tmp_path)
     player = restore(options(tmp_path), lib=Gpu())
@@ -356,6 +407,7 @@ def test_a_twin_says_why_it_was_captured(tmp_path: Path) -> None:
 PROGRAM = """
 import json, sys
 from runtime import Runtime, SamplingParams
+from runtime.aside import Aside
 from runtime.config import RuntimeConfig
 from runtime.player import Player
 from runtime.restore import restore

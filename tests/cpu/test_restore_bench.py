@@ -171,6 +171,13 @@ def test_a_process_may_see_its_own_gpu_alone(
     assert RuntimeConfig(model="tiny").local_rank == 0, "the only GPU that it sees"
 
 
+def test_a_rank_without_a_gpu_of_its_own_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5")
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(ValueError, match="names 2 GPUs, and this is local rank 2"):
+        child_environment("x", own_gpu=True)
+
+
 def test_the_gpu_is_that_of_the_local_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setenv("LOCAL_RANK", "3")

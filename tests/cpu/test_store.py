@@ -19,7 +19,7 @@ from capture_cache.errors import CorruptBundle, FingerprintMismatch, StoreError
 from capture_cache.files import Files
 from capture_cache.fingerprint import Fingerprint, check, diff
 from capture_cache.layout import ArenaLayout, Entry
-from capture_cache.manifest import Manifest, seal, unseal
+from capture_cache.manifest import SCHEMA, Manifest, seal, unseal
 from capture_cache.store import Loaded, Store
 from tests.cpu.failing_files import Killed, dying
 
@@ -216,7 +216,7 @@ def test_a_store_that_everyone_may_write_is_refused(tmp_path: Path) -> None:
 def test_another_schema_is_told(tmp_path: Path) -> None:
     record = json.loads(seal({"a": 1}))
     record["schema"] = 99
-    with pytest.raises(CorruptBundle, match="expected schema 1, got 99"):
+    with pytest.raises(CorruptBundle, match=f"expected schema {SCHEMA}, got 99"):
         unseal(json.dumps(record).encode(), Path("manifest.json"))
 
 
