@@ -17,9 +17,7 @@ from graphs.flashinfer_mla import FlashinferMla
 from graphs.hopper_mla import HopperMla
 from graphs.model_config import ModelConfig
 from graphs.ops import Ops
-from graphs.planned_mla import PlannedMla
 from graphs.step_config import StepConfig
-from kernels.triton.launch import Launcher
 from kernels.triton.mla_absorb import MOST_PARTS, Parts
 
 Buffers = Mapping[str, torch.Tensor]
@@ -72,13 +70,15 @@ class TritonAttention:
         )
 
 
-class FlashinferAttention:
-    """flashinfer's FA3 MLA kernel over a plan made on the device."""
+class PlannedAttention:
+    """An MLA kernel that works through a plan made on the device."""
+
+    kernel: type[FlashinferMla] | type[HopperMla]
 
     def __init__(self, cfg: ModelConfig, config: StepConfig, ops: Ops) -> None:
-        assert ops.launch is not None, "the CPU twin has no flashinfer"
+        assert ops.launch is not None, "the CPU twin has no such kernels"
         self._launch = ops.launch
-        self._mla = FlashinferMla(
+        self._mla = self.kernel(
             num_heads=cfg.num_heads,
             page_size=config.page_size,
             softmax_scale=cfg.softmax_scale,
@@ -87,41 +87,48 @@ class FlashinferAttention:
 
     @property
     def libraries(self) -> tuple[Path, ...]:
-        """flashinfer's own."""
-        return (self._mla.library(),)
+        """flashinfer's own; of our kernels, none."""
+        return (self._mla.library(),) if isinstance(self._mla, FlashinferMla) else ()
 
     def plan(self, b: Buffers) -> None:
-        _plan(self._mla, self._launch, b)
-
-    def run(self, b: Buffers, kv_cache: torch.Tensor) -> Parts | None:
-        """As `Attention.run`."""
-        return _run(self._mla, self._launch, b, kv_cache)
-
-
-class HopperAttention:
-    """Our own MLA kernel for Hopper over a plan made on the device."""
-
-    def __init__(self, cfg: ModelConfig, config: StepConfig, ops: Ops) -> None:
-        assert ops.launch is not None, "the CPU twin has no Hopper"
-        self._launch = ops.launch
-        self._mla = HopperMla(
-            num_heads=cfg.num_heads,
-            page_size=config.page_size,
-            softmax_scale=cfg.softmax_scale,
-            cut=config.cut,
+        """Write the work list of a step, for all its layers."""
+        self._mla.plan(
+            self._launch,
+            b["tok_row"],
+            b["kv_len"],
+            page_table=b["page_table"],
+            ws=b["mla_plan"],
+            part_o=b["part_o"],
         )
 
-    @property
-    def libraries(self) -> tuple[Path, ...]:
-        """All its kernels are ours."""
-        return ()
-
-    def plan(self, b: Buffers) -> None:
-        _plan(self._mla, self._launch, b)
-
     def run(self, b: Buffers, kv_cache: torch.Tensor) -> Parts | None:
-        """As `Attention.run`."""
-        return _run(self._mla, self._launch, b, kv_cache)
+        """A few splits are left as they are; more of them our merge takes, many loads at once."""
+        few = 1 < b["part_o"].shape[1] <= MOST_PARTS
+        self._mla.run(
+            self._launch,
+            b["q_latent"],
+            kv_cache,
+            b["page_table"],
+            b["kv_len"],
+            ws=b["mla_plan"],
+            part_o=b["part_o"],
+            part_lse=b["part_lse"],
+            out=b["o_latent"],
+            merges=not few,
+        )
+        return Parts(b["part_o"], b["part_lse"], self._mla.cut) if few else None
+
+
+class FlashinferAttention(PlannedAttention):
+    """flashinfer's FA3 kernel."""
+
+    kernel = FlashinferMla
+
+
+class HopperAttention(PlannedAttention):
+    """Our own kernel for Hopper."""
+
+    kernel = HopperMla
 
 
 ATTENTION: Mapping[str, Callable[[ModelConfig, StepConfig, Ops], Attention]] = {
@@ -129,34 +136,3 @@ ATTENTION: Mapping[str, Callable[[ModelConfig, StepConfig, Ops], Attention]] = {
     "flashinfer": FlashinferAttention,
     "hopper": HopperAttention,
 }
-
-
-def _plan(mla: PlannedMla, launch: Launcher, b: Buffers) -> None:
-    mla.plan(
-        launch,
-        b["tok_row"],
-        b["kv_len"],
-        page_table=b["page_table"],
-        ws=b["mla_plan"],
-        part_o=b["part_o"],
-    )
-
-
-def _run(
-    mla: FlashinferMla | HopperMla, launch: Launcher, b: Buffers, kv_cache: torch.Tensor
-) -> Parts | None:
-    """A few splits are left as they are; more of them our merge takes, which loads many at once."""
-    few = 1 < b["part_o"].shape[1] <= MOST_PARTS
-    mla.run(
-        launch,
-        b["q_latent"],
-        kv_cache,
-        b["page_table"],
-        b["kv_len"],
-        ws=b["mla_plan"],
-        part_o=b["part_o"],
-        part_lse=b["part_lse"],
-        out=b["o_latent"],
-        merges=not few,
-    )
-    return Parts(b["part_o"], b["part_lse"], mla.cut) if few else None

@@ -539,6 +539,7 @@ __device__ __forceinline__ void clear_tail(Shared& sh, u32 block, int live) {
 }
 
 // The weights of a KV block, and the earlier results rescaled for them. Returns the inverses that come with the last.
+// The block's own tiles need no wait here: `scores` has waited for all of them before it gave the weights.
 __device__ __forceinline__ float2 take_block(Shared& sh, float (&o)[kTheirs][64], u32 (&weights)[16], u32 block,
                                              u32& taken) {
   sh.wait(sh.p_full(), taken & 1);

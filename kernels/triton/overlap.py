@@ -10,11 +10,14 @@ so all earlier kernels are complete, too, and a dependent may be let go as early
 Kernels that are launched in the ordinary way (other libraries', the transports') wait for the
 completion of what comes before them, and what comes after them waits for theirs.
 
-The one exception: the first programs of `grouped_down` wait for counters of `grouped_gate_up`, the
+Two exceptions: the first programs of `grouped_down` wait for counters of `grouped_gate_up`, the
 kernel right before, that say that their own input is whole. It lets them start only after it has
 waited for its own inputs, `await_inputs_first`: so the counters' reset, and whatever came before,
 are complete by then; its programs have all begun, so those that are waited for will end; and
 `grouped_down` is complete only when every one of them has counted.
+
+And `hopper_mla` looks at its work list and at the page table before it waits, to ask L2 for the
+first pages: a hint, within bounds whatever it reads, from which nothing is computed.
 
 The mode is a constexpr of every kernel: OFF also serves the interpreter and chips before sm_90.
 """
