@@ -8,6 +8,7 @@ steps.
 from __future__ import annotations
 
 import datetime
+import threading
 from collections.abc import Mapping
 from contextlib import ExitStack
 
@@ -51,7 +52,7 @@ class Ranks:
         self._open = ExitStack()
         self._watch: DeviceWatch | None = None
         self.board: StepBoard | None = None
-        self._aborted = False
+        self._aborting: threading.Thread | None = None
         self.group = self._open.enter_context(RankGroup(config, fields))
 
     def transport(
@@ -187,13 +188,18 @@ class Ranks:
 
         DeepEP has no such end; its waits give up by themselves, after a hundred seconds.
         """
-        if not self._aborted and dist.is_initialized() and dist.get_backend() == "nccl":
-            self._aborted = True
-            dist.distributed_c10d._abort_process_group()
+        if self._aborting is None and dist.is_initialized() and dist.get_backend() == "nccl":
+            # The kernels end at once, but the call only when no captured graph is left that uses
+            # the communicator; and graphs are given up later, when we close.
+            abort = dist.distributed_c10d._abort_process_group
+            self._aborting = threading.Thread(target=abort, name="abort NCCL", daemon=True)
+            self._aborting.start()
 
     def _disconnect(self) -> None:
-        if not self._aborted:  # that one is gone already
+        if self._aborting is None:
             dist.destroy_process_group()
+        else:
+            self._aborting.join(self.deadline_s)
 
     def check(self) -> None:
         """One read of host memory; raises `BarrierTimeout` naming the ranks that are late."""

@@ -11,6 +11,7 @@ import torch.distributed as dist
 import torch.multiprocessing
 
 from barriers.allgather import AllGather
+from barriers.rdep_ref import quantize_ref
 from barriers.transport import Local, TransportConfig
 from graphs.ops import Ops
 from kernels.triton.launch import JitLauncher
@@ -148,3 +149,14 @@ def test_an_expert_is_the_same_whoever_makes_it() -> None:
         mine, theirs = getattr(several, name)[1], getattr(one, name)[0]
         assert torch.equal(mine.view(torch.uint8), theirs.view(torch.uint8))
     assert not torch.equal(several.down_scale[0], several.down_scale[1])
+
+
+def test_deepeps_rule_differs_from_ours_where_values_lie_halfway() -> None:
+    x = torch.randn(64, SIZES.hidden, generator=torch.Generator().manual_seed(0)).bfloat16()
+    x[0] = 0.0
+    ours, theirs = quantize_ref(x), moe_layer.quantize_deepep_ref(x)
+    torch.testing.assert_close(ours[1], theirs[1], rtol=2e-7, atol=0)
+    differ = (ours[0].view(torch.uint8) != theirs[0].view(torch.uint8)).float().mean()
+    assert 1e-4 < differ < 0.05
+    step = theirs[0].float().abs() / 8 + 2**-9
+    assert ((ours[0].float() - theirs[0].float()).abs() <= step).all()

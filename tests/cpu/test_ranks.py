@@ -7,17 +7,20 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch.distributed as dist
 
 from barriers.config import GroupConfig
 from barriers.spawn import run_ranks
 from capture_cache import machine
 from runtime import Runtime
+from runtime.ranks import Ranks
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 60
@@ -170,3 +173,30 @@ def test_an_ep_size_that_torchrun_did_not_start_is_refused(tmp_path: Path) -> No
     ((code, _, err),) = _run([_options(tmp_path, ladder="2", ep_size=2)])
     assert code == 1
     assert "--nproc-per-node 2" in err
+
+
+def test_giving_up_on_nccl_does_not_wait_for_graphs_that_are_closed_later(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its abort returns only when no captured graph is left that uses the communicator."""
+    graphs_are_gone, aborted = threading.Event(), threading.Event()
+
+    def abort() -> None:
+        graphs_are_gone.wait(10.0)
+        aborted.set()
+
+    def destroy() -> None:
+        raise AssertionError("an aborted group is destroyed as well")
+
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_backend", lambda: "nccl")
+    monkeypatch.setattr(dist.distributed_c10d, "_abort_process_group", abort)
+    monkeypatch.setattr(dist, "destroy_process_group", destroy)
+    ranks = Ranks(GroupConfig(rank=0, world=1, name="alone"), {}, deadline_s=10.0)
+    ranks.abandon()
+    ranks.abandon()
+    assert not aborted.is_set()
+    graphs_are_gone.set()
+    ranks._disconnect()
+    assert aborted.is_set()
+    ranks.close()

@@ -25,7 +25,7 @@ import torch
 from barriers.config import GroupConfig
 from barriers.deepep import DeepEpMissing
 from barriers.group import RankGroup
-from barriers.rdep_ref import relative_error
+from barriers.rdep_ref import quantize_ref, relative_error
 from barriers.transport import DEEPEP, Local, Transport, TransportConfig, received_shape
 from bench.routing import expert_ids
 from bench.transport_cases import Tokens, make_tokens
@@ -45,6 +45,7 @@ from tests.ep.moe_layer import (
     Weights,
     check_touched,
     hidden_of,
+    quantize_deepep_ref,
     reference,
     run_layer,
     warm_up,
@@ -96,11 +97,11 @@ class Checker:
     def __init__(self, config: TransportConfig, experts: Experts) -> None:
         self.config, self.experts = config, experts
         self.weights: Weights = experts.make(config.expert_start, config.local_experts)
-        self._known: dict[str, tuple[list[Tokens], Reference]] = {}
+        self._known: dict[tuple[str, bool], tuple[list[Tokens], Reference]] = {}
 
     def check(self, transport: Transport, case: str, finish: Callable[[], None]) -> dict[str, Any]:
         """This rank's numbers; raises AssertionError."""
-        every, want = self._case(case)
+        every, want = self._case(case, transport.takes_act)
         own = every[self.config.rank]
         outs = []
         for _ in range(2):
@@ -121,16 +122,20 @@ class Checker:
             "hidden_excess": max(0.0, want.hidden_excess),
         }
 
-    def prepare(self) -> None:
-        """Make every reference."""
-        for case in CASES:
-            self._case(case)
+    def prepare(self, names: Sequence[str]) -> None:
+        """Make every reference that these transports are held against."""
+        for takes_act in {name == "deepep" for name in names}:
+            for case in CASES:
+                self._case(case, takes_act)
 
-    def _case(self, case: str) -> tuple[list[Tokens], Reference]:
-        if case not in self._known:
+    def _case(self, case: str, takes_act: bool) -> tuple[list[Tokens], Reference]:
+        """`takes_act`: the transport quantises; only DeepEP's low-latency one does."""
+        if (case, takes_act) not in self._known:
             every = tokens_of(self.config, case, self.experts.device)
-            self._known[case] = every, reference(self.experts, every[self.config.rank])
-        return self._known[case]
+            quantize = quantize_deepep_ref if takes_act else quantize_ref
+            want = reference(self.experts, every[self.config.rank], quantize)
+            self._known[case, takes_act] = every, want
+        return self._known[case, takes_act]
 
 
 def list_kernels(
@@ -265,7 +270,7 @@ def main() -> int:
             compile_all(list_kernels(names, config, args.inter, launcher), launcher.compiler)
         group.barrier("compiled", timeout_s=MEET_S)
         checker = Checker(config, experts)
-        checker.prepare()
+        checker.prepare([n for n in names if place.world > 1 or n not in DEEPEP])
         group.barrier("ready", timeout_s=MEET_S)
         told = run_all(names, checker, group, device)
         group.barrier("all is told", timeout_s=MEET_S)
