@@ -399,7 +399,8 @@ def answer(
 ) -> None:
     """Copy alternatives and logits of the entries that asked for them to the host.
 
-    Runs before `settle`, whose release publishes these stores too.
+    Runs before `settle`: the release of whoever publishes the step, it or the next step's intake,
+    publishes these stores too.
 
     Args:
         sample_row, sample_pos: int32 [S].
