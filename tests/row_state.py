@@ -29,7 +29,6 @@ from runtime.row_params import Admission, admission
 from runtime.sampling import SamplingParams
 
 ROWS, PAGES, STOPS, PAGE, VOCAB, LENGTH, LINES = 5, 6, 3, 4, 100, 24, 5
-LAYOUT = MailboxLayout(ROWS, 16, STOPS)
 PINNED = ("mailbox", "forced_tokens", "masks", "ring", "ring_step", "ring_top", "ring_logits")
 
 
@@ -44,27 +43,31 @@ class Device:
     Attributes:
         launch: None runs the oracles.
         where: torch device.
+        max_rows: of the runtime.
     """
 
     tokens: int
     samples: int
     launch: Launcher | None = None
     where: str = "cpu"
+    max_rows: int = ROWS
 
     def __post_init__(self) -> None:
-        self.mailbox = torch.full((2, LAYOUT.words), -7, dtype=torch.int32)
-        self.forced_tokens = _i32(ROWS, LENGTH) - 5
-        self.masks = _i32(2, ROWS, mask_words(VOCAB))
+        rows = self.max_rows
+        self.layout = MailboxLayout(rows, 16, STOPS)
+        self.mailbox = torch.full((2, self.layout.words), -7, dtype=torch.int32)
+        self.forced_tokens = _i32(rows, LENGTH) - 5
+        self.masks = _i32(2, rows, mask_words(VOCAB))
         self.step = torch.zeros(1, dtype=torch.int64)
-        self.phase, self.seq_len, self.last_token, self.limit = (_i32(ROWS) for _ in range(4))
-        self.stop_ids, self.page_table = _i32(ROWS, STOPS) - 1, _i32(ROWS, PAGES)
-        self.row_params = _i32(PARAMS, param_pitch(ROWS))
-        self.deadline_ns = torch.zeros(ROWS, dtype=torch.int64)
-        self.seed, self.bias_ids = _i32(ROWS, 2), _i32(ROWS, MAX_BIASES) - 1
-        self.bias_values = torch.zeros(ROWS, MAX_BIASES)
-        self.stop_sequences = _i32(ROWS, MAX_STOP_SEQUENCES * MAX_STOP_LENGTH) - 1
-        self.tail, self.mask_step = _i32(ROWS, MAX_STOP_LENGTH) - 1, _i32(ROWS) - 1
-        self.token_mask = _i32(ROWS, mask_words(VOCAB))
+        self.phase, self.seq_len, self.last_token, self.limit = (_i32(rows) for _ in range(4))
+        self.stop_ids, self.page_table = _i32(rows, STOPS) - 1, _i32(rows, PAGES)
+        self.row_params = _i32(PARAMS, param_pitch(rows))
+        self.deadline_ns = torch.zeros(rows, dtype=torch.int64)
+        self.seed, self.bias_ids = _i32(rows, 2), _i32(rows, MAX_BIASES) - 1
+        self.bias_values = torch.zeros(rows, MAX_BIASES)
+        self.stop_sequences = _i32(rows, MAX_STOP_SEQUENCES * MAX_STOP_LENGTH) - 1
+        self.tail, self.mask_step = _i32(rows, MAX_STOP_LENGTH) - 1, _i32(rows) - 1
+        self.token_mask = _i32(rows, mask_words(VOCAB))
         self.lists = {n: _i32(self.tokens) - 9 for n in ("tok_row", "tok_pos", "tok_id")}
         names = ("sample_tok", "sample_row", "sample_pos", "forced")
         self.lists |= {n: _i32(self.samples) - 9 for n in names}
@@ -74,15 +77,15 @@ class Device:
         self.top_logprobs = -torch.arange(self.samples * MAX_TOP).float().view(-1, MAX_TOP)
         self.logits = torch.arange(self.samples * VOCAB).float().view(-1, VOCAB)
         self.fault, self.begin_ns = _i32(1), torch.zeros(1, dtype=torch.int64)
-        self.ring = _i32(RING_SLOTS, RingLayout(ROWS).words)
-        self.pending = _i32(RingLayout(ROWS).words)
+        self.ring = _i32(RING_SLOTS, RingLayout(rows).words)
+        self.pending = _i32(RingLayout(rows).words)
         self.ring_step = torch.zeros(RING_SLOTS, dtype=torch.int64)
-        self.ring_top = _i32(RING_SLOTS, ROWS, 2, MAX_TOP)
+        self.ring_top = _i32(RING_SLOTS, rows, 2, MAX_TOP)
         self.ring_logits = torch.zeros(2, LINES, VOCAB)
         self._move()
         self.rows = RowState.of(vars(self))
         self.host = Mailbox(
-            self.mailbox.numpy(), LAYOUT, self.forced_tokens.numpy(), self.masks.numpy()
+            self.mailbox.numpy(), self.layout, self.forced_tokens.numpy(), self.masks.numpy()
         )
 
     def _move(self) -> None:
@@ -107,7 +110,7 @@ class Device:
         outs = dict(**self.lists, fault=self.fault, begin_ns=self.begin_ns)
         args = (self.mailbox, self.forced_tokens, self.step, self.rows)
         to = dict(pending=self.pending, ring=self.ring, ring_step=self.ring_step)
-        more = dict(layout=LAYOUT, on_device=self.where != "cpu") | to
+        more = dict(layout=self.layout, on_device=self.where != "cpu") | to
         self._call(intake, "intake", *args, **outs, **more)
         masks = (self.step, self.mask_step, self.masks)
         self._call(intake, "copy_masks", *masks, token_mask=self.token_mask)
@@ -132,7 +135,7 @@ class Device:
             self.ring.numpy(),
             self.ring_step.numpy(),
             header=HEADER,
-            max_rows=ROWS,
+            max_rows=self.max_rows,
             top=self.ring_top.numpy(),
             logits=self.ring_logits.numpy(),
         )

@@ -134,9 +134,10 @@ def _publish(
     if is_pending == 1:
         at = (step - 1) % SLOTS
         tl.store(ring + at * WORDS + word, slot, mask=word < WORDS)
-        tl.store(pending + IS_PENDING, 0)
-        # As in `settle`: the barrier orders the CTA's stores before the release.
+        # As in `settle`: the barrier orders the CTA's stores before the release. No thread may
+        # clear the flag before all have seen it.
         tl.debug_barrier()
+        tl.store(pending + IS_PENDING, 0)
         if ON_DEVICE:
             store_release_sys(ring_step + at, step)
         else:

@@ -88,10 +88,12 @@ def _settle(
     await_inputs(PDL)
     # Loads that do not need each other come first and together: each trip to memory is half a
     # microsecond, one to the host's a whole one, in which nothing else of the step runs.
-    launched = tl.load(mailbox + LAUNCHED)
+    s = tl.arange(0, S2)
+    # By one thread: the host writes it at any time, and warps that saw different numbers would
+    # leave half of a slot here and half there.
+    launched = tl.load(mailbox + LAUNCHED + s, mask=s == 0, other=0)
     step = tl.load(step_ptr)
     bad, begin = tl.load(fault), tl.load(begin_ns)
-    s = tl.arange(0, S2)
     row = tl.load(sample_row + s, mask=s < S, other=-1)
     token = tl.load(out_token + s, mask=s < S, other=0)
     pos = tl.load(sample_pos + s, mask=s < S, other=0)
@@ -149,7 +151,7 @@ def _settle(
     count = tl.where(new, new_top, prompt_top)
     answers = count + tl.where(wants, 256 * line, 0)
     # At most three steps apart, so the difference is right where the numbers' low words wrap.
-    follows = launched - (step + 2).to(tl.int32) >= 0
+    follows = tl.sum(launched, 0) - (step + 2).to(tl.int32) >= 0
     if follows:
         out = pending
     else:
@@ -397,7 +399,8 @@ def answer(
 ) -> None:
     """Copy alternatives and logits of the entries that asked for them to the host.
 
-    Runs before `settle`, whose release publishes these stores too.
+    Runs before `settle`: the release of whoever publishes the step, it or the next step's intake,
+    publishes these stores too.
 
     Args:
         sample_row, sample_pos: int32 [S].

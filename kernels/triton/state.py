@@ -30,8 +30,8 @@ Beside the mailbox in pinned memory:
   masks          int32 [2, max_rows, words], token masks of the slot's step, bit 1 = allowed
 
 Ring slot (int32; slot = step % RING_SLOTS), offsets in `RingLayout`:
-  header   HEADER words: entries, fault, begin ns (2 words), end ns (2 words), 1 while it lies in
-           `pending` and has not been published, -
+  header   HEADER words: entries, fault, begin ns (2 words), end ns (2 words), 1 in `pending` until
+           it is published (of a slot of the ring it says nothing), -
   RING_FIELDS arrays of [max_rows] words: row, token, log-prob bits, finish reason (PROMPT_ENTRY for
   a scored prompt token), position of the token, answers (alternatives, and 256 * (1 + line of its
   logits))

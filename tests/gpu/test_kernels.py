@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from kernels.triton import grouped, linear, router, routing, settle
+from kernels.triton import grouped, linear, router, routing, settle, state
 from kernels.triton.launch import Launcher
 from kernels.triton.tiles import sum_parts
 from tests.gpu.kernel_cases import BY_TOKEN, CASES, Case
@@ -31,7 +31,7 @@ from tests.gpu.kernel_inputs import (
     randn,
     weight,
 )
-from tests.row_state import Device, random_steps
+from tests.row_state import LENGTH, Device, random_steps
 
 # ------------------------------------------------------------------ running a case
 
@@ -312,6 +312,32 @@ def test_steps_of_the_row_state_are_the_oracles(seed: int, launcher: Launcher) -
         assert torch.equal(bits(dumps[1][name]), bits(tensor)), name
     begin, end = device.ring[0, 2:6].clone().view(torch.int64).tolist()
     assert 0 < begin <= end
+
+
+def test_a_slot_stays_whole_whenever_the_host_tells_of_a_launch(launcher: Launcher) -> None:
+    """The host writes LAUNCHED over and over while the warps of settle read it."""
+    rows, at = 256, state.HEADER + 256  # the entries' tokens
+    device = Device(rows, rows, launcher, DEVICE, max_rows=rows)
+    device.limit.fill_(LENGTH)
+    device.lists["sample_row"].copy_(torch.arange(rows))
+    device.lists["sample_pos"].zero_()
+    told, seen = device.mailbox.numpy()[0, state.LAUNCHED :].data, set()
+    for turn in range(1, 1001):
+        device.step.zero_()
+        device.out_token.fill_(turn)
+        torch.cuda.synchronize()
+        torch.cuda._sleep(400_000)
+        device.settle()
+        for _ in range(4000):  # longer than the sleep
+            told[0], told[0] = 2, 1
+        torch.cuda.synchronize()
+        left = int((device.pending[at : at + rows] == turn).sum())
+        published = int((device.ring[0, at : at + rows] == turn).sum())
+        assert sorted((left, published)) == [0, rows], f"turn {turn}: {left} left, {published} not"
+        assert (int(device.ring_step[0]) == 1) == (published == rows), turn
+        device.ring_step.zero_()
+        seen.add(left)
+    assert seen == {0, rows}
 
 
 def test_stamps_rise(launcher: Launcher) -> None:
