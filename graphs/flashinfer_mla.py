@@ -89,8 +89,8 @@ class FlashinferMla(PlannedMla):
     ) -> None:
         """Attend with every token of the planned step.
 
-        A token of length 0 gets zeros from the merge, and nothing where none runs: `absorb_v` does not
-        look at what such a token has.
+        A token of length 0 gets zeros from the merge, and nothing where none runs: `absorb_v` does
+        not look at what such a token has.
 
         On `meta` tensors only our own kernels are launched (that is, listed).
 

@@ -60,8 +60,8 @@ class HopperMla(PlannedMla):
     ) -> None:
         """Attend with every token of the planned step.
 
-        A token of length 0 gets zeros from the merge, and nothing where none runs: `absorb_v` does not
-        look at what such a token has.
+        A token of length 0 gets zeros from the merge, and nothing where none runs: `absorb_v` does
+        not look at what such a token has.
 
         Args:
             q: bf16 [T, H, 576], absorbed: latent part, then rotated part.

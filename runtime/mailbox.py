@@ -70,8 +70,8 @@ class Mailbox:
     def __init__(self, words: Int32, layout: Any, forced_tokens: Int32, masks: Int32) -> None:
         self._words, self._layout = words, layout
         self._forced_tokens, self._masks = forced_tokens, masks
-        words[:, 0] = words[0, LAUNCHED] = -1
-        self._launched = words[0, LAUNCHED : LAUNCHED + 1].view(np.uint32).data
+        words[:, 0] = words[-1, LAUNCHED] = -1
+        self._launched = words[-1, LAUNCHED:].view(np.uint32).data
 
     def write(
         self,

@@ -255,7 +255,7 @@ def settle(
         WORDS=ring.shape[1],
         SLOTS=ring.shape[0],
         HEAD=HEADER,
-        LAUNCHED=LAUNCHED,
+        LAUNCHED=mailbox.numel() + LAUNCHED,
         IS_PENDING=IS_PENDING,
         PROMPT_LEN=P_PROMPT_LEN,
         MIN_LEN=P_MIN_LEN,
@@ -304,7 +304,7 @@ def settle_ref(
     count = torch.where(new, rows.param(P_TOP)[row], rows.param(P_PROMPT_TOP)[row])
     answers = (count + wants * wants.cumsum(0) * 256).int()
     reason = torch.where(new, reason, PROMPT_ENTRY)
-    ahead = (int(mailbox[0, LAUNCHED]) - now - 2) % 2**32
+    ahead = (int(mailbox[-1, LAUNCHED]) - now - 2) % 2**32
     follows, width = ahead < 2**31, rows.phase.shape[0]
     out = pending if follows else ring[now % RING_SLOTS]
     bits = out_logprob[:n].contiguous().view(torch.int32)

@@ -10,14 +10,15 @@ take longer than all else between two steps. The last step that was launched pub
 nothing that has been launched waits to be published for a launch that may never come.
 
 Mailbox slot (int32; slot = step % 2), offsets in `MailboxLayout`:
-  header   HEADER words: step, admits, cancels, pages, chunks, chunk tokens, masks; word LAUNCHED of
-           slot 0, whatever the step: how many steps have been launched (its low 32 bits)
+  header   HEADER words: step, admits, cancels, pages, chunks, chunk tokens, masks, -
   cancels  [max_rows]            row
   admits   records one after the other, each as long as its first word says (`ADMIT_*`)
   pages    [max_tokens, 3]       row, page index, page id
   chunks   [max_rows, 4]         row, start position, tokens, how many of the last run the head
   masks    [max_rows, 2]         row, 1 if a token mask lies in its pinned buffer, 0 to end masking
   ids      [max_tokens]          prompt token ids of all chunks, in chunk order
+The last word of the last slot, LAUNCHED, says how many steps have been launched (the low 32 bits).
+It has a memory line of its own: a step reads it when the host may be writing the next one's slot.
 
 Admit record: ADMIT_HEADER words (its length, row, limit in total tokens, lifetime in ms or 0, stop
 ids, biased tokens, stop sequences, low and high word of the seed), then PARAMS parameters (`P_*`;
@@ -46,7 +47,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 HEADER = 8
-LAUNCHED = 7  # word of mailbox slot 0
+LAUNCHED = -1  # word of the mailbox's last slot
+LINE = 64  # words; more than a memory line
 IS_PENDING = 6  # word of a ring slot
 RING_SLOTS = 4
 RING_FIELDS = 6
@@ -143,7 +145,7 @@ class MailboxLayout:
 
     @property
     def words(self) -> int:
-        return -(-(self.ids + self.max_tokens) // 64) * 64
+        return -(-(self.ids + self.max_tokens) // LINE) * LINE + LINE
 
 
 @dataclass(frozen=True)
@@ -154,7 +156,7 @@ class RingLayout:
 
     @property
     def words(self) -> int:
-        return -(-(HEADER + RING_FIELDS * self.max_rows) // 64) * 64
+        return -(-(HEADER + RING_FIELDS * self.max_rows) // LINE) * LINE
 
 
 def mask_words(vocab: int) -> int:

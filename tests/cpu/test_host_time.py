@@ -348,12 +348,12 @@ def test_a_wait_lets_nobody_in_who_could_still_be_passed() -> None:
 def test_a_step_hears_of_its_successor_only_once_that_is_launched() -> None:
     device = FakeDevice(FakeConfig(max_rows=2), "1,2,2+16")
     runtime = Runtime(device)  # type: ignore[arg-type]
-    assert device.mailbox[0, LAUNCHED] == -1
+    assert device.mailbox[-1, LAUNCHED] == -1
     runtime.add([1, 2], SamplingParams(max_tokens=9, ignore_eos=True))
     replay, known = device.replay, []
 
     def watched(key: GraphKey) -> None:
-        known.append(int(device.mailbox[0, LAUNCHED]))
+        known.append(int(device.mailbox[-1, LAUNCHED]))
         replay(key)
 
     device.replay = watched  # type: ignore[method-assign]
@@ -362,7 +362,7 @@ def test_a_step_hears_of_its_successor_only_once_that_is_launched() -> None:
         runtime.launch()
         runtime.collect()
     assert known == [-1, 1, 2]
-    assert device.mailbox[0, LAUNCHED] == 3
+    assert device.mailbox[-1, LAUNCHED] == 3
 
     def broken(_: GraphKey) -> None:
         raise RuntimeError("no launch")
@@ -371,7 +371,7 @@ def test_a_step_hears_of_its_successor_only_once_that_is_launched() -> None:
     runtime.collect()
     with pytest.raises(RuntimeError, match="no launch"):
         runtime.launch()
-    assert device.mailbox[0, LAUNCHED] == 3
+    assert device.mailbox[-1, LAUNCHED] == 3
 
 
 # ------------------------------------------------------------------ what a step takes

@@ -131,7 +131,7 @@ def test_the_last_step_that_was_launched_publishes_itself(kernel: bool, launched
 def test_what_was_there_of_earlier_steps_is_not_taken_for_a_successor(kernel: bool) -> None:
     device = device_of(kernel, 4, 2)
     device.step[0] = 9
-    assert int(device.mailbox[0, state.LAUNCHED]) == -1  # nothing was launched through a mailbox
+    assert int(device.mailbox[-1, state.LAUNCHED]) == -1  # nothing was launched through a mailbox
     device.settle()
     assert int(device.ring_step[1]) == 10
 

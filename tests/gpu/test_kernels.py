@@ -321,7 +321,7 @@ def test_a_slot_stays_whole_whenever_the_host_tells_of_a_launch(launcher: Launch
     device.limit.fill_(LENGTH)
     device.lists["sample_row"].copy_(torch.arange(rows))
     device.lists["sample_pos"].zero_()
-    told, seen = device.mailbox.numpy()[0, state.LAUNCHED :].data, set()
+    told, seen = device.mailbox.numpy()[-1, state.LAUNCHED :].data, set()
     for turn in range(1, 1001):
         device.step.zero_()
         device.out_token.fill_(turn)
