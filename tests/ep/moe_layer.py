@@ -238,12 +238,15 @@ class Reference:
 def quantize_deepep_ref(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """As `quantize_ref`, by the rule of DeepEP's low-latency dispatch, which quantises by itself.
 
-    It multiplies where we divide. Of bf16 a percent lies halfway between two e4m3 values, and goes
-    to the one or the other by the last bit.
+    It multiplies where we divide. Of random bf16, three values in ten thousand lie halfway between
+    two of e4m3 and go to the other one; the hidden activation, quantised in its turn, makes an
+    error of 7e-3 of that.
     """
     groups = x.cpu().float().view(len(x), -1, GROUP)
     amax = groups.abs().amax(-1).clamp(min=1e-4)
-    q = (groups * (E4M3_MAX / amax)[..., None]).clamp(-E4M3_MAX, E4M3_MAX)
+    # Not `E4M3_MAX / amax`, which torch makes of the reciprocal, with two roundings for one.
+    factor = torch.full_like(amax, E4M3_MAX) / amax
+    q = (groups * factor[..., None]).clamp(-E4M3_MAX, E4M3_MAX)
     q8 = q.view(x.shape).to(torch.float8_e4m3fn)
     return q8.to(x.device), (amax * (1.0 / E4M3_MAX)).to(x.device)
 

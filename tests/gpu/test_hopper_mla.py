@@ -180,7 +180,7 @@ def test_a_captured_step_is_proved_and_compiles_nothing(load: Load) -> None:
 def test_a_requests_bits_do_not_depend_on_company_or_ladder(max_seq_len: int, load: Load) -> None:
     """With several splits of a row, and where none can have a second."""
     rng = np.random.default_rng(5)
-    requests = make_requests(rng, (1, 37, 64, 200, 100), 2048, 24)
+    requests = make_requests(rng, (1, 37, 64, 200, 100), 2048, (24,))
     want: list[str] = []
     for ladder in LADDERS[:2]:
         options = {"ladder": ladder, "max_seq_len": max_seq_len, "prefix_cache": False}
