@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,20 @@ def test_it_compiles_once_and_without_spills(heads: int, tmp_path: Path) -> None
         (16, 64),
         (16, 64),
     ]
+
+
+def test_it_overlaps_and_every_role_waits_before_it_reads_what_a_step_writes() -> None:
+    """But for the hint `warm`; CUDA C++ is not among what `test_overlap` compiles."""
+    (request,) = [r for r in _listed(_model(), (1024,)).requests if r.spec.is_cuda]
+    assert request.spec.pdl
+    source = HOPPER_MLA.source()
+    for role in ("loads", "scores", "values"):
+        body = source.split(f" void {role}(Shared sh, const Params& p", 1)[1].split("\n}\n", 1)[0]
+        before, waits, after = body.partition("await_inputs();")
+        assert waits, role
+        assert "own_items(p)" in after, role
+        assert not re.search(r"own_items|load_group|load_query|__ld|\bp\.\w+\[", before), role
+    assert source.count("warm(p, ") == 1
 
 
 def test_it_is_listed_among_every_cut() -> None:
