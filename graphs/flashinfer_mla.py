@@ -19,7 +19,7 @@ import torch
 from graphs.model_config import ModelConfig
 from graphs.planned_mla import LATENT_DIM, ROPE_DIM, PlannedMla, no_hopper
 from kernels.triton.launch import Launcher
-from kernels.triton.mla_decode import merge
+from kernels.triton.mla_plan import PlanLayout
 
 VERSION = "0.6.18.post1"  # the plan's layout and the kernel's arguments are private to it
 NO_MASK = 0  # flashinfer's MaskMode: every token attends to all of its kv_len
@@ -73,67 +73,44 @@ class FlashinferMla(PlannedMla):
         """
         _ = self._module
 
-    def run(
+    def attend(
         self,
         launch: Launcher,
         q: torch.Tensor,
         kv_cache: torch.Tensor,
         page_table: torch.Tensor,
-        kv_len: torch.Tensor,
         *,
+        layout: PlanLayout,
         ws: torch.Tensor,
         part_o: torch.Tensor,
         part_lse: torch.Tensor,
         out: torch.Tensor,
-        merges: bool = True,
     ) -> None:
-        """Attend with every token of the planned step.
-
-        A token of length 0 gets zeros from the merge, and nothing where none runs: `absorb_v` does
-        not look at what such a token has.
-
-        On `meta` tensors only our own kernels are launched (that is, listed).
-
-        Args:
-            q: bf16 [T, H, 576], absorbed: latent part, then rotated part.
-            kv_cache: bf16 [num_slots, 576], contiguous.
-            page_table: int32 [max_rows, max_pages], contiguous.
-            kv_len: int32 [T], as planned.
-            ws: int32, as planned.
-            part_o: bf16 [T, splits, H, 512], scratch.
-            part_lse: float32 [T, splits, H], scratch.
-            out: bf16 [T, H, 512].
-            merges: False leaves the splits of a token longer than `cut` where they are.
-        Raises:
-            ValueError: buffers that do not fit.
-        """
-        layout = self.layout(launch, part_o)
-        self.check(kv_cache, page_table, part_o)
-        if q.device.type != "meta":
-            pages = kv_cache.view(-1, self.page_size, LATENT_DIM + ROPE_DIM)
-            self._module.run(
-                part_o,
-                ws,
-                # Both partial buffers lie where they like: the plan carries their distance.
-                layout.plan_info(part_lse.data_ptr() - part_o.data_ptr()),
-                q[..., :LATENT_DIM],
-                q[..., LATENT_DIM:],
-                pages[..., :LATENT_DIM],
-                pages[..., LATENT_DIM:],
-                page_table,
-                out,
-                None,  # no final lse
-                NO_MASK,
-                self.num_heads,
-                self.page_size,
-                self.softmax_scale,
-                False,  # lse in base 2
-                1.0,
-                1.0,
-                None,  # no FP8 scales
-            )
-        if merges and part_o.shape[1] > 1:
-            merge(launch, kv_len, part_o, part_lse, cut=self.cut, out=out)
+        """As `PlannedMla.attend`; nothing on `meta` tensors: it is no kernel of ours to list."""
+        if q.device.type == "meta":
+            return
+        pages = kv_cache.view(-1, self.page_size, LATENT_DIM + ROPE_DIM)
+        self._module.run(
+            part_o,
+            ws,
+            # Both partial buffers lie where they like: the plan carries their distance.
+            layout.plan_info(part_lse.data_ptr() - part_o.data_ptr()),
+            q[..., :LATENT_DIM],
+            q[..., LATENT_DIM:],
+            pages[..., :LATENT_DIM],
+            pages[..., LATENT_DIM:],
+            page_table,
+            out,
+            None,  # no final lse
+            NO_MASK,
+            self.num_heads,
+            self.page_size,
+            self.softmax_scale,
+            False,  # lse in base 2
+            1.0,
+            1.0,
+            None,  # no FP8 scales
+        )
 
     @cached_property
     def _module(self) -> Any:

@@ -7,10 +7,13 @@ list and partial results are buffers of the step (`workspace`).
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+
 import torch
 
 from graphs.model_config import ModelConfig
 from kernels.triton.launch import Launcher
+from kernels.triton.mla_decode import merge
 from kernels.triton.mla_plan import TILE_KV, TILE_Q, PlanLayout, mla_plan
 
 LATENT_DIM, ROPE_DIM = 512, 64  # what the kernels are written for
@@ -18,7 +21,7 @@ MAX_HEADS = 2 * TILE_Q  # one query tile for each of two SMs
 MAX_SMS = 160  # sizes the workspace the same on every Hopper chip
 
 
-class PlannedMla:
+class PlannedMla(ABC):
     """Base of `FlashinferMla` and `HopperMla`: `plan` once a step; capture-safe.
 
     Args:
@@ -98,6 +101,61 @@ class PlannedMla:
             layout=self.layout(launch, part_o),
             ws=ws,
         )
+
+    def run(
+        self,
+        launch: Launcher,
+        q: torch.Tensor,
+        kv_cache: torch.Tensor,
+        page_table: torch.Tensor,
+        kv_len: torch.Tensor,
+        *,
+        ws: torch.Tensor,
+        part_o: torch.Tensor,
+        part_lse: torch.Tensor,
+        out: torch.Tensor,
+        merges: bool = True,
+    ) -> None:
+        """Attend with every token of the planned step.
+
+        A token of length 0 gets zeros from the merge, and nothing where none runs: `absorb_v` does
+        not look at what such a token has.
+
+        Args:
+            q: bf16 [T, H, 576], absorbed: latent part, then rotated part.
+            kv_cache: bf16 [num_slots, 576], contiguous.
+            page_table: int32 [max_rows, max_pages], contiguous.
+            kv_len: int32 [T], as planned.
+            ws: int32, as planned.
+            part_o: bf16 [T, splits, H, 512], scratch.
+            part_lse: float32 [T, splits, H], scratch.
+            out: bf16 [T, H, 512].
+            merges: False leaves the splits of a token longer than `cut` where they are.
+        Raises:
+            ValueError: buffers that do not fit.
+        """
+        self.check(kv_cache, page_table, part_o)
+        layout = self.layout(launch, part_o)
+        buffers = {"ws": ws, "part_o": part_o, "part_lse": part_lse, "out": out}
+        self.attend(launch, q, kv_cache, page_table, layout=layout, **buffers)
+        if merges and part_o.shape[1] > 1:
+            merge(launch, kv_len, part_o, part_lse, cut=self.cut, out=out)
+
+    @abstractmethod
+    def attend(
+        self,
+        launch: Launcher,
+        q: torch.Tensor,
+        kv_cache: torch.Tensor,
+        page_table: torch.Tensor,
+        *,
+        layout: PlanLayout,
+        ws: torch.Tensor,
+        part_o: torch.Tensor,
+        part_lse: torch.Tensor,
+        out: torch.Tensor,
+    ) -> None:
+        """`run` without its checks and its merge: `out` of tokens of one split, parts of others."""
 
     def layout(self, launch: Launcher, part_o: torch.Tensor) -> PlanLayout:
         """Of the work list, for the launcher's device.

@@ -417,33 +417,21 @@ __device__ __forceinline__ void store_sums(const Params& p, const Item& item, co
   lse[8] = x.high1 + log2_fast(x.total1);
 }
 
-// The scores of the first block of a pair to weights, for both warpgroups; the second one's are on their way.
+// The scores of a block to weights, for both warpgroups. Of a pair's first block, the second one's scores are on their
+// way; of its second, the first one's weights are being multiplied, which is to end here.
 // Returns, with the last weights, what the results are to be multiplied by.
-template <bool kLast>
-__device__ __forceinline__ float2 take_even(Shared& sh, const Params& p, float (&s)[32], Softmax& x, u32 (&weights)[16],
-                                          float (&o)[kOwn][64], u32 block, u32& given, int live) {
+template <bool kSecond, bool kLast>
+__device__ __forceinline__ float2 take_scores(Shared& sh, const Params& p, float (&s)[32], Softmax& x,
+                                            u32 (&weights)[16], float (&o)[kOwn][64], u32 block, u32& given, int live) {
   free_group(sh, block, kRope);
   mask_scores(s, live);
   float2 factor = raise(s, x, p.scale);
   weigh(s, x, factor, weights, p.scale);
   await_taken(sh, given);
-  float2 inverse = kLast ? give_inverses(sh, x) : factor;
-  hand_over(sh, weights, factor, given);
-  rescale(o, factor.x, factor.y);
-  return inverse;
-}
-
-// The second one's, while the first one's weights are multiplied.
-template <bool kLast>
-__device__ __forceinline__ float2 take_odd(Shared& sh, const Params& p, float (&s)[32], Softmax& x, u32 (&weights)[16],
-                                         float (&o)[kOwn][64], u32 block, u32& given, int live) {
-  free_group(sh, block, kRope);
-  mask_scores(s, live);
-  float2 factor = raise(s, x, p.scale);
-  weigh(s, x, factor, weights, p.scale);
-  await_taken(sh, given);
-  wgmma_wait<0>();
-  end_values(sh, block - 1);
+  if (kSecond) {
+    wgmma_wait<0>();
+    end_values(sh, block - 1);
+  }
   float2 inverse = kLast ? give_inverses(sh, x) : factor;
   hand_over(sh, weights, factor, given);
   rescale(o, factor.x, factor.y);
@@ -469,10 +457,10 @@ __device__ __forceinline__ void scores(Shared sh, const Params& p) {
     for (; left > 2; left -= 2) {
       multiply_scores<0, kGroups>(odd, sh, block + 1);
       wgmma_wait<kGroups>();
-      take_even<false>(sh, p, even, x, weights, o, block, given, kRows);
+      take_scores<false, false>(sh, p, even, x, weights, o, block, given, kRows);
       multiply_own(o, weights, sh.stage(block));
       wgmma_wait<1>();
-      take_odd<false>(sh, p, odd, x, others, o, block + 1, given, kRows);
+      take_scores<true, false>(sh, p, odd, x, others, o, block + 1, given, kRows);
       block += 2;
       multiply_own(o, others, sh.stage(block - 1));
       multiply_scores<0, 2>(even, sh, block);
@@ -484,16 +472,16 @@ __device__ __forceinline__ void scores(Shared sh, const Params& p) {
     if (left == 2) {
       multiply_scores<0, kGroups>(odd, sh, block + 1);
       wgmma_wait<kGroups>();
-      take_even<false>(sh, p, even, x, weights, o, block, given, kRows);
+      take_scores<false, false>(sh, p, even, x, weights, o, block, given, kRows);
       multiply_own(o, weights, sh.stage(block));
       wgmma_wait<1>();
       ++block;
-      inverse = take_odd<true>(sh, p, odd, x, others, o, block, given, item.tail);
+      inverse = take_scores<true, true>(sh, p, odd, x, others, o, block, given, item.tail);
 #pragma unroll
       for (int i = 0; i < 16; ++i) weights[i] = others[i];
     } else {
       wgmma_wait<0>();
-      inverse = take_even<true>(sh, p, even, x, weights, o, block, given, item.tail);
+      inverse = take_scores<false, true>(sh, p, even, x, weights, o, block, given, item.tail);
     }
     if (item.tail < kRows) sh.wait(sh.cleared(), tails++ & 1);
     multiply_own(o, weights, sh.stage(block));
