@@ -25,6 +25,7 @@ from kernels.triton import (
     router,
     routing,
     settle,
+    token_masks,
 )
 from kernels.triton.launch import Launcher, Ordinary
 
@@ -42,7 +43,7 @@ class Ops:
 
         self.intake = bind(intake.intake, intake.intake_ref)
         self.advance = bind(advance.advance, advance.advance_ref)
-        self.copy_masks = bind(intake.copy_masks, intake.copy_masks_ref)
+        self.copy_masks = bind(token_masks.copy_masks, token_masks.copy_masks_ref)
         self.answer = bind(settle.answer, settle.answer_ref)
         self.settle = bind(settle.settle, settle.settle_ref)
         self.embed = bind(norm.embed, norm.embed_ref)

@@ -20,7 +20,7 @@ from capture_cache.arena import ARENA_BASE
 from capture_cache.errors import CudaError
 from capture_cache.restore import Parts
 from graphs.keys import GraphKey, Ladder, NotCaptured
-from kernels.triton.intake import admit
+from kernels.triton.intake_rows import admit
 from kernels.triton.rows import RowState
 from runtime import Runtime, SamplingParams
 from runtime.aside import Aside
