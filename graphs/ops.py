@@ -13,7 +13,8 @@ from kernels.triton import (
     activation,
     advance,
     draw_pipeline,
-    grouped,
+    grouped_down,
+    grouped_gate_up,
     intake,
     linear,
     logits_counts,
@@ -62,8 +63,10 @@ class Ops:
         self.route = bind(routing.route, routing.route_ref)
         self.align = bind(routing.align, routing.align_ref)
         self.combine = bind(routing.combine, routing.combine_ref)
-        self.grouped_gate_up = bind(grouped.grouped_gate_up, grouped.grouped_gate_up_ref)
-        self.grouped_down = bind(grouped.grouped_down, grouped.grouped_down_ref)
+        self.grouped_gate_up = bind(
+            grouped_gate_up.grouped_gate_up, grouped_gate_up.grouped_gate_up_ref
+        )
+        self.grouped_down = bind(grouped_down.grouped_down, grouped_down.grouped_down_ref)
         self.count_tokens = bind(logits_counts.count_tokens, logits_counts.count_tokens_ref)
         self.sample = bind(draw_pipeline.sample_step, draw_pipeline.sample_step_ref)
 

@@ -11,7 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from kernels.triton import grouped, linear, router, routing, settle, state
+from kernels.triton import linear, router, routing, settle, state
+from kernels.triton.grouped_down import grouped_down
+from kernels.triton.grouped_gate_up import grouped_gate_up
+from kernels.triton.grouped_plan import GroupedPlan
 from kernels.triton.launch import Launcher
 from kernels.triton.tiles import sum_parts
 from tests.gpu.kernel_cases import BY_TOKEN, CASES, Case
@@ -150,14 +153,14 @@ class Experts:
         self.lists["pairs"] = torch.zeros(rows, dtype=I32, **made)
         self.ready = torch.zeros(experts, dtype=I32, **made)
 
-    def run(self, launch: Launcher, plans: tuple[grouped.GroupedPlan, ...]) -> None:
+    def run(self, launch: Launcher, plans: tuple[GroupedPlan, ...]) -> None:
         routing.align(launch, self.ids, expert_start=0, ready=self.ready, **self.lists)
         common = {**self.lists, "top_k": self.top_k, "ready": self.ready}
-        grouped.grouped_gate_up(
+        grouped_gate_up(
             launch, self.x, self.x_scale, self.gate_up, self.scales[0],
             **common, out=self.h, out_scale=self.h_scale, plan=plans[0],
         )  # fmt: skip
-        grouped.grouped_down(
+        grouped_down(
             launch, self.h, self.h_scale, self.down, self.scales[1],
             **common, out=self.y, plan=plans[1],
         )  # fmt: skip
@@ -169,8 +172,8 @@ def test_down_may_begin_before_gate_up_has_ended(
 ) -> None:
     torch.manual_seed(0)
     layer = Experts(experts, 3, tokens)
-    plain = (grouped.GroupedPlan(), grouped.GroupedPlan())
-    chained = (grouped.GroupedPlan(chain=1), grouped.GroupedPlan(chain=5, prefetch=1))
+    plain = (GroupedPlan(), GroupedPlan())
+    chained = (GroupedPlan(chain=1), GroupedPlan(chain=5, prefetch=1))
     stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
     with torch.cuda.stream(stream):
         layer.run(launcher, plain)
