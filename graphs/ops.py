@@ -13,6 +13,8 @@ from kernels.triton import (
     activation,
     advance,
     draw_pipeline,
+    expert_lists,
+    expert_sum,
     grouped_down,
     grouped_gate_up,
     intake,
@@ -61,8 +63,8 @@ class Ops:
         self.mla_decode = bind(mla_decode.mla_decode, mla_decode.mla_decode_ref)
         self.router = bind(router.router, router.router_ref)
         self.route = bind(routing.route, routing.route_ref)
-        self.align = bind(routing.align, routing.align_ref)
-        self.combine = bind(routing.combine, routing.combine_ref)
+        self.align = bind(expert_lists.align, expert_lists.align_ref)
+        self.combine = bind(expert_sum.combine, expert_sum.combine_ref)
         self.grouped_gate_up = bind(
             grouped_gate_up.grouped_gate_up, grouped_gate_up.grouped_gate_up_ref
         )

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from kernels.triton import (
     activation,
+    expert_lists,
+    expert_sum,
     grouped_down,
     grouped_gate_up,
     linear,
@@ -131,8 +133,8 @@ CASES: dict[str, Case] = {
     "route_of_parts": Case(
         routing.route, routing.route_ref, route_of_parts, {"out_ids": 0, "out_weights": 1e-5}
     ),
-    "align": Case(routing.align, routing.align_ref, align, {"offsets": 0, "pairs": 0}),
-    "combine": Case(routing.combine, routing.combine_ref, combine, {"out": 2**-7}),
+    "align": Case(expert_lists.align, expert_lists.align_ref, align, {"offsets": 0, "pairs": 0}),
+    "combine": Case(expert_sum.combine, expert_sum.combine_ref, combine, {"out": 2**-7}),
     "grouped_gate_up": Case(
         grouped_gate_up.grouped_gate_up, grouped_gate_up.grouped_gate_up_ref, gate_up(False),
         {"out": 2**-7},

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from kernels.triton import linear_plan, mla_decode, mla_plan, router, routing, sample
+from kernels.triton import expert_lists, linear_plan, mla_decode, mla_plan, router, sample
 
 DEVICE = "cuda"
 BF16, F32, FP8, I32 = torch.bfloat16, torch.float32, torch.float8_e4m3fn, torch.int32
@@ -271,7 +271,7 @@ def listed(seed: int, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
     chosen["ids"] %= LOCAL_EXPERTS - 1
     chosen["ids"][PADDED : PADDED + 1] = -1
     chosen["offsets"] = zeros(LOCAL_EXPERTS + 1, dtype=I32)
-    routing.align_ref(**chosen)
+    expert_lists.align_ref(**chosen)
     return chosen["offsets"], chosen["pairs"]
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from kernels.triton import linear, router, routing, settle, state
+from kernels.triton import expert_lists, linear, router, routing, settle, state
 from kernels.triton.grouped_down import grouped_down
 from kernels.triton.grouped_gate_up import grouped_gate_up
 from kernels.triton.grouped_plan import GroupedPlan
@@ -155,7 +155,7 @@ class Experts:
         self.ready = torch.zeros(experts, dtype=I32, **made)
 
     def run(self, launch: Launcher, plans: tuple[GroupedPlan, ...]) -> None:
-        routing.align(launch, self.ids, expert_start=0, ready=self.ready, **self.lists)
+        expert_lists.align(launch, self.ids, expert_start=0, ready=self.ready, **self.lists)
         common = {**self.lists, "top_k": self.top_k, "ready": self.ready}
         grouped_gate_up(
             launch, self.x, self.x_scale, self.gate_up, self.scales[0],
