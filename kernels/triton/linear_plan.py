@@ -85,8 +85,9 @@ def linear_workspace_elems(num_tokens: int, n: int, k: int, *, elem_bytes: int) 
 
 
 # FP8 products whose best cut was measured on an H200, by (N, K): h200_plan_sweep.json of
-# bench/results, and h200_ops_quick.json for the first one. Its programs ask for all that they read
-# before they wait: 1 us of a layer at 1 row.
+# bench/results. The first one's is of whole steps: its programs ask for all that they read before
+# they wait, which is worth 0.9 us a layer at 1 row (aP of h200_ask_ahead.json), though the product
+# alone becomes slower (h200_ops_quick.json).
 MEASURED = {
     (2112, 7168): LinearPlan(64, 8, prefetch=8),
     (7168, 16384): LinearPlan(64, 2, unroll=2),
