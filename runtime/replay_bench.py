@@ -20,6 +20,7 @@ from rich.table import Table
 
 from graphs.floor import READ_BYTES_PER_S, Floor, step_floor
 from graphs.keys import GraphKey
+from runtime.bandwidth import read_bandwidth
 from runtime.build import build
 from runtime.capture import TWIN_NOTE
 from runtime.cli import (
@@ -121,10 +122,18 @@ def main(argv: list[str] | None = None) -> int:
             bar("inside a step", 0)
             largest = max((k for k in keys if k.tokens == k.rows), default=keys[-1])
             parts = bench.time_parts(largest)
+            read = None if engine.launcher is None else read_bandwidth(engine.launcher)
             report = _report(engine, args, times, largest, parts) | {
-                "skipped_keys": [str(key) for key in skipped]
+                "floor_bytes_per_s": bench.bandwidth,
+                "read_bytes_per_s": read,
+                "skipped_keys": [str(key) for key in skipped],
             }
     _show(engine, times, largest, parts, args.ctx_len, skipped)
+    if read is not None and bench.bandwidth is not None:
+        console.print(
+            f"memory     the floor is at {bench.bandwidth / 1e12:.2f} TB/s; a plain read reaches "
+            f"{read / 1e12:.2f} TB/s on this GPU now"
+        )
     if args.out:
         for path in write_files(Path(args.out), report, bench.trace):
             console.print(f"wrote      {path}")
