@@ -50,6 +50,7 @@ class KeyTimes:
     """One key, timed. Microseconds; percentiles are over steps.
 
     Attributes:
+        steps_us: every timed step, from its end back to the end of the one before, in order.
         idle_us: device time between the end of a step and the begin of the next.
         host_us: what `launch` and `collect` take, the wait for the device left out.
         graph_launch_us: of it, CUDA's call that launches the graph; on the CPU twin the step.
@@ -71,6 +72,7 @@ class KeyTimes:
     new_tokens_per_s: float
     floor: Floor
     floor_us: float | None
+    steps_us: list[float]
 
     @property
     def fraction(self) -> float | None:
@@ -232,6 +234,7 @@ class ReplayBench:
             new_tokens_per_s=key.rows / p50 * 1e6,
             floor=floor,
             floor_us=floor.microseconds(self.bandwidth) if self.bandwidth else None,
+            steps_us=step_us.round(1).tolist(),
         )
 
     def _occupy(self, rows: int) -> None:
