@@ -9,8 +9,9 @@ from kernels.triton.state import MailboxLayout
 MAX_STOPS = 16
 FULL_CHIP = 64  # work items of attention that fill a chip: a power of two just below 132 / 2
 ROW_TOKENS = 2048 + 128  # KV tokens of the rows that the default cut is made for
-MIN_CUT, CUT_STEP = 256, 64  # of the default; attention walks a split in tiles of 64
-FEW_SPLITS, LONE_SPLITS = 16, 32  # of a token, at most: among many rows, and of a row alone
+MIN_CUT, CUT_STEP = 128, 64  # of the default; attention walks a split in tiles of 64
+FEW_ROWS = 4  # up to here a token may have
+MOST_SPLITS_OF_FEW, MOST_SPLITS = 32, 16  # so many splits, above no more than so many
 
 
 @dataclass(frozen=True)
@@ -71,16 +72,16 @@ class StepConfig:
 def default_cut(max_rows: int, max_seq_len: int, page_size: int = 64) -> int:
     """Attention cut in tokens: a function of what a runtime is compiled for, never of a step.
 
-    FA3 MLA runs a (token, split) of 128 heads on two SMs, so 66 fill a Hopper chip. Alone, a split
-    takes about 12 us, and 25 us more for 1024 tokens of KV. So the best cut gives every pair of SMs
-    one split: at most 64 splits in all, of rows as long as ROW_TOKENS, of as many tokens as that
-    needs. Fewer leave SMs without work, more make some pay the 12 us again. Measured on an H200
-    with rows of 2000 tokens, in us, at cuts of 256, 512, 1024 and 2048: 1 row 19, 24, 36, 63;
-    32 rows 68, 52, 43, 68; 64 rows 131, 98, 83, 72.
+    Attention runs a (token, split) of 128 heads on two SMs, so 66 fill a Hopper chip. On our own
+    kernel a split takes @@FIXED us alone, and @@BLOCK us more for each 64 tokens of KV. So the best
+    cut gives every pair of SMs one split: at most 64 splits in all, of rows as long as ROW_TOKENS,
+    of as many tokens as that needs. Fewer leave SMs without work, more make some pay the fixed part
+    again. @@MEASURED
 
     ROW_TOKENS is a prompt of 2048 tokens and some of its answer: at half of 2048 a row of 2049
     would bring 32 rows a third split each, which took 9 us more; 64 tokens more in a split take
-    1.6. Rows that grow past it pay all the same.
+    1.6 (flashinfer's kernel, which the numbers of many rows were first made for). Rows that grow
+    past it pay all the same.
 
     Room for the splits of every step token is kept, prompts' included (16 of 128 heads are 2 MiB in
     bf16), so there are limits to them: rows that may be too long are cut at a power of two.
@@ -93,7 +94,7 @@ def default_cut(max_rows: int, max_seq_len: int, page_size: int = 64) -> int:
     splits = max(1, FULL_CHIP // max_rows)
     step = max(CUT_STEP, page_size)
     cut = max(MIN_CUT, -(-ROW_TOKENS // (splits * step)) * step)
-    most = max(FEW_SPLITS, LONE_SPLITS // max_rows)
+    most = MOST_SPLITS_OF_FEW if max_rows <= FEW_ROWS else MOST_SPLITS
     if cut * most >= max_seq_len:
         return cut
     cut = max(MIN_CUT, page_size)

@@ -8,15 +8,15 @@ on T.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
 from kernels.triton.activation import check_quantized, quantize_groups, quantize_ref
-from kernels.triton.launch import Launcher
-from kernels.triton.mla_decode import check_parts, merge_ref
+from kernels.triton.launch import Launcher, TensorMap
+from kernels.triton.mla_decode import check_parts, merge_ref, merge_splits
 from kernels.triton.mla_prep import rope_pair, rope_ref
 from kernels.triton.overlap import (
     await_inputs,
@@ -27,13 +27,18 @@ from kernels.triton.tiles import BUDGET_BYTES, einsum_rows
 MIN_TOKENS, MAX_TOKENS = 16, 64  # of one tile; the narrow side of a tensor-core instruction
 TILES_PER_CTA = 4  # token tiles that share one read of W_UK
 MOST_PARTS = 4  # splits of attention that `absorb_v` merges; of more there would be too few loads
+# Of so few tokens it merges more, for a program has room for all of its weight from the start on.
+FEW_TOKENS, MOST_PARTS_OF_FEW = 8, 32
+FEW_COLUMNS = 512  # of that weight, at most: 128 KiB of shared memory
+GROUP_TOKENS = 16  # tokens' splits that are in flight together
 
 
 class Parts(NamedTuple):
     """What attention has left in splits of every token that is longer than `cut`.
 
     Attributes:
-        o: act [T, splits, H, dc], each split normalised by its own sum; 2 to MOST_PARTS splits.
+        o: act [T, splits, H, dc], each split normalised by its own sum; `takes_parts` says how
+            many splits there may be.
         lse: float32 [T, splits, H], log2 of each split's sum of 2**score.
         cut: tokens of a split; token t has ceil(kv_len[t] / cut) of them.
     """
@@ -227,6 +232,71 @@ def _absorb_v(
         tl.store(out_scale + t.to(tl.int64) * scale_pitch + group, scale, mask=t < T)
 
 
+@triton.jit
+def _absorb_v_few(
+    o_latent,  # act [T, H, DC], row pitch o_pitch
+    part_o,  # act [T, SPLITS, H, DC], or unused
+    part_lse,  # f32 [T, SPLITS, H], base 2, or unused
+    kv_len,  # int32 [T]
+    w_uv,  # act [H*DV, DC], by tiles [BLOCK_V, DC]
+    out,  # act [T, H*DV], row pitch out_pitch, or unused
+    out_q,  # e4m3 [T, H*DV], row pitch out_q_pitch, or unused
+    out_scale,  # fp32 [T, H*DV/128], row pitch scale_pitch, or unused
+    T,
+    o_pitch,
+    out_pitch,
+    out_q_pitch,
+    scale_pitch,
+    DV: tl.constexpr,
+    DC: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    TOKENS: tl.constexpr,  # T, to a power of two
+    BLOCK_T: tl.constexpr,
+    HAS_OUT: tl.constexpr,
+    HAS_Q: tl.constexpr,
+    PRECISION: tl.constexpr,
+    H: tl.constexpr,
+    SPLITS: tl.constexpr,  # of tokens longer than CUT; 0: all tokens are in o_latent
+    SPLITS_POW2: tl.constexpr,
+    GROUP: tl.constexpr,
+    CUT: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """All of the weight is asked for first, the splits are merged while it comes."""
+    V_TILES: tl.constexpr = DV // BLOCK_V
+    head = tl.program_id(0) // V_TILES
+    c = tl.arange(0, DC)[None, :]
+    w = w_uv.load([tl.program_id(0) * BLOCK_V, 0])
+    await_inputs(PDL)
+    t = tl.arange(0, TOKENS).to(tl.int64)
+    length = tl.load(kv_len + t, mask=t < T, other=0)
+    used = (length + CUT - 1) // CUT
+    whole = used > 0 if SPLITS == 0 else used == 1
+    x_at = o_latent + head * DC + t[:, None] * o_pitch + c
+    x = tl.load(x_at, mask=whole[:, None], other=0.0)
+    if SPLITS > 0:
+        first = (t * (SPLITS * H) + head)[:, None]
+        many = tl.where(used > 1, used, 0)[:, None]
+        merged = merge_splits(part_o, part_lse, first, many, c, H, DC, SPLITS_POW2, GROUP)
+        x = tl.where(many > 0, merged.to(x.dtype), x)
+    # Tokens to the width of an instruction, the same ones again.
+    COPIES: tl.constexpr = BLOCK_T // TOKENS
+    x = tl.reshape(tl.broadcast_to(x[None, :, :], [COPIES, TOKENS, DC]), [BLOCK_T, DC])
+    acc = tl.dot(w, tl.trans(x), input_precision=PRECISION)
+    y = tl.trans(acc.to(o_latent.dtype.element_ty))
+    t = tl.arange(0, BLOCK_T)
+    row = t.to(tl.int64)[:, None]
+    col = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)[None, :]
+    mask = t[:, None] < T
+    if HAS_OUT:
+        tl.store(out + row * out_pitch + col, y, mask=mask)
+    if HAS_Q:
+        quantized, scale = quantize_groups(y.to(tl.float32))
+        tl.store(out_q + row * out_q_pitch + col, quantized, mask=mask)
+        group = tl.program_id(0)
+        tl.store(out_scale + t.to(tl.int64) * scale_pitch + group, scale, mask=t < T)
+
+
 def absorb_q(
     launch: Launcher,
     q: torch.Tensor,
@@ -339,20 +409,38 @@ def absorb_v(
     Source: DeepSeek-V2 report, section 2.1.2 (absorption of W_UV into W_O).
     """
     _check_v(o_latent, w_uv, out, out_q, out_scale)
-    _check_parts(o_latent, parts)
+    _check_parts(o_latent, w_uv, parts)
     tokens = o_latent.shape[0]
     num_heads, dv, dc = w_uv.shape
-    tile = _v_tile(w_uv)
-    block_t, splits = _token_tile(o_latent), 0 if parts is None else parts.o.shape[1]
-    step_bytes = (tile.rows + block_t * max(1, splits)) * tile.steps * w_uv.element_size()
+    act_bytes = w_uv.element_size()
+    tile, splits = _v_tile(dv, dc, act_bytes), 0 if parts is None else parts.o.shape[1]
+    few = _is_few(tokens, dv, dc, act_bytes)
+    block_t = MIN_TOKENS if few else _token_tile(o_latent)
+    shape: dict[str, Any]
+    if few:
+        pow2_tokens, pow2_splits = (int(triton.next_power_of_2(n)) for n in (tokens, splits or 1))
+        shape = {
+            "TOKENS": pow2_tokens,
+            "SPLITS_POW2": pow2_splits,
+            "GROUP": min(pow2_splits, max(GROUP_TOKENS // pow2_tokens, 4)),
+            "num_warps": 8,
+        }
+    else:
+        step_bytes = (tile.rows + block_t * max(1, splits)) * tile.steps * act_bytes
+        shape = {
+            "BLOCK_C": tile.steps,
+            "num_warps": 4,
+            # Deep enough that one head's whole weight is in flight, where there is room.
+            "num_stages": min(4, BUDGET_BYTES[1] // step_bytes),
+        }
     launch(
-        _absorb_v,
+        _absorb_v_few if few else _absorb_v,
         (num_heads * triton.cdiv(dv, tile.rows), triton.cdiv(tokens, block_t)),
         o_latent,
         o_latent if parts is None else parts.o,
         w_uv if parts is None else parts.lse,
         kv_len,
-        w_uv,
+        TensorMap(w_uv.view(-1, dc), (tile.rows, dc)) if few else w_uv,
         o_latent if out is None else out,
         o_latent if out_q is None else out_q,
         o_latent if out_scale is None else out_scale,
@@ -364,7 +452,6 @@ def absorb_v(
         DV=dv,
         DC=dc,
         BLOCK_V=tile.rows,
-        BLOCK_C=tile.steps,
         BLOCK_T=block_t,
         HAS_OUT=out is not None,
         HAS_Q=out_q is not None,
@@ -372,9 +459,7 @@ def absorb_v(
         H=num_heads,
         SPLITS=splits,
         CUT=1 if parts is None else parts.cut,
-        num_warps=4,
-        # Deep enough that one head's whole weight is in flight, where there is room.
-        num_stages=min(4, BUDGET_BYTES[1] // step_bytes),
+        **shape,
         **overlap(launch),
     )
 
@@ -391,7 +476,7 @@ def absorb_v_ref(
 ) -> None:
     """`absorb_v` in plain torch."""
     _check_v(o_latent, w_uv, out, out_q, out_scale)
-    _check_parts(o_latent, parts)
+    _check_parts(o_latent, w_uv, parts)
     o = o_latent
     if parts is not None:
         o = o.clone()
@@ -405,6 +490,31 @@ def absorb_v_ref(
         quantize_ref(flat, out_q=out_q, out_scale=out_scale)
 
 
+def takes_parts(tokens: int, splits: int, *, dv: int, dc: int, act_bytes: int) -> bool:
+    """Whether `absorb_v` merges so many splits of so many tokens itself.
+
+    Where it does not, `merge` comes before it: a token's bits are the same.
+    """
+    return 1 < splits <= _most_parts(tokens, dv, dc, act_bytes)
+
+
+def _most_parts(tokens: int, dv: int, dc: int, act_bytes: int) -> int:
+    return MOST_PARTS_OF_FEW if _is_few(tokens, dv, dc, act_bytes) else MOST_PARTS
+
+
+def _is_few(tokens: int, dv: int, dc: int, act_bytes: int) -> bool:
+    """Whether programs take few tokens, and all of their weight at once, by bulk copies.
+
+    Not of fp32: its products are chains of additions, whose order would be another.
+    """
+    whole = dc % 64 == 0 and dc == _pow2(dc) and dv % _v_tile(dv, dc, act_bytes).rows == 0
+    return tokens <= FEW_TOKENS and act_bytes == 2 and whole and dc <= FEW_COLUMNS
+
+
+def _pow2(size: int) -> int:
+    return max(16, int(triton.next_power_of_2(size)))
+
+
 def _q_tile(w_uk: torch.Tensor) -> _Tile:
     _, dn, dc = w_uk.shape
     steps = max(16, triton.next_power_of_2(dn))
@@ -413,11 +523,9 @@ def _q_tile(w_uk: torch.Tensor) -> _Tile:
     return _Tile(rows, steps)
 
 
-def _v_tile(w_uv: torch.Tensor) -> _Tile:
-    _, dv, dc = w_uv.shape
-    rows = min(128, max(16, triton.next_power_of_2(dv)))
-    steps = min(128, max(16, triton.next_power_of_2(dc)))
-    return _Tile(rows, steps if w_uv.dtype.itemsize == 2 else min(steps, 32))
+def _v_tile(dv: int, dc: int, act_bytes: int) -> _Tile:
+    rows, steps = min(128, _pow2(dv)), min(128, _pow2(dc))
+    return _Tile(rows, steps if act_bytes == 2 else min(steps, 32))
 
 
 def _token_tile(x: torch.Tensor) -> int:
@@ -481,13 +589,14 @@ def _check_v(
         check_quantized(tokens, num_heads * dv, out_q, out_scale)
 
 
-def _check_parts(o_latent: torch.Tensor, parts: Parts | None) -> None:
+def _check_parts(o_latent: torch.Tensor, w_uv: torch.Tensor, parts: Parts | None) -> None:
     if parts is None:
         return
     check_parts(parts.o, parts.lse, o_latent)
-    if not 2 <= parts.o.shape[1] <= MOST_PARTS or parts.o.dtype != o_latent.dtype:
-        got = f"{parts.o.shape[1]} of {parts.o.dtype}"
+    (tokens, splits), (_, dv, dc) = parts.o.shape[:2], w_uv.shape
+    most = _most_parts(tokens, dv, dc, o_latent.element_size())
+    if not 1 < splits <= most or parts.o.dtype != o_latent.dtype:
         raise ValueError(
-            f"parts must be 2 to {MOST_PARTS} splits of {o_latent.dtype}, got {got}; merge them "
-            "before"
+            f"parts of {tokens} tokens must be 2 to {most} splits of {o_latent.dtype}, got "
+            f"{splits} of {parts.o.dtype}; merge them before"
         )
