@@ -28,9 +28,10 @@ MIN_TOKENS, MAX_TOKENS = 16, 64  # of one tile; the narrow side of a tensor-core
 TILES_PER_CTA = 4  # token tiles that share one read of W_UK
 MOST_PARTS = 4  # splits of attention that `absorb_v` merges; of more there would be too few loads
 # Of so few tokens it merges more, for a program has room for all of its weight from the start on.
-FEW_TOKENS, MOST_PARTS_OF_FEW = 8, 32
+AHEAD_TOKENS, FEW_TOKENS, MOST_PARTS_OF_FEW = 32, 8, 32
 FEW_COLUMNS = 512  # of that weight, at most: 128 KiB of shared memory
-GROUP_TOKENS = 16  # tokens' splits that are in flight together
+# Splits in flight together, by tokens: as many as registers hold.
+GROUP_OF = {1: 16, 2: 8, 4: 4, 8: 4, 16: 4, 32: 2, 64: 1}
 
 
 class Parts(NamedTuple):
@@ -159,6 +160,26 @@ def _plus_split(total, part, weight, mask):
 
 
 @triton.jit
+def _product(
+    w_at,
+    x_at,
+    c,
+    v_mask,
+    t_mask,
+    acc,
+    DC: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """acc + w @ x, where no token is in splits."""
+    for c0 in range(0, DC, BLOCK_C):
+        w = tl.load(w_at + c0, mask=v_mask & (c[None, :] + c0 < DC), other=0.0)
+        x = tl.load(x_at + c0, mask=t_mask & (c[:, None] + c0 < DC), other=0.0)
+        acc = tl.dot(w, x, acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit
 def _absorb_v(
     o_latent,  # act [T, H, DC], row pitch o_pitch
     part_o,  # act [T, SPLITS, H, DC], or unused
@@ -195,27 +216,33 @@ def _absorb_v(
     x_at = o_latent + head * DC + t.to(tl.int64)[None, :] * o_pitch + c[:, None]
     await_inputs(PDL)
     length = tl.load(kv_len + t, mask=t < T, other=0)
+    acc = tl.zeros([BLOCK_V, BLOCK_T], tl.float32)
+    v_mask, t_mask = (v < DV)[:, None], (t < T)[None, :]
+    # The first is settled by the compiler, the second on the device.
     if SPLITS > 0:
         used = (length + CUT - 1) // CUT
-        line = t.to(tl.int64) * (SPLITS * H) + head
-        w_0, w_1, w_2, w_3, sum_of_weights = _split_weights(part_lse + line, used, H, SPLITS)
-        parts = part_o + line[None, :] * DC + c[:, None]
-        x_at = tl.where((used > 1)[None, :], parts, x_at)
-    acc = tl.zeros([BLOCK_V, BLOCK_T], tl.float32)
-    for c0 in range(0, DC, BLOCK_C):
-        w = tl.load(w_at + c0, mask=(v[:, None] < DV) & (c[None, :] + c0 < DC), other=0.0)
-        inside = c[:, None] + c0 < DC
-        x = tl.load(x_at + c0, mask=(t[None, :] < T) & inside, other=0.0)
-        if SPLITS > 0:
-            at = parts + c0
-            merged = x.to(tl.float32) * w_0[None, :]
-            merged = _plus_split(merged, at + H * DC, w_1, (used > 1)[None, :] & inside)
-            if SPLITS > 2:
-                merged = _plus_split(merged, at + 2 * H * DC, w_2, (used > 2)[None, :] & inside)
-            if SPLITS > 3:
-                merged = _plus_split(merged, at + 3 * H * DC, w_3, (used > 3)[None, :] & inside)
-            x = (merged / sum_of_weights[None, :]).to(x.dtype)
-        acc = tl.dot(w, x, acc, input_precision=PRECISION)
+        if tl.max(used, axis=0) > 1:
+            line = t.to(tl.int64) * (SPLITS * H) + head
+            w_0, w_1, w_2, w_3, sum_of_weights = _split_weights(part_lse + line, used, H, SPLITS)
+            parts = part_o + line[None, :] * DC + c[:, None]
+            x_at = tl.where((used > 1)[None, :], parts, x_at)
+            for c0 in range(0, DC, BLOCK_C):
+                inside = c[:, None] + c0 < DC
+                w = tl.load(w_at + c0, mask=v_mask & (c[None, :] + c0 < DC), other=0.0)
+                x = tl.load(x_at + c0, mask=t_mask & inside, other=0.0)
+                at = parts + c0
+                merged = x.to(tl.float32) * w_0[None, :]
+                merged = _plus_split(merged, at + H * DC, w_1, (used > 1)[None, :] & inside)
+                if SPLITS > 2:
+                    merged = _plus_split(merged, at + 2 * H * DC, w_2, (used > 2)[None, :] & inside)
+                if SPLITS > 3:
+                    merged = _plus_split(merged, at + 3 * H * DC, w_3, (used > 3)[None, :] & inside)
+                x = (merged / sum_of_weights[None, :]).to(x.dtype)
+                acc = tl.dot(w, x, acc, input_precision=PRECISION)
+        else:
+            acc = _product(w_at, x_at, c, v_mask, t_mask, acc, DC, BLOCK_C, PRECISION)
+    else:
+        acc = _product(w_at, x_at, c, v_mask, t_mask, acc, DC, BLOCK_C, PRECISION)
     # Attention may leave a padded token as it was.
     acc = tl.where((length > 0)[None, :], acc, 0.0)
     y = tl.trans(acc.to(o_latent.dtype.element_ty))
@@ -233,7 +260,7 @@ def _absorb_v(
 
 
 @triton.jit
-def _absorb_v_few(
+def _absorb_v_ahead(
     o_latent,  # act [T, H, DC], row pitch o_pitch
     part_o,  # act [T, SPLITS, H, DC], or unused
     part_lse,  # f32 [T, SPLITS, H], base 2, or unused
@@ -274,11 +301,13 @@ def _absorb_v_few(
     whole = used > 0 if SPLITS == 0 else used == 1
     x_at = o_latent + head * DC + t[:, None] * o_pitch + c
     x = tl.load(x_at, mask=whole[:, None], other=0.0)
-    if SPLITS > 0:
-        first = (t * (SPLITS * H) + head)[:, None]
-        many = tl.where(used > 1, used, 0)[:, None]
-        merged = merge_splits(part_o, part_lse, first, many, c, H, DC, SPLITS_POW2, GROUP)
-        x = tl.where(many > 0, merged.to(x.dtype), x)
+    # The first is settled by the compiler, the second on the device.
+    if SPLITS > 0:  # noqa: SIM102
+        if tl.max(used, axis=0) > 1:
+            first = (t * (SPLITS * H) + head)[:, None]
+            many = tl.where(used > 1, used, 0)[:, None]
+            merged = merge_splits(part_o, part_lse, first, many, c, H, DC, SPLITS_POW2, GROUP)
+            x = tl.where(many > 0, merged.to(x.dtype), x)
     # Tokens to the width of an instruction, the same ones again.
     COPIES: tl.constexpr = BLOCK_T // TOKENS
     x = tl.reshape(tl.broadcast_to(x[None, :, :], [COPIES, TOKENS, DC]), [BLOCK_T, DC])
@@ -414,15 +443,15 @@ def absorb_v(
     num_heads, dv, dc = w_uv.shape
     act_bytes = w_uv.element_size()
     tile, splits = _v_tile(dv, dc, act_bytes), 0 if parts is None else parts.o.shape[1]
-    few = _is_few(tokens, dv, dc, act_bytes)
-    block_t = MIN_TOKENS if few else _token_tile(o_latent)
+    ahead = _is_ahead(tokens, dv, dc, act_bytes)
+    block_t = _token_tile(o_latent)
     shape: dict[str, Any]
-    if few:
+    if ahead:
         pow2_tokens, pow2_splits = (int(triton.next_power_of_2(n)) for n in (tokens, splits or 1))
         shape = {
             "TOKENS": pow2_tokens,
             "SPLITS_POW2": pow2_splits,
-            "GROUP": min(pow2_splits, max(GROUP_TOKENS // pow2_tokens, 4)),
+            "GROUP": min(pow2_splits, GROUP_OF[pow2_tokens]),
             "num_warps": 8,
         }
     else:
@@ -434,13 +463,13 @@ def absorb_v(
             "num_stages": min(4, BUDGET_BYTES[1] // step_bytes),
         }
     launch(
-        _absorb_v_few if few else _absorb_v,
+        _absorb_v_ahead if ahead else _absorb_v,
         (num_heads * triton.cdiv(dv, tile.rows), triton.cdiv(tokens, block_t)),
         o_latent,
         o_latent if parts is None else parts.o,
         w_uv if parts is None else parts.lse,
         kv_len,
-        TensorMap(w_uv.view(-1, dc), (tile.rows, dc)) if few else w_uv,
+        TensorMap(w_uv.view(-1, dc), (tile.rows, dc)) if ahead else w_uv,
         o_latent if out is None else out,
         o_latent if out_q is None else out_q,
         o_latent if out_scale is None else out_scale,
@@ -499,16 +528,17 @@ def takes_parts(tokens: int, splits: int, *, dv: int, dc: int, act_bytes: int) -
 
 
 def _most_parts(tokens: int, dv: int, dc: int, act_bytes: int) -> int:
-    return MOST_PARTS_OF_FEW if _is_few(tokens, dv, dc, act_bytes) else MOST_PARTS
+    few = tokens <= FEW_TOKENS and _is_ahead(tokens, dv, dc, act_bytes)
+    return MOST_PARTS_OF_FEW if few else MOST_PARTS
 
 
-def _is_few(tokens: int, dv: int, dc: int, act_bytes: int) -> bool:
+def _is_ahead(tokens: int, dv: int, dc: int, act_bytes: int) -> bool:
     """Whether programs take few tokens, and all of their weight at once, by bulk copies.
 
     Not of fp32: its products are chains of additions, whose order would be another.
     """
     whole = dc % 64 == 0 and dc == _pow2(dc) and dv % _v_tile(dv, dc, act_bytes).rows == 0
-    return tokens <= FEW_TOKENS and act_bytes == 2 and whole and dc <= FEW_COLUMNS
+    return tokens <= AHEAD_TOKENS and act_bytes == 2 and whole and dc <= FEW_COLUMNS
 
 
 def _pow2(size: int) -> int:

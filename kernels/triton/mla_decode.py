@@ -158,7 +158,7 @@ def _load_splits(
 
     All of them are asked for before the first is looked at.
     """
-    lses, parts = (), ()
+    lses, parts = tl.tuple([]), tl.tuple([])
     for i in tl.static_range(GROUP):
         at = line + i * H
         lses += (tl.load(part_lse + at, mask=i < left, other=float("-inf")),)
