@@ -603,12 +603,11 @@ extern "C" __global__ void __launch_bounds__(384, 1)
     hopper_mla(const __grid_constant__ TensorMap q_map, const __grid_constant__ TensorMap kv_map,
                const __grid_constant__ TensorMap out_map, const __grid_constant__ TensorMap part_map,
                const char* cache, const int* page_table, const int* work, float* part_lse, int capacity,
-               int work_indptr, int table_entries, int num_pages, float scale, int eager) {
+               int work_indptr, int table_entries, int num_pages, float scale) {
   extern __shared__ __align__(1024) char memory[];
   Shared sh{shared_address(memory)};
   Params p{page_table, work, capacity, work_indptr, &out_map, &part_map, part_lse, scale, table_entries, num_pages};
   int role = __shfl_sync(kAll, threadIdx.x / 128, 0);
-  if (eager) release_dependents();  // they find room on SMs that have no item, and wait there
   if (threadIdx.x == 0) {
     prepare_barriers(sh);
     ask_map(&q_map);

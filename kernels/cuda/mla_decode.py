@@ -6,7 +6,6 @@ import torch
 
 from kernels.cuda.source import CudaKernel
 from kernels.triton.launch import Launcher, TensorMap
-from kernels.triton.mla_absorb import FEW_TOKENS
 from kernels.triton.mla_plan import TILE_KV, TILE_Q, PlanLayout
 from kernels.triton.overlap import OFF
 
@@ -16,8 +15,6 @@ TILE_COLS = 64  # bf16 of a swizzled row of shared memory
 WARP_ROWS = 16  # heads that one warp writes
 NUM_WARPS = 12  # scores, values and loads: a warpgroup each
 LOG2_E = 1.4426950408889634
-# Up to so many tokens leave SMs idle: the next kernel may take them at once, with its weights.
-EAGER_TOKENS = FEW_TOKENS
 
 HOPPER_MLA = CudaKernel(
     name="hopper_mla",
@@ -25,7 +22,7 @@ HOPPER_MLA = CudaKernel(
     file="mla_decode.cu",
     params=(
         *("q_map", "kv_map", "out_map", "part_map", "cache", "page_table", "work", "part_lse"),
-        *("capacity", "work_indptr", "table_entries", "num_pages", "scale", "eager"),
+        *("capacity", "work_indptr", "table_entries", "num_pages", "scale"),
     ),
     constexprs=("CLUSTER", "BLOCKS"),
     cluster="CLUSTER",
@@ -85,7 +82,6 @@ def hopper_mla(
         page_table.numel(),
         kv_cache.shape[0] // PAGE,
         float(softmax_scale) * LOG2_E,
-        int(q.shape[0] <= EAGER_TOKENS),
         num_warps=NUM_WARPS,
         num_stages=0,
         pdl=launch.pdl != OFF,

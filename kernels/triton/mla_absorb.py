@@ -27,11 +27,10 @@ from kernels.triton.tiles import BUDGET_BYTES, einsum_rows
 MIN_TOKENS, MAX_TOKENS = 16, 64  # of one tile; the narrow side of a tensor-core instruction
 TILES_PER_CTA = 4  # token tiles that share one read of W_UK
 MOST_PARTS = 4  # splits of attention that `absorb_v` merges; of more there would be too few loads
-# Of so few tokens it merges more, for a program has room for all of its weight from the start on.
-AHEAD_TOKENS, FEW_TOKENS, MOST_PARTS_OF_FEW = 32, 8, 32
-FEW_COLUMNS = 512  # of that weight, at most: 128 KiB of shared memory
-# Splits in flight together, by tokens: as many as registers hold.
-GROUP_OF = {1: 16, 2: 8, 4: 4, 8: 4, 16: 4, 32: 2, 64: 1}
+# Of so few tokens it merges more, for a program holds all of its weight and only waits for them.
+# The weight is 128 rows of at most so many columns: 128 KiB of shared memory.
+FEW_TOKENS, FEW_PARTS, FEW_COLUMNS = 8, 32, 512
+FEW_IN_FLIGHT = {1: 16, 2: 8, 4: 4, 8: 4}  # splits together, by tokens: what registers hold
 
 
 class Parts(NamedTuple):
@@ -163,18 +162,57 @@ def _plus_split(total, part, weight, mask):
 def _product(
     w_at,
     x_at,
-    c,
+    c,  # i32 [BLOCK_C]
     v_mask,
     t_mask,
-    acc,
     DC: tl.constexpr,
     BLOCK_C: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """acc + w @ x, where no token is in splits."""
+    """fp32 [BLOCK_V, BLOCK_T] of tokens that are not in splits."""
+    acc = tl.zeros([v_mask.shape[0], t_mask.shape[0]], tl.float32)
     for c0 in range(0, DC, BLOCK_C):
-        w = tl.load(w_at + c0, mask=v_mask & (c[None, :] + c0 < DC), other=0.0)
-        x = tl.load(x_at + c0, mask=t_mask & (c[:, None] + c0 < DC), other=0.0)
+        w = tl.load(w_at + c0, mask=v_mask[:, None] & (c[None, :] + c0 < DC), other=0.0)
+        inside = c[:, None] + c0 < DC
+        x = tl.load(x_at + c0, mask=t_mask[None, :] & inside, other=0.0)
+        acc = tl.dot(w, x, acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit
+def _merged_product(
+    w_at,
+    x_at,
+    part_o,
+    part_lse,
+    line,  # i64 [BLOCK_T]: of each token's first split
+    used,  # i32 [BLOCK_T]: splits of each token
+    c,  # i32 [BLOCK_C]
+    v_mask,
+    t_mask,
+    H: tl.constexpr,
+    DC: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """As `_product`, of tokens with up to four splits; with one split its bits, too."""
+    w_0, w_1, w_2, w_3, sum_of_weights = _split_weights(part_lse + line, used, H, SPLITS)
+    parts = part_o + line[None, :] * DC + c[:, None]
+    x_at = tl.where((used > 1)[None, :], parts, x_at)
+    acc = tl.zeros([v_mask.shape[0], t_mask.shape[0]], tl.float32)
+    for c0 in range(0, DC, BLOCK_C):
+        w = tl.load(w_at + c0, mask=v_mask[:, None] & (c[None, :] + c0 < DC), other=0.0)
+        inside = c[:, None] + c0 < DC
+        x = tl.load(x_at + c0, mask=t_mask[None, :] & inside, other=0.0)
+        at = parts + c0
+        merged = x.to(tl.float32) * w_0[None, :]
+        merged = _plus_split(merged, at + H * DC, w_1, (used > 1)[None, :] & inside)
+        if SPLITS > 2:
+            merged = _plus_split(merged, at + 2 * H * DC, w_2, (used > 2)[None, :] & inside)
+        if SPLITS > 3:
+            merged = _plus_split(merged, at + 3 * H * DC, w_3, (used > 3)[None, :] & inside)
+        x = (merged / sum_of_weights[None, :]).to(x.dtype)
         acc = tl.dot(w, x, acc, input_precision=PRECISION)
     return acc
 
@@ -205,6 +243,7 @@ def _absorb_v(
     H: tl.constexpr,
     SPLITS: tl.constexpr,  # 2 to 4 of tokens longer than CUT; 0: all tokens are in o_latent
     CUT: tl.constexpr,
+    LOOKS: tl.constexpr,  # whether any token is in splits, before it merges
     PDL: tl.constexpr,
 ):
     V_TILES: tl.constexpr = (DV + BLOCK_V - 1) // BLOCK_V
@@ -216,33 +255,23 @@ def _absorb_v(
     x_at = o_latent + head * DC + t.to(tl.int64)[None, :] * o_pitch + c[:, None]
     await_inputs(PDL)
     length = tl.load(kv_len + t, mask=t < T, other=0)
-    acc = tl.zeros([BLOCK_V, BLOCK_T], tl.float32)
-    v_mask, t_mask = (v < DV)[:, None], (t < T)[None, :]
-    # The first is settled by the compiler, the second on the device.
-    if SPLITS > 0:
-        used = (length + CUT - 1) // CUT
-        if tl.max(used, axis=0) > 1:
-            line = t.to(tl.int64) * (SPLITS * H) + head
-            w_0, w_1, w_2, w_3, sum_of_weights = _split_weights(part_lse + line, used, H, SPLITS)
-            parts = part_o + line[None, :] * DC + c[:, None]
-            x_at = tl.where((used > 1)[None, :], parts, x_at)
-            for c0 in range(0, DC, BLOCK_C):
-                inside = c[:, None] + c0 < DC
-                w = tl.load(w_at + c0, mask=v_mask & (c[None, :] + c0 < DC), other=0.0)
-                x = tl.load(x_at + c0, mask=t_mask & inside, other=0.0)
-                at = parts + c0
-                merged = x.to(tl.float32) * w_0[None, :]
-                merged = _plus_split(merged, at + H * DC, w_1, (used > 1)[None, :] & inside)
-                if SPLITS > 2:
-                    merged = _plus_split(merged, at + 2 * H * DC, w_2, (used > 2)[None, :] & inside)
-                if SPLITS > 3:
-                    merged = _plus_split(merged, at + 3 * H * DC, w_3, (used > 3)[None, :] & inside)
-                x = (merged / sum_of_weights[None, :]).to(x.dtype)
-                acc = tl.dot(w, x, acc, input_precision=PRECISION)
-        else:
-            acc = _product(w_at, x_at, c, v_mask, t_mask, acc, DC, BLOCK_C, PRECISION)
+    v_mask, t_mask = v < DV, t < T
+    if SPLITS == 0:
+        acc = _product(w_at, x_at, c, v_mask, t_mask, DC, BLOCK_C, PRECISION)
     else:
-        acc = _product(w_at, x_at, c, v_mask, t_mask, acc, DC, BLOCK_C, PRECISION)
+        used = (length + CUT - 1) // CUT
+        line = t.to(tl.int64) * (SPLITS * H) + head
+        # The first is settled by the compiler, the second on the device.
+        whole = False
+        if LOOKS:
+            whole = tl.max(used, axis=0) <= 1
+        if whole:
+            acc = _product(w_at, x_at, c, v_mask, t_mask, DC, BLOCK_C, PRECISION)
+        else:
+            acc = _merged_product(
+                *(w_at, x_at, part_o, part_lse, line, used, c, v_mask, t_mask),
+                *(H, DC, SPLITS, BLOCK_C, PRECISION),
+            )
     # Attention may leave a padded token as it was.
     acc = tl.where((length > 0)[None, :], acc, 0.0)
     y = tl.trans(acc.to(o_latent.dtype.element_ty))
@@ -260,7 +289,7 @@ def _absorb_v(
 
 
 @triton.jit
-def _absorb_v_ahead(
+def _absorb_v_few(
     o_latent,  # act [T, H, DC], row pitch o_pitch
     part_o,  # act [T, SPLITS, H, DC], or unused
     part_lse,  # f32 [T, SPLITS, H], base 2, or unused
@@ -301,8 +330,7 @@ def _absorb_v_ahead(
     whole = used > 0 if SPLITS == 0 else used == 1
     x_at = o_latent + head * DC + t[:, None] * o_pitch + c
     x = tl.load(x_at, mask=whole[:, None], other=0.0)
-    # The first is settled by the compiler, the second on the device.
-    if SPLITS > 0:  # noqa: SIM102
+    if SPLITS > 0:  # noqa: SIM102 -- settled by the compiler, the second on the device
         if tl.max(used, axis=0) > 1:
             first = (t * (SPLITS * H) + head)[:, None]
             many = tl.where(used > 1, used, 0)[:, None]
@@ -443,33 +471,35 @@ def absorb_v(
     num_heads, dv, dc = w_uv.shape
     act_bytes = w_uv.element_size()
     tile, splits = _v_tile(dv, dc, act_bytes), 0 if parts is None else parts.o.shape[1]
-    ahead = _is_ahead(tokens, dv, dc, act_bytes)
+    few = _is_few(tokens, dv, dc, act_bytes)
     block_t = _token_tile(o_latent)
     shape: dict[str, Any]
-    if ahead:
+    if few:
         pow2_tokens, pow2_splits = (int(triton.next_power_of_2(n)) for n in (tokens, splits or 1))
         shape = {
             "TOKENS": pow2_tokens,
             "SPLITS_POW2": pow2_splits,
-            "GROUP": min(pow2_splits, GROUP_OF[pow2_tokens]),
+            "GROUP": min(pow2_splits, FEW_IN_FLIGHT[pow2_tokens]),
             "num_warps": 8,
         }
     else:
         step_bytes = (tile.rows + block_t * max(1, splits)) * tile.steps * act_bytes
         shape = {
             "BLOCK_C": tile.steps,
+            # Where rows may have two splits, most often none has.
+            "LOOKS": splits == 2 and block_t == MAX_TOKENS,
             "num_warps": 4,
             # Deep enough that one head's whole weight is in flight, where there is room.
             "num_stages": min(4, BUDGET_BYTES[1] // step_bytes),
         }
     launch(
-        _absorb_v_ahead if ahead else _absorb_v,
+        _absorb_v_few if few else _absorb_v,
         (num_heads * triton.cdiv(dv, tile.rows), triton.cdiv(tokens, block_t)),
         o_latent,
         o_latent if parts is None else parts.o,
         w_uv if parts is None else parts.lse,
         kv_len,
-        TensorMap(w_uv.view(-1, dc), (tile.rows, dc)) if ahead else w_uv,
+        TensorMap(w_uv.view(-1, dc), (tile.rows, dc)) if few else w_uv,
         o_latent if out is None else out,
         o_latent if out_q is None else out_q,
         o_latent if out_scale is None else out_scale,
@@ -528,17 +558,16 @@ def takes_parts(tokens: int, splits: int, *, dv: int, dc: int, act_bytes: int) -
 
 
 def _most_parts(tokens: int, dv: int, dc: int, act_bytes: int) -> int:
-    few = tokens <= FEW_TOKENS and _is_ahead(tokens, dv, dc, act_bytes)
-    return MOST_PARTS_OF_FEW if few else MOST_PARTS
+    return FEW_PARTS if _is_few(tokens, dv, dc, act_bytes) else MOST_PARTS
 
 
-def _is_ahead(tokens: int, dv: int, dc: int, act_bytes: int) -> bool:
+def _is_few(tokens: int, dv: int, dc: int, act_bytes: int) -> bool:
     """Whether programs take few tokens, and all of their weight at once, by bulk copies.
 
     Not of fp32: its products are chains of additions, whose order would be another.
     """
     whole = dc % 64 == 0 and dc == _pow2(dc) and dv % _v_tile(dv, dc, act_bytes).rows == 0
-    return tokens <= AHEAD_TOKENS and act_bytes == 2 and whole and dc <= FEW_COLUMNS
+    return tokens <= FEW_TOKENS and act_bytes == 2 and whole and dc <= FEW_COLUMNS
 
 
 def _pow2(size: int) -> int:

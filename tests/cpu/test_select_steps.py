@@ -100,10 +100,10 @@ def test_the_default_cut_fills_the_chip_once() -> None:
     counts = (1, 2, 4, 5, 7, 8, 16, 17, 21, 22, 32, 33, 64, 256)
     by_rows = {rows: default_cut(rows, 4096) for rows in counts}
     assert by_rows == {
-        **{1: 128, 2: 128, 4: 192, 5: 256, 7: 256, 8: 320, 16: 576, 17: 768, 21: 768},
+        **{1: 128, 2: 256, 4: 256, 5: 256, 7: 256, 8: 320, 16: 576, 17: 768, 21: 768},
         **{22: 1088, 32: 1088, 33: 2176, 64: 2176, 256: 2176},
     }
-    for rows in (*range(1, 5), *range(8, 65)):  # two SMs a split, of 132
+    for rows in (1, *range(8, 65)):  # two SMs a split, of 132
         assert rows * -(-2176 // default_cut(rows, 4096)) <= 64
     for rows in (8, 16, 32, 64):
         assert rows * -(-2000 // default_cut(rows, 4096)) >= 56
@@ -123,7 +123,7 @@ def test_the_default_cut_limits_the_splits(max_rows: int, page_size: int) -> Non
     for max_seq_len in (1, 64, 4096, 32768, 131072, 163840):
         cut = default_cut(max_rows, max_seq_len, page_size)
         step = StepConfig(max_rows, max_seq_len, 2, page_size, cut)  # it refuses what does not fit
-        assert step.splits <= (32 if max_rows <= 4 else 16)
+        assert step.splits <= (32 if max_rows == 1 else 16)
         assert cut % 64 == 0
     assert default_cut(1, 131072) == 4096
     assert default_cut(8, 32768) == 2048
