@@ -77,9 +77,10 @@ def default_cut(max_rows: int, max_seq_len: int, page_size: int = 64) -> int:
     pair of SMs one split: at most 64 splits in all, of rows as long as ROW_TOKENS, of as many
     tokens as that needs. Fewer leave SMs without work, more make some pay the 8 us again.
 
-    Measured in whole steps on an H200 with rows of 2000 tokens, attention's part of a layer in us:
-    1 row at cuts of 256, 128 and 64: 83.5, 82.3, 82.6; 8 rows at 320 and 192: 92.4, 98.2. What a
-    row alone gains by more splits, their merge takes from half of MIN_CUT on.
+    Measured in whole steps on an H200 with rows of 2000 tokens, attention's part of a layer in us
+    (a trial, in which `absorb_v` started beside attention; without it 82.5 at 128): 1 row at cuts
+    of 256, 128 and 64: 83.5, 82.3, 82.6; 8 rows at 320 and 192: 92.4, 98.2. From half of MIN_CUT on
+    the merge takes what a row alone gains by more splits.
 
     ROW_TOKENS is a prompt of 2048 tokens and some of its answer: at half of 2048 a row of 2049
     would bring 32 rows a third split each, which took flashinfer's kernel 9 us more; 64

@@ -334,7 +334,9 @@ def _absorb_v_few(
         if tl.max(used, axis=0) > 1:
             first = (t * (SPLITS * H) + head)[:, None]
             many = tl.where(used > 1, used, 0)[:, None]
-            merged = merge_splits(part_o, part_lse, first, many, c, H, DC, SPLITS_POW2, GROUP)
+            merged = merge_splits(
+                *(part_o, part_lse, first, many, c, many > 0), *(H, DC, SPLITS_POW2, GROUP, 0)
+            )
             x = tl.where(many > 0, merged.to(x.dtype), x)
     # Tokens to the width of an instruction, the same ones again.
     COPIES: tl.constexpr = BLOCK_T // TOKENS
@@ -473,25 +475,7 @@ def absorb_v(
     tile, splits = _v_tile(dv, dc, act_bytes), 0 if parts is None else parts.o.shape[1]
     few = _is_few(tokens, dv, dc, act_bytes)
     block_t = _token_tile(o_latent)
-    shape: dict[str, Any]
-    if few:
-        pow2_tokens, pow2_splits = (int(triton.next_power_of_2(n)) for n in (tokens, splits or 1))
-        shape = {
-            "TOKENS": pow2_tokens,
-            "SPLITS_POW2": pow2_splits,
-            "GROUP": min(pow2_splits, FEW_IN_FLIGHT[pow2_tokens]),
-            "num_warps": 8,
-        }
-    else:
-        step_bytes = (tile.rows + block_t * max(1, splits)) * tile.steps * act_bytes
-        shape = {
-            "BLOCK_C": tile.steps,
-            # Where rows may have two splits, most often none has.
-            "LOOKS": splits == 2 and block_t == MAX_TOKENS,
-            "num_warps": 4,
-            # Deep enough that one head's whole weight is in flight, where there is room.
-            "num_stages": min(4, BUDGET_BYTES[1] // step_bytes),
-        }
+    cut = _cut_few(tokens, splits) if few else _cut(tile, block_t, splits, act_bytes)
     launch(
         _absorb_v_few if few else _absorb_v,
         (num_heads * triton.cdiv(dv, tile.rows), triton.cdiv(tokens, block_t)),
@@ -518,7 +502,7 @@ def absorb_v(
         H=num_heads,
         SPLITS=splits,
         CUT=1 if parts is None else parts.cut,
-        **shape,
+        **cut,
         **overlap(launch),
     )
 
@@ -585,6 +569,26 @@ def _q_tile(w_uk: torch.Tensor) -> _Tile:
 def _v_tile(dv: int, dc: int, act_bytes: int) -> _Tile:
     rows, steps = min(128, _pow2(dv)), min(128, _pow2(dc))
     return _Tile(rows, steps if act_bytes == 2 else min(steps, 32))
+
+
+def _cut_few(tokens: int, splits: int) -> dict[str, Any]:
+    """How `_absorb_v_few` works through so many splits."""
+    pow2_tokens, pow2_splits = (int(triton.next_power_of_2(n)) for n in (tokens, max(1, splits)))
+    group = min(pow2_splits, FEW_IN_FLIGHT[pow2_tokens])
+    return {"TOKENS": pow2_tokens, "SPLITS_POW2": pow2_splits, "GROUP": group, "num_warps": 8}
+
+
+def _cut(tile: _Tile, block_t: int, splits: int, act_bytes: int) -> dict[str, Any]:
+    """How `_absorb_v` walks along the columns."""
+    step_bytes = (tile.rows + block_t * max(1, splits)) * tile.steps * act_bytes
+    return {
+        "BLOCK_C": tile.steps,
+        # Where rows may have two splits, most often none has.
+        "LOOKS": splits == 2 and block_t == MAX_TOKENS,
+        "num_warps": 4,
+        # Deep enough that one head's whole weight is in flight, where there is room.
+        "num_stages": min(4, BUDGET_BYTES[1] // step_bytes),
+    }
 
 
 def _token_tile(x: torch.Tensor) -> int:

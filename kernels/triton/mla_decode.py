@@ -18,6 +18,7 @@ from kernels.triton.overlap import await_inputs, await_inputs_streaming, overlap
 
 MERGE_HEADS = 4  # heads of one merge CTA
 MERGE_BYTES = 16  # of one element's splits in flight: one after the other would take a latency each
+LONG_CUT = 2048  # tokens; from here on most rows have one split, and there is nothing to merge
 HOPPER = "sm_90"
 LOG2_E = 1.4426950408889634
 REF_BYTES = 64 << 20  # of gathered KV that the oracle holds at a time
@@ -150,9 +151,11 @@ def _load_splits(
     line,  # int64 [R, 1]: of the first of them
     left,  # int32 [R, 1]: how many there are, from it on
     c,
+    lines,
     H: tl.constexpr,
     DC: tl.constexpr,
     GROUP: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):
     """(fp32 [R, 1], fp32 or act [R, C]) of GROUP splits; what is not there weighs nothing.
 
@@ -160,19 +163,23 @@ def _load_splits(
     """
     lses, parts = tl.tuple([]), tl.tuple([])
     for i in tl.static_range(GROUP):
-        at = line + i * H
-        lses += (tl.load(part_lse + at, mask=i < left, other=float("-inf")),)
-        parts += (tl.load(part_o + at * DC + c, mask=(i < left) & (c < DC), other=0.0),)
+        at, mask = line + i * H, i < left
+        if i < AHEAD:
+            mask = lines
+        lses += (tl.load(part_lse + at, mask=mask, other=float("-inf")),)
+        parts += (tl.load(part_o + at * DC + c, mask=mask & (c < DC), other=0.0),)
     return lses, parts
 
 
 @triton.jit
-def _add_splits(total, acc, high, lses, parts, GROUP: tl.constexpr):
+def _add_splits(total, acc, high, lses, parts, left, GROUP: tl.constexpr, AHEAD: tl.constexpr):
     """The sum of weights and the weighted sum, with GROUP more splits."""
     for i in tl.static_range(GROUP):
-        weight = tl.exp2(lses[i] - high)
+        weight, o = tl.exp2(lses[i] - high), parts[i].to(tl.float32)
+        if i < AHEAD:
+            weight, o = tl.where(i < left, weight, 0.0), tl.where(i < left, o, 0.0)
         total += weight
-        acc = tl.fma(parts[i].to(tl.float32), tl.broadcast_to(weight, acc.shape), acc)
+        acc = tl.fma(o, tl.broadcast_to(weight, acc.shape), acc)
     return total, acc
 
 
@@ -183,28 +190,30 @@ def merge_splits(
     first,  # int64 [R, 1]: lines of the first splits; a token's are H lines apart
     used,  # int32 [R, 1]: splits to add, 0 where there is no line
     c,  # [1, C]
+    lines,  # i1 [R, 1]: whether there is such a line
     H: tl.constexpr,
     DC: tl.constexpr,
     SPLITS_POW2: tl.constexpr,
     GROUP: tl.constexpr,  # splits that are in flight together
+    AHEAD: tl.constexpr,  # of them, such that are loaded before `used` is known
 ):
     """fp32 [R, C]: each line's splits by their weights, added in order; NaN where there are none.
 
     Every element is a chain of fused steps of its own, so its bits depend neither on the lines
     beside it nor on GROUP: two kernels that merge so come to the same.
     """
+    lses, parts = _load_splits(part_o, part_lse, first, used, c, lines, H, DC, GROUP, AHEAD)
     split = tl.arange(0, SPLITS_POW2)[None, :]
     every = tl.load(part_lse + first + split * H, mask=split < used, other=float("-inf"))
-    lses, parts = _load_splits(part_o, part_lse, first, used, c, H, DC, GROUP)
     high = tl.max(every, axis=1)[:, None]
     total = tl.zeros(used.shape, tl.float32)
     acc = tl.zeros([used.shape[0], c.shape[1]], tl.float32)
-    total, acc = _add_splits(total, acc, high, lses, parts, GROUP)
+    total, acc = _add_splits(total, acc, high, lses, parts, used, GROUP, AHEAD)
     if SPLITS_POW2 > GROUP:
         for s in tl.range(GROUP, tl.max(tl.max(used, axis=1), axis=0), GROUP):
             line, left = first + s * H, used - s
-            lses, parts = _load_splits(part_o, part_lse, line, left, c, H, DC, GROUP)
-            total, acc = _add_splits(total, acc, high, lses, parts, GROUP)
+            lses, parts = _load_splits(part_o, part_lse, line, left, c, lines, H, DC, GROUP, 0)
+            total, acc = _add_splits(total, acc, high, lses, parts, left, GROUP, 0)
     return acc / total
 
 
@@ -223,20 +232,22 @@ def _merge(
     BLOCK_H: tl.constexpr,
     BLOCK_C: tl.constexpr,
     GROUP: tl.constexpr,
+    AHEAD: tl.constexpr,
     PDL: tl.constexpr,
 ):
     await_inputs(PDL)
     t = tl.program_id(0).to(tl.int64)
     used = (tl.load(kv_len + t) + CUT - 1) // CUT
-    if used == 1:
-        return
+    # The first is settled by the compiler, the second on the device.
+    if AHEAD == 0:  # noqa: SIM102
+        if used == 1:
+            return
     h = (tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H))[:, None]
     c = tl.arange(0, BLOCK_C)[None, :]
-    lines = tl.where(h < H, used, 0)
-    first = t * (SPLITS * H) + h
-    o = merge_splits(part_o, part_lse, first, lines, c, H, DC, SPLITS_POW2, GROUP)
+    first, used = t * (SPLITS * H) + h, tl.where(h < H, used, 0)
+    o = merge_splits(part_o, part_lse, first, used, c, h < H, H, DC, SPLITS_POW2, GROUP, AHEAD)
     at = out + t * out_pitch + h * DC + c
-    tl.store(at, tl.where(lines > 0, o, 0.0), mask=(h < H) & (c < DC))
+    tl.store(at, tl.where(used > 0, o, 0.0), mask=(h < H) & (c < DC) & (used != 1))
 
 
 def num_splits(max_seq_len: int, cut: int) -> int:
@@ -404,6 +415,7 @@ def merge(
         BLOCK_H=MERGE_HEADS,
         BLOCK_C=_pow2(dc),
         GROUP=MERGE_BYTES // part_o.element_size(),
+        AHEAD=2 if part_o.shape[1] > 1 and cut < LONG_CUT else 0,
         num_warps=4,
         **overlap(launch),
     )

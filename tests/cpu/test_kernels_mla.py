@@ -24,6 +24,7 @@ from kernels.triton.mla_absorb import (
     takes_parts,
 )
 from kernels.triton.mla_decode import (
+    LONG_CUT,
     merge,
     merge_ref,
     mla_decode,
@@ -434,10 +435,10 @@ def test_decode_of_a_chunk_is_decode_of_its_tokens() -> None:
     torch.testing.assert_close(got.double(), chunk.naive(), rtol=0, atol=5e-6)
 
 
+@pytest.mark.parametrize("cut", [32, LONG_CUT])
 @pytest.mark.parametrize("dtype", [F32, BF16])
-def test_merge_adds_only_used_splits(dtype: torch.dtype) -> None:
+def test_merge_adds_only_used_splits(dtype: torch.dtype, cut: int) -> None:
     torch.manual_seed(0)
-    cut = 32
     length, heads, dc = _i32(0, 1, cut, cut + 1, 2 * cut, 3 * cut + 4, 7 * cut, 11 * cut), 5, 24
     part_o = torch.randn(8, 11, heads, dc).to(dtype)
     part_lse = torch.randn(8, 11, heads) * 20
@@ -473,7 +474,7 @@ def test_kernels_compile_without_spills() -> None:
     assert run.returncode == 0, run.stderr
     built = json.loads(run.stdout.splitlines()[-1])
     assert {b["name"] for b in built} == {
-        *("_mla_prep", "_absorb_q", "_absorb_v", "_absorb_v_ahead"),
+        *("_mla_prep", "_absorb_q", "_absorb_v", "_absorb_v_few"),
         *("_mla_decode", "_merge", "_mla_plan"),
     }
     # A chip's 227 KiB must hold every tile; decode on Blackwell spills a little outside its loop.
