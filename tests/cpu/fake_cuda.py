@@ -335,6 +335,21 @@ class FakeCuda:
         self._add(out, graph, FakeNode(0, kernel, *shape, values))
         return 0
 
+    def cuGraphAddNode_v2(
+        self, out: int, graph: int, deps: int, data: int, count: int, params: int
+    ) -> int:
+        if ctypes.c_uint64.from_address(params).value:  # another type, or reserved words
+            return INVALID
+        if status := self.cuGraphAddKernelNode_v2(out, graph, 0, 0, params + 16):
+            return status
+        node, found = ctypes.c_uint64.from_address(out).value, self.graphs[graph]
+        before = (ctypes.c_uint64 * count).from_address(deps) if count else ()
+        for i, handle in enumerate(before):
+            if handle not in found.nodes:
+                return INVALID
+            found.edges.append((handle, node, ctypes.string_at(data + 8 * i, 8)))
+        return 0
+
     def cuGraphAddMemcpyNode(
         self, out: int, graph: int, deps: int, count: int, params: int, _: int
     ) -> None:
