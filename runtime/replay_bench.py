@@ -20,6 +20,7 @@ from rich.table import Table
 
 from graphs.floor import READ_BYTES_PER_S, Floor, step_floor
 from graphs.keys import GraphKey
+from runtime.bandwidth import read_bandwidth
 from runtime.build import build
 from runtime.capture import TWIN_NOTE
 from runtime.cli import (
@@ -49,6 +50,7 @@ class KeyTimes:
     """One key, timed. Microseconds; percentiles are over steps.
 
     Attributes:
+        steps_us: every timed step, from its end back to the end of the one before, in order.
         idle_us: device time between the end of a step and the begin of the next.
         host_us: what `launch` and `collect` take, the wait for the device left out.
         graph_launch_us: of it, CUDA's call that launches the graph; on the CPU twin the step.
@@ -70,6 +72,7 @@ class KeyTimes:
     new_tokens_per_s: float
     floor: Floor
     floor_us: float | None
+    steps_us: list[float]
 
     @property
     def fraction(self) -> float | None:
@@ -121,10 +124,18 @@ def main(argv: list[str] | None = None) -> int:
             bar("inside a step", 0)
             largest = max((k for k in keys if k.tokens == k.rows), default=keys[-1])
             parts = bench.time_parts(largest)
+            read = None if engine.launcher is None else read_bandwidth(engine.launcher)
             report = _report(engine, args, times, largest, parts) | {
-                "skipped_keys": [str(key) for key in skipped]
+                "floor_bytes_per_s": bench.bandwidth,
+                "read_bytes_per_s": read,
+                "skipped_keys": [str(key) for key in skipped],
             }
     _show(engine, times, largest, parts, args.ctx_len, skipped)
+    if read is not None and bench.bandwidth is not None:
+        console.print(
+            f"memory     the floor is at {bench.bandwidth / 1e12:.2f} TB/s; a plain read reaches "
+            f"{read / 1e12:.2f} TB/s on this GPU now"
+        )
     if args.out:
         for path in write_files(Path(args.out), report, bench.trace):
             console.print(f"wrote      {path}")
@@ -223,6 +234,7 @@ class ReplayBench:
             new_tokens_per_s=key.rows / p50 * 1e6,
             floor=floor,
             floor_us=floor.microseconds(self.bandwidth) if self.bandwidth else None,
+            steps_us=step_us.round(1).tolist(),
         )
 
     def _occupy(self, rows: int) -> None:

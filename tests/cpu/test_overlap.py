@@ -18,8 +18,8 @@ from runtime.config import RuntimeConfig
 from runtime.selection import choose
 
 ROOT = Path(__file__).resolve().parents[2]
-# Launched in the ordinary way; neither is part of a step that is captured to be served.
-ORDINARY = {"_stamp", "_fill_kernel"}
+# Launched in the ordinary way; none is part of a step that is captured to be served.
+ORDINARY = {"_stamp", "_fill_kernel", "_read_kernel"}
 # What reads or writes its first argument.
 TOUCHING = ("load", "store", "load_tile", "prefetch_rows", "_norm_weight", "_spread")
 

@@ -32,6 +32,8 @@ def test_replay_bench_times_every_key_and_writes_its_files(
         assert 0 < key["python_us"] < key["host_us"]
         assert key["floor"]["total"] > 0
         assert key["new_tokens_per_s"] > 0
+        assert len(key["steps_us"]) == 4
+        assert max(key["steps_us"]) + 0.1 >= key["p99_us"] >= key["p50_us"]
     assert report["marks"] == {"python_us": 30.0, "idle_us": 3.0}
     assert "mark 30; launch us" in " ".join(terminal.out.split())
     assert report["parts_key"] == "2"

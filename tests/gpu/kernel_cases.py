@@ -18,6 +18,7 @@ from kernels.triton import (
     random_init,
     routing,
     sample,
+    stream,
 )
 from tests.gpu.kernel_inputs import (
     BF16,
@@ -55,6 +56,7 @@ from tests.gpu.kernel_inputs import (
     route,
     route_of_parts,
     silu_mul,
+    words,
 )
 
 
@@ -152,6 +154,7 @@ CASES: dict[str, Case] = {
     "fill_random_fp8": Case(
         random_init.fill_random, random_init.fill_random_ref, fill(FP8), {"out": 0}
     ),
+    "read_words": Case(stream.read_words, stream.read_words_ref, words, {"out": 0}),
 }  # fmt: skip
 # Of these the first token's result is compared between steps of every size.
 BY_TOKEN = (

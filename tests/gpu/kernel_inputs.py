@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from kernels.triton import linear, mla_decode, mla_plan, router, routing, sample
+from kernels.triton import linear, mla_decode, mla_plan, router, routing, sample, stream
 
 DEVICE = "cuda"
 BF16, F32, FP8, I32 = torch.bfloat16, torch.float32, torch.float8_e4m3fn, torch.int32
@@ -332,3 +332,10 @@ def fill(dtype: torch.dtype) -> Callable[[int, int], Arguments]:
         return {"out": zeros(tokens, HIDDEN, dtype=dtype), "seed": 7, "scale": 0.5, "offset": 3}
 
     return make
+
+
+def words(seed: int, tokens: int) -> Arguments:
+    generator = torch.Generator().manual_seed(seed)
+    size = (tokens * stream.BLOCK,)
+    drawn = torch.randint(-(2**31), 2**31, size, generator=generator)
+    return {"words": drawn.to(torch.int32), "out": zeros(5, dtype=torch.int32)}
