@@ -6,7 +6,14 @@ hold host state, so a graph with them is captured live, in a pool of its own, an
 K choices of a token at its source; normal: ranks in order), but where a received row lies varies
 from run to run, so nothing here may add along rows.
 
-A late rank is not named: upstream's kernels wait about 100 s and then end the process's context.
+A late rank is known by the steps that hosts have launched; upstream's waits cannot be called off.
+Its kernels look at the awaited flag and their own clock alone, give up after 200e9 cycles (101 s at
+1.98 GHz) and trap, which loses the context. The number is fixed when DeepEP is built:
+`LEGACY_NUM_TIMEOUT_CYCLES` of csrc/kernels/legacy/compiled.cuh; in older versions that of
+configs.cuh, a tenth of it with ENABLE_FAST_DEBUG. Its masks of ranks (`enable_shrink`) are read
+before a wait and set after it, and leave the masked ranks' experts out of the sum without a word:
+they are not used here.
+
 A node without a network card needs NVSHMEM_REMOTE_TRANSPORT=none, NVSHMEM_IB_ENABLE_IBGDA=0 and an
 upstream that neither sets the latter itself nor asserts on queue pairs (its commit 87d8305).
 
@@ -44,6 +51,13 @@ _REMEDY = (
     "build it from https://github.com/deepseek-ai/DeepEP against this torch, with NVSHMEM (on the "
     "Python index, deep-ep is another, incomplete upload and sgl-deep-ep a build for torch 2.13 up"
     "); or use --transport rdep, which needs neither"
+)
+
+
+AFTER_LATE = (
+    "end this process (os._exit, SIGKILL), for DeepEP's kernels cannot be called off: closing it "
+    "waits until they give up, 200e9 clock cycles (about 100 s) after they began, and finds the "
+    "device's context lost; a DeepEP built with a smaller LEGACY_NUM_TIMEOUT_CYCLES gives up sooner"
 )
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from barriers.group import RankGroup
 from barriers.members import GONE
 from barriers.symmetric import HostMemory
-from barriers.watch import DEADLINE, NO_LAYER, Late
+from barriers.watch import CLOSE, DEADLINE, NO_LAYER, Late
 
 _KEPT = 4  # launches whose time is remembered: more than can be in flight
 
@@ -27,6 +27,7 @@ class StepBoard:
 
     Args:
         operation: what the steps wait in, for messages.
+        first: what to do at once where ranks are late.
         clock: seconds.
     """
 
@@ -36,10 +37,11 @@ class StepBoard:
         *,
         deadline_s: float,
         operation: str,
+        first: str = CLOSE,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._group, self._clock = group, clock
-        self._deadline_s, self._operation = deadline_s, operation
+        self._deadline_s, self._operation, self._first = deadline_s, operation, first
         self._memory = HostMemory(group, np.dtype(np.int64).itemsize)
         self._words = [self._memory.payload(r, np.int64) for r in range(group.world)]
         self._launched: deque[tuple[int, float]] = deque(maxlen=_KEPT)  # (step, when)
@@ -71,7 +73,7 @@ class StepBoard:
         if late:
             ranks = tuple(sorted(late))
             found = Late(DEADLINE, me, step, NO_LAYER, self._operation, ranks, waited)
-            raise found.failure(self._group.describe)
+            raise found.failure(self._group.describe, first=self._first)
 
     def close(self) -> None:
         """Unmap; idempotent."""

@@ -17,7 +17,7 @@ from typing import Protocol
 
 import torch
 
-from kernels.triton import activation, routing
+from kernels.triton import activation, expert_sum
 from kernels.triton.launch import Launcher
 
 MAX_WORLD = 8  # ranks of one node
@@ -381,11 +381,11 @@ def weighted_sum(
     shared: torch.Tensor | None,
     out: torch.Tensor,
 ) -> None:
-    """`kernels.triton.routing.combine` or its oracle."""
+    """`kernels.triton.expert_sum.combine` or its oracle."""
     if launch is None:
-        routing.combine_ref(y, ids, weights, shared, out=out)
+        expert_sum.combine_ref(y, ids, weights, shared, out=out)
     else:
-        routing.combine(launch, y, ids, weights, shared, out=out)
+        expert_sum.combine(launch, y, ids, weights, shared, out=out)
 
 
 def quantize(

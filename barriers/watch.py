@@ -42,6 +42,9 @@ class Record(ctypes.Structure):
     )
 
 
+CLOSE = "close this runtime"  # what to do at once where a rank is late
+
+
 @dataclass(frozen=True)
 class Late:
     """One wait that ended without its peers.
@@ -68,11 +71,17 @@ class Late:
         layer = "" if self.layer == NO_LAYER else f", layer {self.layer}"
         return f"step {self.step}{layer}, {self.operation}"
 
-    def failure(self, describe: Callable[[Sequence[int]], str] | None = None) -> RankError:
+    def failure(
+        self,
+        describe: Callable[[Sequence[int]], str] | None = None,
+        *,
+        first: str = CLOSE,
+    ) -> RankError:
         """The exception to raise.
 
         Args:
             describe: what is known of some ranks' processes, such as `RankGroup.describe`.
+            first: what to do at once where ranks are late.
         """
         known = describe(self.ranks) if describe is not None else ""
         verb = "is" if len(self.ranks) == 1 else "are"
@@ -80,7 +89,7 @@ class Late:
         if self.stop == DEADLINE:
             return BarrierTimeout(
                 f"rank {self.rank} waited {self.waited_s:.1f} s in {self.place}: {who} late{known}"
-                "; close this runtime, look at what those ranks did, and start all ranks again",
+                f"; {first}, look at what those ranks did, and start all ranks again",
                 self.ranks,
             )
         if self.stop == STEP_MISMATCH:

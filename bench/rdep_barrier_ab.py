@@ -26,10 +26,11 @@ from barriers.errors import RankError
 from barriers.group import RankGroup
 from bench.barrier_cases import FLIGHT, NODE, BarrierCases
 from bench.barrier_others import time_others
-from capture_cache.command import command, error_line, exit_code
+from capture_cache.command import error_line, exit_code
 from capture_cache.driver import Device, driver_version
 from capture_cache.errors import CudaError
 from capture_cache.nvrtc import nvrtc_version
+from runtime.rank_command import command
 from runtime.report import provenance
 
 Results = dict[str, dict[str, Any]]
@@ -105,6 +106,24 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def alike(args: argparse.Namespace) -> dict[str, str]:
+    """Options that decide which cases a rank comes to and how long it waits there."""
+    names = ("replays", "deadline_ms", "limit_s", "no_torch", "shared_gpu")
+    return {f"--{name.replace('_', '-')}": str(getattr(args, name)) for name in names}
+
+
+def open_together(group: RankGroup, ordinal: int) -> Device:
+    """This rank's GPU; raises RankError on all ranks, with the reason, where one has none."""
+    device, error = None, None
+    try:
+        device = Device(ordinal)
+    except CudaError as e:
+        error = str(e)
+    group.agree("opening the GPU", error)
+    assert device is not None
+    return device
+
+
 def main(argv: list[str] | None = None) -> int:
     args, began = parse(argv), time.monotonic()
     try:
@@ -119,8 +138,9 @@ def main(argv: list[str] | None = None) -> int:
         )
         return 2
     try:
-        group = RankGroup(config, {"options": f"{args.replays} {args.deadline_ms}"})
-        device = Device(0 if args.shared_gpu else int(os.environ.get("LOCAL_RANK", config.rank)))
+        group = RankGroup(config, alike(args))
+        ordinal = 0 if args.shared_gpu else int(os.environ.get("LOCAL_RANK", config.rank))
+        device = open_together(group, ordinal)
         cases = BarrierCases(
             group,
             device,

@@ -51,8 +51,8 @@ from bench.transport_report import merge, print_mode
 from bench.transport_timing import WARM_UP, Aligner
 from capture_cache.command import error_line, exit_code
 from capture_cache.driver import Device
-from runtime.cli import command
 from runtime.config import tell_ranks
+from runtime.rank_command import command
 from runtime.report import provenance
 
 _MEET_S = 120.0  # for the slowest rank of a part
@@ -124,7 +124,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "replays": args.replays,
         "back_to_back": args.back_to_back,
     }
-    with RankGroup(place, {"config": json.dumps(report["config"])}) as group:
+    with RankGroup(place, {"config": json.dumps(report["config"]), **_alike(args)}) as group:
         device = Device(torch.cuda.current_device())
         aligner = Aligner(
             group, device, deadline_ms=args.deadline_ms, back_to_back=args.back_to_back
@@ -179,6 +179,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--json", action="store_true", help="print one JSON object as the last line")
     return parser
+
+
+def _alike(args: argparse.Namespace) -> dict[str, str]:
+    """Options that decide which measurements a rank comes to, and what it does there."""
+    own = ("json", "lines", "link_gbps")  # rank 0 alone goes by them
+    return {f"--{n.replace('_', '-')}": str(v) for n, v in vars(args).items() if n not in own}
 
 
 def _modes(asked: Sequence[str]) -> list[str]:

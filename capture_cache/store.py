@@ -37,7 +37,7 @@ from capture_cache.manifest import (
 
 _HEX = re.compile(r"[0-9a-f]{64}")
 _ARCH = re.compile(r"sm_[0-9]{2,3}[a-z]?")
-_ATTEMPTS = 4
+_ATTEMPTS = 16  # at moving an entry in, while others replace and prune the same one
 MANIFEST = "manifest.json"
 META = "meta.json"
 

@@ -22,7 +22,7 @@ from graphs.planned_mla import PlannedMla
 from graphs.step_config import MAX_STOPS, StepConfig, mailbox_layout
 from graphs.weights import ITEM_BYTES, shared_joins, stored_table, weight_table
 from kernels.triton.draw_pipeline import row_tensors, scratch_tensors
-from kernels.triton.linear import linear_plan, linear_workspace_elems
+from kernels.triton.linear_plan import linear_plan, linear_workspace_elems
 from kernels.triton.mla_query import fuses_query
 from kernels.triton.router import router_parts
 from kernels.triton.sample import num_chunks

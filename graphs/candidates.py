@@ -15,8 +15,8 @@ import torch
 
 from graphs.calls import Call, Hook
 from graphs.ops import Ops
-from kernels.triton.grouped import DOWN_PLAN, GATE_UP_PLAN, GroupedPlan
-from kernels.triton.linear import LinearPlan, linear_plan
+from kernels.triton.grouped_plan import DOWN_PLAN, GATE_UP_PLAN, GroupedPlan
+from kernels.triton.linear_plan import LinearPlan, linear_plan
 from kernels.triton.router import RouterPlan, router_plan
 from kernels.triton.tiles import FP8_GROUP
 

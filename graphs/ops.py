@@ -13,7 +13,10 @@ from kernels.triton import (
     activation,
     advance,
     draw_pipeline,
-    grouped,
+    expert_lists,
+    expert_sum,
+    grouped_down,
+    grouped_gate_up,
     intake,
     linear,
     logits_counts,
@@ -25,6 +28,7 @@ from kernels.triton import (
     router,
     routing,
     settle,
+    token_masks,
 )
 from kernels.triton.launch import Launcher, Ordinary
 
@@ -42,7 +46,7 @@ class Ops:
 
         self.intake = bind(intake.intake, intake.intake_ref)
         self.advance = bind(advance.advance, advance.advance_ref)
-        self.copy_masks = bind(intake.copy_masks, intake.copy_masks_ref)
+        self.copy_masks = bind(token_masks.copy_masks, token_masks.copy_masks_ref)
         self.answer = bind(settle.answer, settle.answer_ref)
         self.settle = bind(settle.settle, settle.settle_ref)
         self.embed = bind(norm.embed, norm.embed_ref)
@@ -59,10 +63,12 @@ class Ops:
         self.mla_decode = bind(mla_decode.mla_decode, mla_decode.mla_decode_ref)
         self.router = bind(router.router, router.router_ref)
         self.route = bind(routing.route, routing.route_ref)
-        self.align = bind(routing.align, routing.align_ref)
-        self.combine = bind(routing.combine, routing.combine_ref)
-        self.grouped_gate_up = bind(grouped.grouped_gate_up, grouped.grouped_gate_up_ref)
-        self.grouped_down = bind(grouped.grouped_down, grouped.grouped_down_ref)
+        self.align = bind(expert_lists.align, expert_lists.align_ref)
+        self.combine = bind(expert_sum.combine, expert_sum.combine_ref)
+        self.grouped_gate_up = bind(
+            grouped_gate_up.grouped_gate_up, grouped_gate_up.grouped_gate_up_ref
+        )
+        self.grouped_down = bind(grouped_down.grouped_down, grouped_down.grouped_down_ref)
         self.count_tokens = bind(logits_counts.count_tokens, logits_counts.count_tokens_ref)
         self.sample = bind(draw_pipeline.sample_step, draw_pipeline.sample_step_ref)
 

@@ -39,7 +39,7 @@ from graphs.weights import add_part_views
 from kernels.triton.overlap import MODES
 from runtime.assemble import exchange_launcher, list_kernels, make_step
 from runtime.attention_tuning import AttentionTuner
-from runtime.bundle_names import LIVE, SKIPPED
+from runtime.bundle_names import GRAPHS, LIVE, SKIPPED
 from runtime.config import RuntimeConfig, told_to_ranks
 from runtime.engine import Engine, reset_state
 from runtime.fingerprint import fingerprint
@@ -108,7 +108,7 @@ class _Builder:
                 check_kernels(self.options, selection)
                 weights = find_weights(self.options, selection.model, selection.source)
                 self.weights_note = weights.note
-                self._check_store(selection)
+                self._check_store(selection.on_device)
                 fields = self._fields(selection)
             ranks, selection = self._meet(selection, fields)
         launcher = _launcher(self.store, selection) if selection.on_device else None
@@ -134,6 +134,8 @@ class _Builder:
         if isinstance(backend, CudaBackend) and launcher is not None:
             with self._timed("tune"):
                 engine.choices = self._tune(engine, views, launcher, backend)
+        if engine.ranks.rank == 0:  # what is known by now may ask for more than what is on record
+            self._check_store(selection.on_device, engine.choices)
         self._capture(engine)
         engine.reset_state()
         ranks.meet("captured")
@@ -142,13 +144,18 @@ class _Builder:
         engine.stages, engine.weights_note = self.seconds, self.weights_note
         return engine
 
-    def _check_store(self, selection: Selection) -> None:
-        """Raises StoreError if the capture could not be stored, unless it is on record already."""
+    def _check_store(self, on_device: bool, choices: KernelChoices | None = None) -> None:
+        """Raises StoreError if the capture could not be stored, unless nothing needs storing.
+
+        Args:
+            choices: the capture's kernels; None: not known yet.
+        """
         try:
             self.store.check_writable()
         except StoreError:
-            facts = fingerprint(self.options, on_device=selection.on_device)
-            if self.replace or self.options.kernels == "tune" or self.store.load(facts) is None:
+            if self.replace or self.options.kernels == "tune":
+                raise
+            if self._stored(fingerprint(self.options, on_device=on_device), choices) is None:
                 raise
 
     def _fields(self, selection: Selection) -> dict[str, str]:
@@ -355,7 +362,11 @@ class _Builder:
         first = engine.ranks.rank == 0 and not self.replace
         stored = first and self._stored(facts, engine.choices) is not None
         if engine.ranks.group.allgather("record", stored)[0].value:
-            engine.bundle_note = "the same capture is on record"
+            engine.bundle_note = (
+                "the same capture is on record"
+                if self.options.bundle
+                else "captured without a bundle, as asked; what is on record stays"
+            )
             return  # a store may well be read-only by now
         recording = self._recording(engine, arena)
         if engine.ranks.rank:
@@ -367,17 +378,25 @@ class _Builder:
         )
         self.store.publish(facts, manifest, recording.files, replace_existing=True)
 
-    def _stored(self, facts: Fingerprint, choices: KernelChoices) -> Bundle | None:
-        """The bundle on record, unless this capture has more to say."""
+    def _stored(self, facts: Fingerprint, choices: KernelChoices | None) -> Bundle | None:
+        """The bundle on record, unless this capture has more to say.
+
+        Args:
+            choices: this capture's; None: not known yet, taken to be those on record.
+        """
         try:
             stored = self.store.load(facts)
         except CorruptBundle:
             return None  # replaced
-        if stored is not None and _kernels_of(stored.manifest.ledger) != choices.kernels:
+        if stored is None:
+            return None
+        restore = stored.manifest.restore
+        kind = restore.get("kind") if isinstance(restore, dict) else None
+        if kind == GRAPHS and not self.options.bundle:
+            return stored  # never graphs for none
+        if choices is not None and _kernels_of(stored.manifest.ledger) != choices.kernels:
             return None  # something was measured since
-        restore = None if stored is None else stored.manifest.restore
-        more = isinstance(restore, dict) and restore.get("kind") == SKIPPED and self.options.bundle
-        return None if more else stored
+        return None if kind == SKIPPED and self.options.bundle else stored
 
     def _recording(self, engine: Engine, arena: Arena) -> Recording:
         if not self.options.bundle:

@@ -13,7 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -22,8 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from barriers.deepep import DeepEpMissing, ParityError
 from barriers.errors import RankError
 from barriers.transport import NAMES as TRANSPORTS
-from capture_cache.command import Parser, error_line, exit_code
-from capture_cache.command import command as plain_command
+from capture_cache.command import error_line, exit_code
 from capture_cache.errors import (
     ArenaError,
     CaptureError,
@@ -41,11 +40,11 @@ from runtime.config import (
     DEVICES,
     PDL,
     RuntimeConfig,
-    tell_ranks,
     told_to_ranks,
 )
 from runtime.driver import StepFailed
 from runtime.pages import OutOfPages
+from runtime.rank_command import command as command  # for those who take more from here
 
 NAMED_FAILURES = (
     ArenaError,
@@ -84,20 +83,6 @@ class Once(argparse.Action):
             )
         seen[self.dest] = option_string
         setattr(namespace, self.dest, values)
-
-
-class RankParser(Parser):
-    """Tells the other ranks, too, which would wait for this one."""
-
-    def error(self, message: str) -> NoReturn:
-        self._print_message(self.error_text(message), sys.stderr)
-        tell_ranks(message)  # which may take a while, where they have not come yet
-        self.exit(2)
-
-
-def command(module: str, doc: str | None) -> Parser:
-    """As `capture_cache.command.command`, for commands that may run as one of several ranks."""
-    return plain_command(module, doc, RankParser)
 
 
 def add_selection(parser: argparse.ArgumentParser) -> None:

@@ -20,7 +20,7 @@ from graphs.keys import GraphKey
 from graphs.ledger import Ledger
 from graphs.prove import Proof
 from graphs.weight_update import WeightUpdate, prepare_update
-from kernels.triton.intake import admit
+from kernels.triton.intake_rows import admit
 from kernels.triton.rows import RowState
 from kernels.triton.state import DECODE, HEADER, MailboxLayout
 from runtime.config import RuntimeConfig

@@ -1,4 +1,4 @@
-"""Rows put into the decode phase by the host, as `kernels.triton.intake.admit` does on the device.
+"""Rows put into the decode phase by the host, as `kernels.triton.intake_rows` does on the device.
 
 For benchmarks: a restored runtime has no torch to write row state with.
 """

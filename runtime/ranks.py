@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from barriers.allgather import AllGather
 from barriers.config import GroupConfig
-from barriers.deepep import DeepEpLowLatency, DeepEpNormal
+from barriers.deepep import AFTER_LATE, DeepEpLowLatency, DeepEpNormal
 from barriers.device_watch import DeviceWatch
 from barriers.errors import RankError
 from barriers.group import RankGroup
@@ -26,6 +26,7 @@ from barriers.rdep import Rdep, RdepTuning, load_rdep, peer_layout, peer_views
 from barriers.step_board import StepBoard
 from barriers.symmetric_device import DeviceMemory
 from barriers.transport import DEEPEP, Local, Transport, TransportConfig
+from barriers.watch import CLOSE
 from capture_cache.driver import Device
 from capture_cache.store import Store
 from kernels.triton.launch import Launcher
@@ -131,7 +132,7 @@ class Ranks:
     ) -> Transport:
         self._connect("gloo" if launch is None else "nccl")  # upstream's start goes through it
         if launch is not None:
-            self._post(name)
+            self._post(name, first=AFTER_LATE)
         self.group.barrier(f"starting {name}")  # which has no deadline of its own
         transport: DeepEpLowLatency | DeepEpNormal
         if name == "deepep":
@@ -142,9 +143,9 @@ class Ranks:
         self.group.barrier(f"{name} started")
         return transport
 
-    def _post(self, name: str) -> None:
+    def _post(self, name: str, first: str = CLOSE) -> None:
         """Have every rank's host tell which step it launches."""
-        self.board = StepBoard(self.group, deadline_s=self.deadline_s, operation=name)
+        self.board = StepBoard(self.group, deadline_s=self.deadline_s, operation=name, first=first)
         self._open.callback(self.board.close)
 
     def _close_together(self, transport: DeepEpLowLatency | DeepEpNormal) -> None:
@@ -186,7 +187,7 @@ class Ranks:
     def abandon(self) -> None:
         """Ranks are missing for good: end what NCCL's kernels wait for, or closing would wait, too.
 
-        DeepEP has no such end; its waits give up by themselves, after a hundred seconds.
+        DeepEP has no such end (`barriers.deepep`).
         """
         if self._aborting is None and dist.is_initialized() and dist.get_backend() == "nccl":
             # The kernels end at once, but the call only when no captured graph is left that uses

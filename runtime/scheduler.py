@@ -4,10 +4,6 @@
 happens at a known step (a row's token opens a page, a row samples its last token) waits in a bucket
 of that step, so a step in which rows only decode costs the same for any number of rows.
 
-Prompts share a step's prompt tokens so: the first row in `Request.order` gets half, and what the
-others leave; the others get the rest, the one with least left first. So short prompts pass long
-ones, and yet whoever is first moves on by half a step's worth, whatever arrives.
-
 Invariants: the host's count of decoding rows is never below the device's; pages are held before the
 launch that writes them; pages are given to another row only after the row that held them is free on
 the device or its cancel leads the mailbox of the next launch.
@@ -17,7 +13,6 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Iterator, Mapping
-from dataclasses import field
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -25,7 +20,6 @@ from numpy.typing import NDArray
 
 from capture_cache.dataclass import dataclass
 from runtime.history import History
-from runtime.mailbox import Chunk
 from runtime.pages import OutOfPages, OutOfRows, PagePool
 from runtime.prefix_cache import PrefixCache
 from runtime.requests import (
@@ -38,14 +32,15 @@ from runtime.requests import (
     Request,
     WaitingQueue,
 )
+from runtime.shared_pages import SharedPages
 from runtime.stats import Counters
+from runtime.step_plan import Filling, Plan
 
 if TYPE_CHECKING:
     from graphs.keys import Ladder
 
 RESERVATIONS = ("full", "lazy")
 NEVER = np.iinfo(np.int64).max
-NO_PAGES = np.zeros((0, 3), np.int32)
 
 
 @dataclass(frozen=True)
@@ -79,29 +74,6 @@ class SchedulerConfig:
             raise ValueError(f"ageing_steps must be at least 1 step, got {self.ageing_steps!r}")
 
 
-@dataclass(slots=True)
-class Plan:
-    """One step as the host wants it.
-
-    Attributes:
-        tokens, samples: step tokens; rows that sample.
-        fed: rows with a chunk, and its tokens.
-        sent: rows whose page table grows, and to how many pages.
-        changes: whether the device must be told anything.
-    """
-
-    tokens: int
-    samples: int
-    changes: bool = False
-    cancels: list[int] = field(default_factory=list)
-    admits: list[Request] = field(default_factory=list)
-    chunks: list[Chunk] = field(default_factory=list)
-    pages: NDArray[np.int32] = field(default_factory=lambda: NO_PAGES)
-    fed: list[tuple[Request, int]] = field(default_factory=list)
-    sent: dict[Request, int] = field(default_factory=dict)
-    crossing: list[Request] = field(default_factory=list)
-
-
 class Scheduler:
     """The host's half of the row state.
 
@@ -133,6 +105,7 @@ class Scheduler:
         self._logits_rows = logits_rows
         self.cache = PrefixCache(enabled=config.prefix_cache)
         self.pages = PagePool(num_pages, page_size, self.cache)
+        self.shared = SharedPages(self.pages, self.cache)
         self.counters = Counters()
         self.rows: list[Request | None] = [None] * max_rows
         self.queue = WaitingQueue()
@@ -183,7 +156,7 @@ class Scheduler:
         if len(self.free_rows) < 2 or not self._has_logits(request, spare_logits):
             raise OutOfRows(f"the free row is due: {due}")
         pages, shared = self._room_for(first)
-        shared = [*shared, *self._find(request)]
+        shared = [*shared, *self.shared.find(request)]
         pages += self.pages.pages_for(self._tokens_to_reserve(request)) + self._lazy
         if not self.pages.has_room(pages, shared):
             raise OutOfPages(f"free pages are due: {due}")
@@ -209,7 +182,7 @@ class Scheduler:
             OutOfPages: they are not there (`OutOfRows`: no row is); nothing changed.
         """
         self._check_rows(request)
-        row, shared = self.free_rows[-1], self._find(request)
+        row, shared = self.free_rows[-1], self.shared.find(request)
         self.pages.share(row, shared)
         try:
             self.pages.grow(row, self._tokens_to_reserve(request))
@@ -241,7 +214,7 @@ class Scheduler:
         """
         running = len(self.rows) - len(self.free_rows)
         pages = self.pages.pages_for(self._tokens_to_reserve(request))
-        return pages + (running if self._lazy else 0), self._find(request)
+        return pages + (running if self._lazy else 0), self.shared.find(request)
 
     def settle_decoding(self, request: Request, length: int, step: int) -> None:
         """A row that decodes from `step` on, with `length` tokens computed and its pages sent."""
@@ -287,10 +260,11 @@ class Scheduler:
         request.scored_to = int(self.scored_to[row])
         if request.phase in (WAITING, PREFILLING):
             self._prefilling.remove(request)
-            self._name(request, request.done)
+            self.shared.name(request, request.done, self.history)
         else:
             self._num_decoding -= request.phase == DECODING
-            self._name(request, int(self.have[row]) - 1)  # the last token's KV is not computed
+            # The last token's KV is not computed.
+            self.shared.name(request, int(self.have[row]) - 1, self.history)
         self.rows[row], request.row = None, -1
         self.since[row], self.ids[row] = NEVER, -1
         self.past.end()
@@ -347,36 +321,6 @@ class Scheduler:
         """int64 [max_rows], tokens that each row has in `history`."""
         return self.past.have
 
-    # ------------------------------------------------------------------ the prefix cache
-
-    def _find(self, request: Request) -> list[int]:
-        """Named pages that begin like the request; its last token is always computed."""
-        if not (self.cache.enabled and request.cacheable):
-            return []
-        count = request.findable_tokens // self.pages.page_size
-        return self.cache.find(request.chain.upto(count, request.tokens, self.pages.page_size))
-
-    def _find_again(self, request: Request) -> None:
-        """Others may have computed more of the request's pages since it was given its row."""
-        shared = self._find(request)
-        for index in range(request.matched, len(shared)):
-            self.pages.swap(request.row, index, shared[index])
-        if len(shared) > request.matched:
-            request.matched = request.named = len(shared)
-            request.done = len(shared) * self.pages.page_size
-
-    def _name(self, request: Request, tokens: int) -> None:
-        """Let others find the pages that the first `tokens` tokens fill."""
-        if not (self.cache.enabled and request.cacheable):
-            return
-        size, count = self.pages.page_size, tokens // self.pages.page_size
-        if count <= request.named:
-            return
-        digests = request.chain.upto(count, self.history[request.row], size)
-        for index in range(request.named, count):
-            self.pages.name(request.row, index, digests[index])
-        request.named = count
-
     # ------------------------------------------------------------------ the next step
 
     def plan(self, step: int) -> Plan:
@@ -393,18 +337,11 @@ class Scheduler:
         if self._may_admit:
             self._admit_waiting(step)
         plan = Plan(self._num_decoding, self._num_decoding, crossing=crossing)
-        words: list[tuple[int, int, int]] = []
-        for request in crossing:
-            self._send(plan, words, request, request.sent + 1)
-        self._feed(plan, words)
-        for request in [*crossing, *(request for request, _ in plan.fed)]:
-            count = len(self.pages.held(request.row))
-            if plan.sent[request] < count:
-                self._send(plan, words, request, count)
-        if words:
-            plan.pages = np.array(words, np.int32)
         plan.cancels = self.cancels
-        plan.changes = bool(words or plan.cancels or plan.admits or plan.chunks)
+        filling = Filling(plan, self.ladder, self.pages, self.shared, max_words=self._max_words)
+        filling.open_pages()
+        filling.feed(self._prefilling, self.config.prefill_budget)
+        filling.finish()
         return plan
 
     def is_calm(self, step: int) -> bool:
@@ -472,61 +409,6 @@ class Scheduler:
         # The last token is returned but never fed, so it needs no page.
         return len(request.tokens) if self._lazy else request.limit - 1
 
-    def _feed(self, plan: Plan, words: list[tuple[int, int, int]]) -> None:
-        """Share the step's prompt tokens (see the module's description)."""
-        if not self._prefilling:
-            return
-        room = self.ladder.most_tokens(plan.samples) - plan.tokens
-        if self.config.prefill_budget is not None:
-            room = min(room, self.config.prefill_budget)
-        first, *others = self._prefilling
-        theirs = min(room // 2, sum(request.left for request in others))
-        room -= self._take(plan, words, first, room - theirs)
-        for request in sorted(others, key=_left) if len(others) > 1 else others:
-            if room <= 0:
-                break
-            room -= self._take(plan, words, request, room)
-
-    def _take(
-        self, plan: Plan, words: list[tuple[int, int, int]], request: Request, most: int
-    ) -> int:
-        """Feed at most `most` tokens of a prompt, as far as some key covers them."""
-        if request.phase == WAITING:
-            self._find_again(request)
-        left, most_tokens = request.left, self.ladder.most_tokens
-        scored = request.is_scored
-        if scored:
-            n = min(left, most, self.ladder.most_heads(plan.tokens, plan.samples))
-        # The chunk that ends a prompt samples, which takes a row of the key.
-        elif left <= min(most, most_tokens(plan.samples + 1) - plan.tokens):
-            n = left
-        else:
-            n = min(left - 1, most, most_tokens(plan.samples) - plan.tokens)
-        if n <= 0:
-            return 0
-        if request.phase == WAITING:
-            plan.admits.append(request)
-        stop = request.done + n
-        if not self._send(plan, words, request, self.pages.pages_for(stop)):
-            return 0  # many cached pages: the mailbox takes the rest of them in the next steps
-        ids = request.tokens[request.done : stop]
-        plan.chunks.append(Chunk(request.row, request.done, ids, n == left, scored))
-        plan.fed.append((request, n))
-        plan.tokens += n
-        plan.samples += plan.chunks[-1].heads
-        return n
-
-    def _send(
-        self, plan: Plan, words: list[tuple[int, int, int]], request: Request, count: int
-    ) -> bool:
-        """Tell the device the row's first `count` pages; False if they do not all fit."""
-        start = plan.sent.get(request, request.sent)
-        stop = min(count, start + self._max_words - len(words))
-        held = self.pages.held(request.row)
-        words.extend((request.row, index, held[index]) for index in range(start, stop))
-        plan.sent[request] = max(start, stop)
-        return stop >= count
-
     def commit(self, plan: Plan, step: int) -> None:
         """Record what the launched step will have done."""
         if plan is not self._calm:
@@ -548,13 +430,13 @@ class Scheduler:
         for request in plan.admits:
             request.phase = PREFILLING
             self.since[request.row] = step
-            if self.cache.enabled and request.cacheable:
+            if self.shared.applies_to(request):
                 pages = request.findable_tokens // self.pages.page_size
                 counters.count_lookup(request.matched, pages)
         for request, n in plan.fed:
             request.done += n
             counters.tokens_prefilled += n
-            self._name(request, request.done)
+            self.shared.name(request, request.done, self.history)
             if request.left == 0:
                 self._prefilling.remove(request)
                 self._start_decoding(request, step + 1)
@@ -613,7 +495,3 @@ def _at_least_one(value: object) -> bool:
 
 def _order(request: Request) -> tuple[int, int]:
     return request.order
-
-
-def _left(request: Request) -> tuple[int, tuple[int, int]]:
-    return request.left, request.order

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from kernels.triton import advance, intake, settle
+from kernels.triton import advance, intake, settle, token_masks
 from kernels.triton.launch import Launcher
 from kernels.triton.rows import RowState
 from kernels.triton.state import (
@@ -113,7 +113,7 @@ class Device:
         more = dict(layout=self.layout, on_device=self.where != "cpu") | to
         self._call(intake, "intake", *args, **outs, **more)
         masks = (self.step, self.mask_step, self.masks)
-        self._call(intake, "copy_masks", *masks, token_mask=self.token_mask)
+        self._call(token_masks, "copy_masks", *masks, token_mask=self.token_mask)
 
     def advance(self) -> None:
         args = (self.lists["tok_row"], self.lists["tok_pos"], self.page_table)

@@ -1,13 +1,24 @@
-"""Device functions of the experts' products: whose pairs a program takes, and how it gathers and
-stores their rows.
+"""What both products of the routed experts share: whose pairs a program takes, how it gathers and
+stores their rows; for the oracles, which experts have pairs at all.
 
-Invariant: nothing here orders an addition along K or along the hidden width by the number of pairs.
+A pair is `p = token * top_k + k`. `offsets` and `pairs`, made on the device, list the pairs of each
+local expert; a program gathers the rows of its pairs, which stay where they are, and streams one
+tile of that expert's weights past them. Invariants: as in `linear`, the K order is fixed by the
+weight's shape, and the tile height along the pairs changes no bit, so a pair's result does not
+depend on T, on its place in the list or on which other pairs the expert has. Rows of `out` whose
+pair is not listed are not written.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import pairwise
+
+import torch
 import triton
 import triton.language as tl
+
+from kernels.triton.tiles import dequantize_rows
 
 
 @triton.jit
@@ -80,3 +91,19 @@ def store_hidden(
         h = h / scale[None, :]
         tl.store(out_scale + pair * ((INTER + 127) // 128) + n_tile, scale, mask=live)
     store_pairs(out, h, pair, live, n, INTER)
+
+
+def busy_experts(offsets: torch.Tensor, pairs: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
+    """Each expert that has pairs, with their ids."""
+    bounds = offsets.tolist()
+    for expert, (first, end) in enumerate(pairwise(bounds)):
+        if end > first:
+            yield expert, pairs[first:end].long()
+
+
+def widen(x: torch.Tensor, scale: torch.Tensor | None, rows: torch.Tensor) -> torch.Tensor:
+    """fp32 values of the given rows."""
+    if scale is None:
+        return x[rows].float()
+    picked = x.view(torch.uint8)[rows].view(torch.float8_e4m3fn)
+    return dequantize_rows(picked, scale[rows])

@@ -1,5 +1,5 @@
 """Before a step: apply the mailbox to the row state, list the step's tokens; publish the step
-before it.
+before it. The first is in `intake_rows`, the second in `intake_tokens`.
 
 Layouts and constants: `kernels.triton.state`. Invariant: row state is written by one CTA only, so
 its order is program order.
@@ -14,105 +14,28 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import globaltimer
 
+from kernels.triton.intake_rows import apply_mailbox, apply_mailbox_ref
+from kernels.triton.intake_tokens import list_tokens, list_tokens_ref
 from kernels.triton.launch import Launcher
 from kernels.triton.overlap import await_inputs, overlap
 from kernels.triton.publish import store_release_sys
 from kernels.triton.rows import RowState
 from kernels.triton.state import (
-    ADMIT_BIASES,
     ADMIT_HEADER,
-    ADMIT_LIFE_MS,
-    ADMIT_LIMIT,
-    ADMIT_ROW,
     ADMIT_SEED,
-    ADMIT_SEQUENCES,
-    ADMIT_STOPS,
-    DECODE,
     F_MASKED,
     FAULT_NONE,
     FAULT_TOO_MANY,
-    FREE,
     IS_PENDING,
     MAX_BIASES,
     MAX_STOP_LENGTH,
     MAX_STOP_SEQUENCES,
-    P_FLAGS,
     P_FORCED_LEN,
     P_PROMPT_LEN,
     PARAMS,
-    PREFILL,
     RING_SLOTS,
     MailboxLayout,
 )
-
-
-@triton.jit
-def _fill_line(
-    line,  # int32 [N]
-    words,  # int32 [num]
-    num,
-    N: tl.constexpr,
-    N2: tl.constexpr,
-    REST: tl.constexpr,
-):
-    """line = words, and REST behind them."""
-    i = tl.arange(0, N2)
-    tl.store(line + i, tl.load(words + i, mask=i < num, other=REST), mask=i < N)
-
-
-@triton.jit
-def _list_decoding(
-    phase,
-    seq_len,
-    last_token,
-    known_len,  # int32 [R], line P_FORCED_LEN
-    forced_tokens,
-    tok_row,
-    tok_pos,
-    tok_id,
-    sample_tok,
-    sample_row,
-    sample_pos,
-    forced,
-    S,
-    max_seq_len,
-    R: tl.constexpr,
-    R2: tl.constexpr,
-):
-    """Decoding rows bring one token each, in row order; returns how many there are."""
-    r = tl.arange(0, R2)
-    # All rows' lengths and tokens at once, not those of decoding rows later: one trip to memory.
-    is_row = r < R
-    decoding = (tl.load(phase + r, mask=is_row, other=0) == 2).to(tl.int32)
-    pos = tl.load(seq_len + r, mask=is_row, other=0)
-    last = tl.load(last_token + r, mask=is_row, other=0)
-    known = pos + 1 < tl.load(known_len + r, mask=is_row, other=0)
-    index = tl.cumsum(decoding, 0) - decoding
-    m = (decoding == 1) & (index < S)
-    known = known & m
-    tl.store(tok_row + index, r, mask=m)
-    tl.store(tok_pos + index, pos, mask=m)
-    tl.store(tok_id + index, last, mask=m)
-    tl.store(sample_tok + index, index, mask=m)
-    tl.store(sample_row + index, r, mask=m)
-    tl.store(sample_pos + index, pos + 1, mask=m)
-    target = tl.load(forced_tokens + r.to(tl.int64) * max_seq_len + pos + 1, mask=known, other=-1)
-    tl.store(forced + index, target, mask=m)
-    tl.store(seq_len + r, pos + 1, mask=m)
-    return tl.sum(decoding, 0)
-
-
-@triton.jit
-def _pad(
-    out,
-    start,
-    stop,
-    VALUE: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    for i in range(start, stop, BLOCK):
-        at = i + tl.arange(0, BLOCK)
-        tl.store(out + at, VALUE, mask=at < stop)
 
 
 @triton.jit
@@ -231,132 +154,19 @@ def _intake(
 
     # Most steps change no row: they jump, for code that is not run need not be fetched either.
     if num_cancels + num_admits + num_pages + num_masks > 0:
-        for i in range(0, num_cancels, BLOCK):
-            m = i + lane < num_cancels
-            row = tl.load(box + CANCELS + i + lane, mask=m, other=0)
-            tl.store(phase + row, 0, mask=m)
-        # A row may be cancelled and taken again in one mailbox: cancels come first.
-        tl.debug_barrier()
-        at = box + ADMITS
-        for _ in range(0, num_admits):
-            # A plain record's loads come before all stores: one trip over the bus, not many.
-            words, row, total = tl.load(at), tl.load(at + 1), tl.load(at + 2)
-            life_ns = tl.load(at + 3).to(tl.int64) * 1000000
-            stops, biases, sequences = tl.load(at + 4), tl.load(at + 5), tl.load(at + 6)
-            half = tl.arange(0, 2)
-            seeds = tl.load(at + SEED + half)
-            param = tl.arange(0, PARAMS2)
-            values = tl.load(at + HEAD + param, mask=param < PARAMS, other=0)
-            stop = tl.arange(0, STOPS2)
-            lists = at + HEAD + PARAMS
-            ids = tl.load(lists + stop, mask=stop < STOPS, other=-1)
-            now = globaltimer() if ON_DEVICE else tl.load(begin_ns)
-            tl.store(phase + row, 1)
-            tl.store(seq_len + row, 0)
-            tl.store(limit + row, total)
-            tl.store(deadline_ns + row, tl.where(life_ns > 0, now + life_ns, 0))
-            tl.store(seed + row * 2 + half, seeds)
-            tl.store(row_params + param * PITCH + row, values, mask=param < PARAMS)
-            tl.store(
-                stop_ids + row * STOPS + stop, tl.where(stop < stops, ids, -1), mask=stop < STOPS
-            )
-            lists += stops
-            if biases > 0:
-                _fill_line(bias_ids + row * BIASES, lists, biases, BIASES, BIASES2, -1)
-                _fill_line(bias_values + row * BIASES, lists + biases, biases, BIASES, BIASES2, 0)
-            lists += 2 * biases
-            if sequences > 0:
-                line = stop_sequences + row * SEQ * LEN
-                _fill_line(line, lists, sequences * LEN, SEQ * LEN, SEQ * LEN, -1)
-                tl.store(tail + row * LEN + tl.arange(0, LEN), -1)
-            at += words
-        for i in range(0, num_pages, BLOCK):
-            m = i + lane < num_pages
-            entry = box + PAGES + (i + lane) * 3
-            row = tl.load(entry, mask=m, other=0)
-            index = tl.load(entry + 1, mask=m, other=0)
-            page = tl.load(entry + 2, mask=m, other=0)
-            tl.store(page_table + row * max_pages + index, page, mask=m)
-        tl.debug_barrier()
-        for i in range(0, num_masks, BLOCK):
-            m = i + lane < num_masks
-            row = tl.load(box + MASKS + (i + lane) * 2, mask=m, other=0)
-            on = tl.load(box + MASKS + (i + lane) * 2 + 1, mask=m, other=0)
-            flags = tl.load(row_params + row, mask=m, other=0)  # line P_FLAGS is the first
-            flags = tl.where(on == 1, flags | MASKED, flags & ~MASKED)
-            tl.store(row_params + row, flags, mask=m)
-            tl.store(mask_step + row, step.to(tl.int32), mask=m & (on == 1))
+        apply_mailbox(
+            box, lane, step, num_cancels, num_admits, num_pages, num_masks,
+            phase, seq_len, limit, page_table, stop_ids, row_params, deadline_ns, seed,
+            bias_ids, bias_values, stop_sequences, tail, mask_step, begin_ns,
+            max_pages, STOPS, STOPS2, PITCH, CANCELS, ADMITS, PAGES, MASKS, HEAD, SEED,
+            PARAMS, PARAMS2, BIASES, BIASES2, SEQ, LEN, MASKED, BLOCK, ON_DEVICE,
+        )  # fmt: skip
 
-    count = _list_decoding(
-        phase,
-        seq_len,
-        last_token,
-        row_params + FORCED_LEN * PITCH,
-        forced_tokens,
-        tok_row,
-        tok_pos,
-        tok_id,
-        sample_tok,
-        sample_row,
-        sample_pos,
-        forced,
-        S,
-        max_seq_len,
-        R,
-        R2,
-    )
-    bad = (count > S).to(tl.int32)
-    tokens = tl.minimum(count, S)
-    samples = tokens
-
-    taken = 0
-    for c in range(0, num_chunks):
-        chunk = box + CHUNKS + c * 4
-        row = tl.load(chunk)
-        start = tl.load(chunk + 1)
-        n = tl.load(chunk + 2)
-        heads = tl.load(chunk + 3)
-        fits = (tokens + n <= T) & (samples + heads <= S)
-        bad = tl.where(fits, bad, 1)
-        n_fit = tl.where(fits, n, 0)
-        for i in range(0, n_fit, BLOCK):
-            mc = i + lane < n_fit
-            tl.store(tok_row + tokens + i + lane, row + lane * 0, mask=mc)
-            tl.store(tok_pos + tokens + i + lane, start + i + lane, mask=mc)
-            ids = tl.load(box + IDS + taken + i + lane, mask=mc, other=0)
-            tl.store(tok_id + tokens + i + lane, ids, mask=mc)
-        tokens += n_fit
-        end = start + n
-        # Output fed again after a preemption is the row's tail; a prompt is not.
-        back = tl.arange(0, LEN)
-        p = end - LEN + back
-        mine = fits & (p >= start) & (p >= tl.load(row_params + PROMPT_LEN * PITCH + row))
-        ids = tl.load(box + IDS + taken + n - LEN + back, mask=mine, other=-1)
-        tl.store(tail + row * LEN + p % LEN, ids, mask=mine)
-        taken += n
-        heads_fit = tl.where(fits, heads, 0)
-        forced_len = tl.load(row_params + FORCED_LEN * PITCH + row)
-        for i in range(0, heads_fit, BLOCK):
-            mh = i + lane < heads_fit
-            at_pos = end - heads + i + lane + 1
-            tl.store(sample_tok + samples + i + lane, tokens - heads + i + lane, mask=mh)
-            tl.store(sample_row + samples + i + lane, row + lane * 0, mask=mh)
-            tl.store(sample_pos + samples + i + lane, at_pos, mask=mh)
-            place = forced_tokens + row.to(tl.int64) * max_seq_len + at_pos
-            given = tl.load(place, mask=mh & (at_pos < forced_len), other=-1)
-            tl.store(forced + samples + i + lane, given, mask=mh)
-        samples += heads_fit
-        tl.store(seq_len + row, end, mask=fits)
-
-    if tokens < T:
-        _pad(tok_row, tokens, T, -1, BLOCK)
-        _pad(tok_pos, tokens, T, 0, BLOCK)
-        _pad(tok_id, tokens, T, -1, BLOCK)
-    if samples < S:
-        _pad(sample_tok, samples, S, -1, BLOCK)
-        _pad(sample_row, samples, S, -1, BLOCK)
-        _pad(sample_pos, samples, S, 0, BLOCK)
-        _pad(forced, samples, S, -1, BLOCK)
+    bad = list_tokens(
+        box, lane, num_chunks, phase, seq_len, last_token, row_params, forced_tokens, tail,
+        tok_row, tok_pos, tok_id, sample_tok, sample_row, sample_pos, forced,
+        T, S, max_seq_len, R, R2, PITCH, CHUNKS, IDS, LEN, PROMPT_LEN, FORCED_LEN, BLOCK,
+    )  # fmt: skip
     tl.store(fault, bad)
 
 
@@ -507,153 +317,20 @@ def intake_ref(
     box = mailbox[int(step) % 2]
     fresh = int(box[0]) == int(step)
     admits, cancels, pages, chunks, _, masks = box[1:7].tolist() if fresh else (0,) * 6
-    rows.phase[box[layout.cancels :][:cancels].long()] = FREE
-    at = layout.admits
-    for _ in range(admits):
-        record = box[at : at + int(box[at])]
-        admit(rows, int(record[ADMIT_ROW]), record, now_ns=int(begin_ns))
-        at += len(record)
-    update = box[layout.pages :][: 3 * pages].view(-1, 3).long()
-    rows.page_table[update[:, 0], update[:, 1]] = update[:, 2].int()
-    flags = rows.param(P_FLAGS)
-    for row, on in box[layout.masks :][: 2 * masks].view(-1, 2).tolist():
-        flags[row] = (flags[row] | F_MASKED) if on else (flags[row] & ~F_MASKED)
-        if on:
-            rows.mask_step[row] = int(step)
-
-    for out, padding in ((tok_row, -1), (tok_pos, 0), (tok_id, -1), (sample_tok, -1)):
-        out.fill_(padding)
-    for out, padding in ((sample_row, -1), (sample_pos, 0), (forced, -1)):
-        out.fill_(padding)
-    live = (rows.phase == DECODE).nonzero().flatten()
-    bad = len(live) > len(sample_tok)
-    live = live[: len(sample_tok)]
-    tokens = samples = len(live)
-    tok_row[:tokens] = live.int()
-    tok_pos[:tokens] = rows.seq_len[live]
-    tok_id[:tokens] = rows.last_token[live]
-    rows.seq_len[live] += 1
-    sample_tok[:samples] = torch.arange(samples, dtype=torch.int32)
-    sample_row[:samples] = live.int()
-    sample_pos[:samples] = rows.seq_len[live]
-    taken = 0
-    for row, start, n, heads in box[layout.chunks :][: 4 * chunks].view(-1, 4).tolist():
-        ids = box[layout.ids + taken :][:n]
-        taken += n
-        if tokens + n > len(tok_row) or samples + heads > len(sample_tok):
-            bad = True
-            continue
-        tok_row[tokens : tokens + n] = row
-        tok_pos[tokens : tokens + n] = torch.arange(start, start + n, dtype=torch.int32)
-        tok_id[tokens : tokens + n] = ids
-        tokens += n
-        for p in range(max(start, start + n - MAX_STOP_LENGTH, 0), start + n):
-            if p >= int(rows.param(P_PROMPT_LEN)[row]):
-                rows.tail[row, p % MAX_STOP_LENGTH] = ids[p - start]
-        end = start + n
-        lines = slice(samples, samples + heads)
-        sample_tok[lines] = torch.arange(tokens - heads, tokens, dtype=torch.int32)
-        sample_row[lines] = row
-        sample_pos[lines] = torch.arange(end - heads + 1, end + 1, dtype=torch.int32)
-        samples += heads
-        rows.seq_len[row] = end
-    row, pos = sample_row[:samples].long(), sample_pos[:samples].long()
-    known = pos < rows.param(P_FORCED_LEN)[row]
-    forced[:samples][known] = forced_tokens[row[known], pos[known]]
-    fault[0] = FAULT_TOO_MANY if bad else FAULT_NONE
-
-
-def admit(rows: RowState, row: int, record: torch.Tensor, *, now_ns: int | None = None) -> None:
-    """Apply one admit record, in plain torch.
-
-    Args:
-        rows: changed; on any device.
-        record: int32 words of an admit record, on the CPU.
-        now_ns: time on the clock of the deadlines; None leaves the row without one.
-    """
-    words = record.tolist()
-    rows.phase[row], rows.seq_len[row], rows.limit[row] = PREFILL, 0, words[ADMIT_LIMIT]
-    life_ms = 0 if now_ns is None else words[ADMIT_LIFE_MS]
-    rows.deadline_ns[row] = (now_ns or 0) + life_ms * 1_000_000 if life_ms > 0 else 0
-    num_biases, num_sequences = words[ADMIT_BIASES], words[ADMIT_SEQUENCES]
-    counts = [PARAMS, words[ADMIT_STOPS], num_biases, num_biases, num_sequences * MAX_STOP_LENGTH]
-    lists = torch.split(record[ADMIT_HEADER:], counts)
-    params, stops, ids, biases, sequences = lists
-    rows.row_params[:, row] = params.to(rows.phase.device)
-    rows.seed[row] = record[ADMIT_SEED : ADMIT_SEED + 2].to(rows.phase.device)
-    _fill(rows.stop_ids[row], stops, -1)
-    if len(ids):
-        _fill(rows.bias_ids[row], ids, -1)
-        _fill(rows.bias_values[row], biases.clone().view(torch.float32), 0)
-    if len(sequences):
-        _fill(rows.stop_sequences[row], sequences, -1)
-        rows.tail[row] = -1
-
-
-def _fill(line: torch.Tensor, values: torch.Tensor, rest: int) -> None:
-    line[: len(values)] = values.to(line.device)
-    line[len(values) :] = rest
-
-
-@triton.jit
-def _copy_masks(
-    step_ptr,  # int64 [1]
-    mask_step,  # int32 [R]
-    masks,  # int32 [2, R, WORDS], pinned host memory
-    token_mask,  # int32 [R, WORDS]
-    R,
-    WORDS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    await_inputs(PDL)
-    row = tl.program_id(0).to(tl.int64)
-    step = tl.load(step_ptr)
-    if tl.load(mask_step + row) != step.to(tl.int32):
-        return
-    for i in range(0, WORDS, BLOCK):
-        word = i + tl.arange(0, BLOCK)
-        source = masks + ((step % 2) * R + row) * WORDS + word
-        allowed = tl.load(source, mask=word < WORDS, other=0)
-        tl.store(token_mask + row * WORDS + word, allowed, mask=word < WORDS)
-
-
-def copy_masks(
-    launch: Launcher,
-    step: torch.Tensor,
-    mask_step: torch.Tensor,
-    masks: torch.Tensor,
-    *,
-    token_mask: torch.Tensor,
-) -> None:
-    """Bring the token masks that this step's mailbox announced to the device.
-
-    Args:
-        step: int64 [1].
-        mask_step: int32 [R]; a row is copied if it is this step.
-        masks: int32 [2, R, mask_words(V)], pinned host memory; slot step % 2.
-        token_mask: int32 [R, mask_words(V)], out; other rows keep theirs.
-    Capture-safe: no sync, no allocation.
-    """
-    rows, words = token_mask.shape
-    launch(
-        _copy_masks,
-        (rows,),
-        step,
-        mask_step,
-        masks,
-        token_mask,
+    counts = (cancels, admits, pages, masks)
+    apply_mailbox_ref(box, int(step), counts, rows, layout=layout, now_ns=int(begin_ns))
+    bad = list_tokens_ref(
+        box,
+        chunks,
+        forced_tokens,
         rows,
-        WORDS=words,
-        BLOCK=min(1024, triton.next_power_of_2(words)),
-        num_warps=4,
-        **overlap(launch),
+        layout=layout,
+        tok_row=tok_row,
+        tok_pos=tok_pos,
+        tok_id=tok_id,
+        sample_tok=sample_tok,
+        sample_row=sample_row,
+        sample_pos=sample_pos,
+        forced=forced,
     )
-
-
-def copy_masks_ref(
-    step: torch.Tensor, mask_step: torch.Tensor, masks: torch.Tensor, *, token_mask: torch.Tensor
-) -> None:
-    """`copy_masks` in plain torch."""
-    fresh = mask_step == step.int()
-    token_mask[fresh] = masks[int(step) % 2][fresh]
+    fault[0] = FAULT_TOO_MANY if bad else FAULT_NONE

@@ -36,7 +36,7 @@ from kernels.triton.tiles import (
 
 TOKEN_BLOCKS = (16, 32, 64)
 # Blocks of K whose weights are asked for before the inputs are there, as `LinearPlan.prefetch`. In
-# steps of DeepSeek-V3 on an H200: 0.3 us a layer. W_UK asked for as early cost 1 us.
+# steps of DeepSeek-V3 on an H200 worth 0.3 us a layer (e4 of bench/results/h200_ask_ahead.json).
 PREFETCH = 4
 LATENT_BLOCK = 128  # latent columns of a tile of W_UK
 

@@ -11,12 +11,12 @@ import triton
 import triton.language as tl
 
 from kernels.triton.activation import GROUP, check_quantized, quantize_groups, quantize_ref
+from kernels.triton.expert_sum import combine_ref
 from kernels.triton.launch import Launcher
 from kernels.triton.overlap import (
     await_inputs,
     overlap,
 )
-from kernels.triton.routing import combine_ref
 from kernels.triton.tiles import load_parts, num_parts, sum_parts
 
 MAX_WIDTH = 16384  # a row is held in registers
@@ -240,7 +240,7 @@ def add_rmsnorm(
         weight: act or fp32 [H].
         eps: added to the mean square.
         choices: (ids int32 [T, K], weights fp32 [T, K]): then delta is act [T*K, H], the experts'
-            results, and is weighted and added up as by `routing.combine`. A token has all its
+            results, and is weighted and added up as by `expert_sum.combine`. A token has all its
             choices or, where its first id is -1, none.
         out: act [T, H].
         out_q, out_scale: e4m3 [T, H] and fp32 [T, ceil(H/128)], made from the rounded norm; both or

@@ -1,8 +1,9 @@
-"""Expert routing: a token's experts, an expert's tokens, and the sum of what the experts return.
+"""Expert routing: a token's experts. An expert's tokens are in `expert_lists`, the sum of what the
+experts return in `expert_sum`.
 
 Words: a pair p = t*K + k is one (token, choice); id -1 is "no expert" (padding, another rank's).
-Invariants: everything is ordered by index, never by arrival, so nothing depends on scheduling; an
-id is -1 or in range whatever the logits are.
+Invariants, of all three: everything is ordered by index, never by arrival, so nothing depends on
+scheduling; an id is -1 or in range whatever the logits are.
 """
 
 from __future__ import annotations
@@ -13,12 +14,10 @@ import triton.language as tl
 
 from kernels.triton.launch import Launcher
 from kernels.triton.overlap import await_inputs, overlap
-from kernels.triton.tiles import check_ready, num_parts, sigmoid_rows, sum_parts
+from kernels.triton.tiles import num_parts, sigmoid_rows, sum_parts
 
-ALIGN_BLOCK = 2048
 PART_ELEMS = 16384  # of the router's parts that a program of eight warps has in flight
 FULL_SPAN = 128  # experts that a warp takes side by side: four a lane, 16 bytes
-COMBINE_BLOCK = 512  # 4 elements a thread: the rows of all K choices are in flight at once
 EPSILON = 1e-20  # keeps the normalising sum away from zero
 
 _LOWEST = tl.constexpr(-(2**63))
@@ -203,78 +202,6 @@ def _route(
     tl.store(out_weights + t * COLS + k, tl.where(live, 1.0, 0.0) + k * 0.0, mask=rest)
 
 
-@triton.jit
-def _align(
-    ids,  # int32 [N]
-    offsets,  # int32 [E+1]
-    pairs,  # int32 [N]
-    ready,  # int32 [E], or unused
-    N,
-    expert_start,
-    BLOCK: tl.constexpr,
-    NUM_BLOCKS: tl.constexpr,
-    RESETS: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    """CTA e reads all ids twice, so that it needs nothing from its neighbours."""
-    await_inputs(PDL)
-    e = tl.program_id(0)
-    if RESETS:
-        tl.store(ready + e, 0)
-    lane = tl.arange(0, BLOCK)
-    lower = tl.zeros([BLOCK], tl.int32)
-    equal = tl.zeros([BLOCK], tl.int32)
-    for i in range(NUM_BLOCKS):
-        pair = i * BLOCK + lane
-        local = tl.load(ids + pair, mask=pair < N, other=-1) - expert_start
-        lower += ((local >= 0) & (local < e)).to(tl.int32)
-        equal += (local == e).to(tl.int32)
-    at = tl.sum(lower, axis=0)
-    count = tl.sum(equal, axis=0)
-    tl.store(offsets + e, at)
-    if e == tl.num_programs(0) - 1:
-        tl.store(offsets + e + 1, at + count)
-    if count == 0:
-        return
-    for i in range(NUM_BLOCKS):
-        pair = i * BLOCK + lane
-        found = (tl.load(ids + pair, mask=pair < N, other=-1) - expert_start) == e
-        rank = tl.cumsum(found.to(tl.int32), axis=0)
-        tl.store(pairs + at + rank - 1, pair, mask=found)
-        at += tl.sum(found.to(tl.int32), axis=0)
-
-
-@triton.jit
-def _combine(
-    y,  # act [T*K, H]
-    ids,  # int32 [T, K]
-    weights,  # fp32 [T, K]
-    shared,  # act [T, H], row pitch shared_pitch, or unused
-    out,  # act [T, H], row pitch out_pitch
-    shared_pitch,
-    out_pitch,
-    H: tl.constexpr,
-    K: tl.constexpr,
-    BLOCK: tl.constexpr,
-    HAS_SHARED: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    await_inputs(PDL)
-    t = tl.program_id(0).to(tl.int64)
-    col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    total = tl.zeros([BLOCK], tl.float32)
-    for k in tl.static_range(K):
-        pair = t * K + k
-        # A row without an expert may hold anything, so it is not even read.
-        real = tl.load(ids + pair) >= 0
-        weight = tl.load(weights + pair, mask=real, other=0.0)
-        value = tl.load(y + pair * H + col, mask=(col < H) & real, other=0.0)
-        total += weight * value.to(tl.float32)
-    if HAS_SHARED:
-        total += tl.load(shared + t * shared_pitch + col, mask=col < H, other=0.0).to(tl.float32)
-    tl.store(out + t * out_pitch + col, total, mask=col < H)
-
-
 def route(
     launch: Launcher,
     logits: torch.Tensor,
@@ -390,131 +317,6 @@ def route_ref(
     out_weights.copy_(weights.masked_fill(padded, 0.0))
 
 
-def align(
-    launch: Launcher,
-    ids: torch.Tensor,
-    *,
-    expert_start: int,
-    offsets: torch.Tensor,
-    pairs: torch.Tensor,
-    ready: torch.Tensor | None = None,
-) -> None:
-    """List the pairs of each local expert: pairs[offsets[e]:offsets[e+1]], ascending.
-
-    Args:
-        ids: int32 [T, K], contiguous; other ranks' experts and -1 are left out.
-        expert_start: id of local expert 0.
-        offsets: int32 [E_local+1].
-        pairs: int32 [T*K]; pair ids t*K + k. Entries from offsets[E_local] on are not written.
-        ready: int32 [E_local], is set to zero, for the experts' products; may be left out.
-    Raises:
-        ValueError: ids strided, or pairs too short.
-    Capture-safe.
-    """
-    _check_align(ids, pairs)
-    check_ready(ready, offsets.shape[0] - 1)
-    num_pairs = ids.numel()
-    block = min(ALIGN_BLOCK, max(128, triton.next_power_of_2(num_pairs)))
-    launch(
-        _align,
-        (offsets.shape[0] - 1,),
-        ids,
-        offsets,
-        pairs,
-        ids if ready is None else ready,
-        num_pairs,
-        expert_start,
-        BLOCK=block,
-        NUM_BLOCKS=triton.cdiv(num_pairs, block),
-        RESETS=ready is not None,
-        num_warps=max(1, min(8, block // 256)),
-        **overlap(launch),
-    )
-
-
-def align_ref(
-    ids: torch.Tensor,
-    *,
-    expert_start: int,
-    offsets: torch.Tensor,
-    pairs: torch.Tensor,
-    ready: torch.Tensor | None = None,
-) -> None:
-    """`align` in plain torch."""
-    _check_align(ids, pairs)
-    if ready is not None:
-        ready.zero_()
-    num_local = offsets.shape[0] - 1
-    local = ids.flatten().long() - expert_start
-    local = torch.where((local < 0) | (local >= num_local), num_local, local)
-    ends = torch.bincount(local, minlength=num_local + 1).cumsum(0)[:num_local]
-    offsets[0] = 0
-    offsets[1:] = ends
-    num_listed = int(ends[-1])
-    pairs[:num_listed] = local.argsort(stable=True)[:num_listed]
-
-
-def combine(
-    launch: Launcher,
-    y: torch.Tensor,
-    ids: torch.Tensor,
-    weights: torch.Tensor,
-    shared: torch.Tensor | None,
-    *,
-    out: torch.Tensor,
-) -> None:
-    """out[t] = sum over k, in order, of weights[t,k] * y[t*K+k], + shared[t]; fp32, rounded once.
-
-    Args:
-        y: act [T*K, H], contiguous; a row whose id is -1 is never read.
-        ids: int32 [T, K].
-        weights: fp32 [T, K].
-        shared: act [T, H] or None.
-        out: act [T, H].
-    Raises:
-        ValueError: shapes that do not fit, or strided ids, weights or y.
-    Capture-safe.
-    """
-    _check_combine(y, ids, weights, shared, out)
-    launch(
-        _combine,
-        (out.shape[0], triton.cdiv(out.shape[1], COMBINE_BLOCK)),
-        y,
-        ids,
-        weights,
-        out if shared is None else shared,
-        out,
-        0 if shared is None else shared.stride(0),
-        out.stride(0),
-        H=out.shape[1],
-        K=ids.shape[1],
-        BLOCK=COMBINE_BLOCK,
-        HAS_SHARED=shared is not None,
-        num_warps=4,
-        **overlap(launch),
-    )
-
-
-def combine_ref(
-    y: torch.Tensor,
-    ids: torch.Tensor,
-    weights: torch.Tensor,
-    shared: torch.Tensor | None,
-    *,
-    out: torch.Tensor,
-) -> None:
-    """`combine` in plain torch."""
-    _check_combine(y, ids, weights, shared, out)
-    rows = y.view(*ids.shape, -1)
-    total = torch.zeros(out.shape, dtype=torch.float32, device=out.device)
-    for k in range(ids.shape[1]):
-        term = weights[:, k, None] * rows[:, k].float()
-        total += term.masked_fill_((ids[:, k] < 0)[:, None], 0.0)
-    if shared is not None:
-        total += shared.float()
-    out.copy_(total)
-
-
 def _check_route(
     logits: torch.Tensor,
     bias: torch.Tensor | None,
@@ -549,33 +351,3 @@ def _check_route(
                 f"got {list(t.shape)}, strides {t.stride()}"
             )
     return int(size)
-
-
-def _check_align(ids: torch.Tensor, pairs: torch.Tensor) -> None:
-    if not ids.is_contiguous() or pairs.numel() < ids.numel():
-        raise ValueError(
-            f"ids must be contiguous and pairs hold {ids.numel()} entries, "
-            f"got strides {ids.stride()} and {pairs.numel()} entries"
-        )
-
-
-def _check_combine(
-    y: torch.Tensor,
-    ids: torch.Tensor,
-    weights: torch.Tensor,
-    shared: torch.Tensor | None,
-    out: torch.Tensor,
-) -> None:
-    rows, width = out.shape
-    want = ((rows * ids.shape[1], width), (rows, ids.shape[1]), (rows, ids.shape[1]))
-    got = (tuple(y.shape), tuple(ids.shape), tuple(weights.shape))
-    if got != want or (shared is not None and shared.shape != out.shape):
-        raise ValueError(
-            f"y, ids, weights and shared must be {want} and {(rows, width)}, "
-            f"got {got} and {None if shared is None else tuple(shared.shape)}"
-        )
-    if not (y.is_contiguous() and ids.is_contiguous() and weights.is_contiguous()):
-        raise ValueError(
-            "y, ids and weights must be contiguous, "
-            f"got strides {y.stride()}, {ids.stride()}, {weights.stride()}"
-        )

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ import pytest
 
 from bench import prefill, sampling_cost
 from capture_cache.files import Files
-from runtime import capture, generate, replay_bench, restore_bench
+from capture_cache.store import Store
+from runtime import build, capture, generate, replay_bench, restore_bench
+from runtime.bundle_names import GRAPHS
 from tests.cpu.checkpoints import edit_config, read_tensors, write_tensors
 from tests.cpu.terminal import ROOT, Terminal, small
 from tests.cpu.twins import micro_checkpoint
@@ -104,15 +107,67 @@ def test_a_capture_on_record_needs_no_store_that_can_be_written(
 ) -> None:
     assert terminal.run(capture.main, *small(checkpoint, "--no-verify")) == 0
 
-    def refuse(self: Files, path: Path) -> None:
-        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
-
-    monkeypatch.setattr(Files, "make_dir", refuse)
+    _make_read_only(monkeypatch)
     assert terminal.run(capture.main, *small(checkpoint, "--no-verify")) == 0
     argv = small(checkpoint, "--no-verify", "--num-pages", "9")  # another, and not on record
     assert terminal.run(capture.main, *argv, "--seed", "1", "--max-seq-len", "48") == 1
     assert "it is read-only: give another directory with --store" in terminal.error
     assert "warm up" not in terminal.err
+
+
+def test_a_record_without_graphs_is_not_enough_for_a_capture_that_stores_some(
+    checkpoint: Path, terminal: Terminal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    argv = small(checkpoint, "--no-verify")
+    assert terminal.run(capture.main, *argv, "--no-bundle") == 0
+    _make_read_only(monkeypatch)
+    assert terminal.run(capture.main, *argv, "--no-bundle") == 0
+    assert terminal.run(capture.main, *argv) == 1
+    assert "it is read-only: give another directory with --store" in terminal.error
+    assert "warm up" not in terminal.err
+
+
+def test_other_kernels_than_those_on_record_are_refused_before_the_capture(
+    checkpoint: Path, terminal: Terminal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which a capture takes is known once they are chosen, and not before."""
+    argv = small(checkpoint, "--no-verify", "--no-bundle")
+    assert terminal.run(capture.main, *argv) == 0
+    monkeypatch.setattr(build, "_kernels_of", lambda _: ("another", "choice"))
+    _make_read_only(monkeypatch)
+    assert terminal.run(capture.main, *argv) == 1
+    assert "it is read-only: give another directory with --store" in terminal.error
+    assert "warm up" not in terminal.err
+
+
+def test_a_capture_without_a_bundle_leaves_the_one_on_record(
+    checkpoint: Path, terminal: Terminal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    argv = small(checkpoint, "--no-verify", "--no-bundle", "--json")
+    assert terminal.run(capture.main, *argv) == 0
+    store = Store(terminal.store)
+    (found,) = store.entries()
+    assert found.manifest is not None
+    graphs = replace(found.manifest, restore={"kind": GRAPHS}, files={})
+    store.publish(graphs.fingerprint, graphs, {}, replace_existing=True)
+    monkeypatch.setattr(build, "_kernels_of", lambda _: ("another", "choice"))
+    _make_read_only(monkeypatch)
+    assert terminal.run(capture.main, *argv) == 0
+    assert terminal.report["bundle"] == (
+        "captured without a bundle, as asked; what is on record stays"
+    )
+    (kept,) = store.entries()
+    assert kept.manifest is not None
+    assert kept.manifest.restore == {"kind": GRAPHS}
+
+
+def _make_read_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a file system is: a mode would not keep the superuser out."""
+
+    def refuse(self: Files, path: Path) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+    monkeypatch.setattr(Files, "make_dir", refuse)
 
 
 def test_an_error_with_a_name_of_ours_is_told_with_it(checkpoint: Path, terminal: Terminal) -> None:

@@ -10,7 +10,6 @@ from types import ModuleType
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing
 
 from barriers import rdep_ref
 from barriers.config import GroupConfig
@@ -28,6 +27,7 @@ from bench.transport_cases import make_gains, make_tokens, oracle, reference
 from graphs.keys import GraphKey
 from runtime.ranks import Ranks
 from tests.cpu.fake_deepep import FakeBuffer, FrozenBackend
+from tests.cpu.gloo_ranks import run_gloo_ranks
 from tests.cpu.upstream import CPU, MAX_ERROR, SMALL, Transport, fake, install, layer, make
 
 
@@ -48,7 +48,7 @@ def low_latency() -> DeepEpLowLatency:
 
 @pytest.mark.parametrize("world", [2, 4])
 def test_ranks_agree_with_float64_whatever_the_order_of_rows(world: int, tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(_rank_main, args=(world, str(tmp_path / "store")), nprocs=world)
+    run_gloo_ranks(world, _rank_main, world, str(tmp_path / "store"))
 
 
 def _rank_main(rank: int, world: int, store: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from capture_cache.nvrtc import nvrtc_version
 from capture_cache.store import Store
 from graphs.attention_choice import AttentionCut, example, run_every_cut
 from graphs.compile import KernelCompiler, RecordingLauncher, compile_all
+from graphs.cuda_compile import compile_cuda_kernel
 from graphs.flashinfer_mla import FlashinferMla
 from graphs.hopper_mla import HopperMla
 from graphs.model_config import ModelConfig, parse_overrides
@@ -26,8 +26,16 @@ from kernels.triton.launch import Arg
 from kernels.triton.mla_plan import PlanLayout
 from runtime.config import RuntimeConfig
 from runtime.selection import _attention, _fastest
+from tests.cpu.sass import Sass
 
 META = torch.device("meta")
+# griddepcontrol.wait, .launch_dependents, mbarrier.try_wait and ld.global.cg, as machine code.
+WAIT, RELEASE, LOOK, HINT = "ACQBULK", "PREEXIT", "SYNCS.PHASECHK", "LDG.E.STRONG.GPU"
+# Whatever reads or writes global memory, but for requests that only bring it to L2.
+TOUCHES = (
+    *("LD", "LDG", "LDGSTS", "ST", "STG", "ATOM", "ATOMG", "RED", "REDG"),
+    *("UTMALDG", "UTMASTG", "UTMAREDG", "UBLKCP", "UBLKRED"),
+)
 
 
 class _CudaOnly(RecordingLauncher):
@@ -83,18 +91,63 @@ def test_it_compiles_once_and_without_spills(heads: int, tmp_path: Path) -> None
     ]
 
 
-def test_it_overlaps_and_every_role_waits_before_it_reads_what_a_step_writes() -> None:
-    """But for the hint `warm`; CUDA C++ is not among what `test_overlap` compiles."""
-    (request,) = [r for r in _listed(_model(), (1024,)).requests if r.spec.is_cuda]
-    assert request.spec.pdl
-    source = HOPPER_MLA.source()
-    for role in ("loads", "scores", "values"):
-        body = source.split(f" void {role}(Shared sh, const Params& p", 1)[1].split("\n}\n", 1)[0]
-        before, waits, after = body.partition("await_inputs();")
-        assert waits, role
-        assert "own_items(p)" in after, role
-        assert not re.search(r"own_items|load_group|load_query|__ld|\bp\.\w+\[", before), role
-    assert source.count("warm(p, ") == 1
+@pytest.fixture(scope="module", params=[64, 128])
+def code(nvrtc: None, request: pytest.FixtureRequest) -> Sass:
+    """Its machine code; CUDA C++ is not among what `test_overlap` compiles."""
+    model = _model(f"num_attention_heads={request.param}")
+    (listed,) = [r for r in _listed(model, (1024,)).requests if r.spec.is_cuda]
+    assert listed.spec.pdl
+    return Sass.of(compile_cuda_kernel(listed.spec, HOPPER_MLA, 90).cubin)
+
+
+def test_every_role_waits_before_it_touches_what_a_step_writes(code: Sass) -> None:
+    waits = code.at(WAIT)
+    assert len(waits) == 3  # of one role each
+    assert len(code.at(*TOUCHES)) > 20
+    assert not _touched_early(code)
+    hints = code.reached_without(WAIT) & {*code.at(HINT)}
+    assert hints, "`warm` is gone"
+    for missing in waits:
+        assert _touched_early(code, missing), "a wait that is not there would not be seen"
+
+
+def test_it_lets_the_next_kernel_start_once_it_has_waited(code: Sass) -> None:
+    """Not before: whoever comes next counts on what came before us, too."""
+    assert len(code.at(RELEASE)) == 1
+    assert not code.reached_without(WAIT) & {*code.at(RELEASE)}
+
+
+def test_no_wait_on_the_copy_engine_is_without_end(code: Sass) -> None:
+    """Every loop that looks at a barrier counts its turns, and traps."""
+    loops = _polling_loops(code)
+    assert len(loops) > 20
+    for first, last in loops:
+        body = code.instructions[first : last + 1]
+        assert any("0x1000000" in c.operands for c in body if c.is_a("ISETP")), body
+        targets = {target for c in body for target in c.next}
+        assert any(code.instructions[t].name == "BPT.TRAP" for t in targets), body
+    looks = code.at(LOOK)
+    asked_again = {look for first, last in loops for look in looks if first <= look <= last}
+    assert len(looks) == 2 * len(asked_again)  # each waits in a loop once it has looked in vain
+
+
+def _touched_early(code: Sass, *missing: int) -> list[str]:
+    """What touches global memory and can run before a wait, but for the hints of `warm`."""
+    early = code.reached_without(WAIT, but=missing) & {*code.at(*TOUCHES)}
+    found = [code.instructions[i] for i in sorted(early)]
+    return [f"{c.name} {c.operands}" for c in found if c.name != HINT]
+
+
+def _polling_loops(code: Sass) -> list[tuple[int, int]]:
+    """From the first instruction to the jump back, of each loop around a look at a barrier."""
+    found = []
+    for look in code.at(LOOK):
+        jump = next(
+            i for i in range(look, len(code.instructions)) if code.instructions[i].is_a("BRA")
+        )
+        back = [target for target in code.instructions[jump].next if target <= look]
+        found += [(target, jump) for target in back]
+    return found
 
 
 def test_it_is_listed_among_every_cut() -> None:

@@ -8,13 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from kernels.triton.grouped import (
-    GroupedPlan,
-    grouped_down,
-    grouped_down_ref,
-    grouped_gate_up,
-    grouped_gate_up_ref,
-)
+from kernels.triton.grouped_down import grouped_down, grouped_down_ref
+from kernels.triton.grouped_gate_up import grouped_gate_up, grouped_gate_up_ref
+from kernels.triton.grouped_plan import GroupedPlan
 from kernels.triton.launch import Arg, JitLauncher, Launcher
 from tests.cpu.test_kernels_linear import (
     BF16,

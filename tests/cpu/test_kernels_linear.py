@@ -16,16 +16,8 @@ import pytest
 import torch
 
 from kernels.triton.launch import Arg, JitLauncher, Launcher, TensorMap, kernel_spec
-from kernels.triton.linear import (
-    FEW_TOKENS,
-    LinearPlan,
-    linear,
-    linear_fp8,
-    linear_fp8_ref,
-    linear_plan,
-    linear_ref,
-    linear_workspace_elems,
-)
+from kernels.triton.linear import linear, linear_fp8, linear_fp8_ref, linear_ref
+from kernels.triton.linear_plan import FEW_TOKENS, LinearPlan, linear_plan, linear_workspace_elems
 from kernels.triton.tiles import sum_parts, tile_source
 
 F32, BF16, F16, FP8 = torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn

@@ -15,7 +15,7 @@ import pytest
 import torch
 import triton
 
-from kernels.triton import activation, norm, routing, sample
+from kernels.triton import activation, expert_lists, expert_sum, norm, routing, sample
 from kernels.triton.launch import JitLauncher, KernelSpec, kernel_spec
 
 F32, BF16, F16, FP8, I32 = (
@@ -118,7 +118,7 @@ def test_a_norm_adds_up_the_experts_of_a_token(fn: Any) -> None:
     y, ids, weights = _rand(12, 300, dtype=BF16), torch.ones(4, 3, dtype=I32), _rand(4, 3)
     ids[2], y[6:9] = -1, float("nan")  # a padded token's results are never read
     delta = torch.empty_like(x)
-    routing.combine_ref(y, ids, weights, None, out=delta)
+    expert_sum.combine_ref(y, ids, weights, None, out=delta)
     got, want = (torch.empty_like(x) for _ in range(2))
     x_want = x.clone()
     fn(x, y, weight, eps=1e-6, choices=(ids, weights), out=got)
@@ -318,11 +318,11 @@ def _launch_real_sizes(launch: Any) -> None:
         )
     for tokens in (1, rows, 768):
         ids = _meta(tokens, 8, dtype=I32)
-        routing.align(
+        expert_lists.align(
             launch, ids, expert_start=0, offsets=_meta(257, dtype=I32), pairs=_meta(tokens * 8)
         )
     pair = _meta(rows, 8, dtype=F32)
-    routing.combine(launch, _meta(rows * 8, hidden), _meta(rows, 8, dtype=I32), pair, x, out=x)
+    expert_sum.combine(launch, _meta(rows * 8, hidden), _meta(rows, 8, dtype=I32), pair, x, out=x)
     for size in (vocab, 163840):
         part = _meta(rows, sample.num_chunks(size), dtype=F32)
         logits, logprob = _meta(rows, size, dtype=F32), _meta(rows, dtype=F32)

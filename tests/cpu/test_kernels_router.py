@@ -118,7 +118,8 @@ def test_real_shapes_compile_without_spills() -> None:
 
 def _real_shapes(launch: Launcher) -> None:
     tokens = [(t, BF16) for t in (1, 32, 128)] + [(128, F16), (128, F32)]
-    for n, k in REAL:
+    # One shape of each plan: another number of experts under the same plan makes no other tile.
+    for n, k in {router_plan(*shape): shape for shape in REAL}.values():
         for t, dtype in tokens:
             router(launch, meta(t, k, dtype=dtype), meta(n, k), out=meta(router_parts(n, k), t, n))
 

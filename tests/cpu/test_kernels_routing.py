@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from kernels.triton import routing
+from kernels.triton import expert_lists, expert_sum, routing
 from kernels.triton.launch import JitLauncher, Launcher
 from tests.cpu.test_kernels_linear import compile_for_both, compiled, meta
 
@@ -204,7 +204,7 @@ def _align(fn: Any, ids: torch.Tensor, start: int, local: int) -> tuple[list[int
 
 
 def _align_kernel(*args: Any, **kwargs: Any) -> None:
-    routing.align(LAUNCH, *args, **kwargs)
+    expert_lists.align(LAUNCH, *args, **kwargs)
 
 
 @pytest.mark.parametrize(
@@ -215,7 +215,7 @@ def test_align(tokens: int, top_k: int, experts: int, start: int, local: int) ->
     g = torch.Generator().manual_seed(tokens)
     ids = torch.randint(-1, experts, (tokens, top_k), generator=g, dtype=I32)
     offsets, pairs = _align(_align_kernel, ids, start, local)
-    want_offsets, want_pairs = _align(routing.align_ref, ids, start, local)
+    want_offsets, want_pairs = _align(expert_lists.align_ref, ids, start, local)
     assert offsets == want_offsets
     assert torch.equal(pairs, want_pairs)
     flat = ids.flatten()
@@ -225,7 +225,7 @@ def test_align(tokens: int, top_k: int, experts: int, start: int, local: int) ->
     assert (pairs[offsets[-1] :] == -7).all()
 
 
-@pytest.mark.parametrize("fn", [_align_kernel, routing.align_ref])
+@pytest.mark.parametrize("fn", [_align_kernel, expert_lists.align_ref])
 def test_align_one_expert_gets_all_or_nobody_any(fn: Any) -> None:
     ids = torch.full((40, 8), 2, dtype=I32)
     offsets, pairs = _align(fn, ids, 0, 4)
@@ -237,7 +237,7 @@ def test_align_one_expert_gets_all_or_nobody_any(fn: Any) -> None:
 
 
 def _combine_kernel(*args: Any, **kwargs: Any) -> None:
-    routing.combine(LAUNCH, *args, **kwargs)
+    expert_sum.combine(LAUNCH, *args, **kwargs)
 
 
 @pytest.mark.parametrize("width", [1, 511, 512, 513])
@@ -252,7 +252,7 @@ def test_combine(width: int, dtype: torch.dtype, with_shared: bool) -> None:
     wide = torch.full((3, width + 2), 7.0, dtype=dtype)
     want = torch.empty(3, width, dtype=dtype)
     _combine_kernel(y, ids, weights, shared, out=wide[:, :width])
-    routing.combine_ref(y, ids, weights, shared, out=want)
+    expert_sum.combine_ref(y, ids, weights, shared, out=want)
     # The interpreter truncates to bf16 where the hardware rounds: one step.
     step = {F32: 1e-5, F16: 2**-10, BF16: 2**-7}[dtype]
     torch.testing.assert_close(wide[:, :width], want, rtol=step, atol=1e-6)
@@ -265,7 +265,7 @@ def test_combine_rounds_once() -> None:
     out = torch.empty(1, 1, dtype=BF16)
     ids, weights = torch.zeros(1, 3, dtype=I32), torch.ones(1, 3)
     shared = torch.tensor([[2.0**-8]]).to(BF16)
-    for fn in (_combine_kernel, routing.combine_ref):
+    for fn in (_combine_kernel, expert_sum.combine_ref):
         fn(y, ids, weights, shared, out=out)
         assert out.item() == 1 + 2.0**-7  # each addend alone would have been rounded away
 
@@ -284,9 +284,9 @@ def test_combine_rows_are_independent() -> None:
 def test_wrong_shapes_are_named() -> None:
     ids = torch.zeros(2, 4, dtype=I32)
     with pytest.raises(ValueError, match="pairs hold 8"):
-        routing.align(LAUNCH, ids, expert_start=0, offsets=ids[0], pairs=ids[0])
+        expert_lists.align(LAUNCH, ids, expert_start=0, offsets=ids[0], pairs=ids[0])
     with pytest.raises(ValueError, match=r"\(8, 5\)"):
-        routing.combine(LAUNCH, _rand(7, 5), ids, _rand(2, 4), None, out=_rand(2, 5))
+        expert_sum.combine(LAUNCH, _rand(7, 5), ids, _rand(2, 4), None, out=_rand(2, 5))
 
 
 def test_real_shapes_compile_without_spills() -> None:

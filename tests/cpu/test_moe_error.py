@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing
 
 from barriers.allgather import AllGather
 from barriers.rdep_ref import quantize_ref
 from barriers.transport import Local, TransportConfig
 from graphs.ops import Ops
 from kernels.triton.launch import JitLauncher
+from tests.cpu.gloo_ranks import run_gloo_ranks
 from tests.ep import moe_error, moe_layer
 
 CPU = torch.device("cpu")
@@ -40,7 +40,7 @@ def test_one_rank_is_near_float64() -> None:
 
 @pytest.mark.slow
 def test_every_world_is_near_float64(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(_rank_main, args=(str(tmp_path / "store"),), nprocs=max(WORLDS))
+    run_gloo_ranks(max(WORLDS), _rank_main, str(tmp_path / "store"))
 
 
 def _rank_main(rank: int, store: str) -> None:

@@ -15,8 +15,8 @@ from graphs.ops import Ops
 from graphs.select import REFERENCE_TOKENS, choose_site, fits_workspace
 from graphs.timing import Timing
 from graphs.tuning_inputs import expert_lists, on_meta, with_tokens
-from kernels.triton.grouped import GroupedPlan
-from kernels.triton.linear import LinearPlan
+from kernels.triton.grouped_plan import GroupedPlan
+from kernels.triton.linear_plan import LinearPlan
 from kernels.triton.router import RouterPlan
 from tests.cpu.measured import linear_call, recorded_calls
 

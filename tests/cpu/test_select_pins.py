@@ -18,8 +18,8 @@ from graphs.candidates import ONLY, TORCH_MM, candidates, named, plan_name
 from graphs.choices import ChosenOps, KernelChoices, Pick, SiteChoice, site_of
 from graphs.ops import Ops
 from graphs.select import check_pins
-from kernels.triton.grouped import GATE_UP_PLAN
-from kernels.triton.linear import LinearPlan
+from kernels.triton.grouped_plan import GATE_UP_PLAN
+from kernels.triton.linear_plan import LinearPlan
 from runtime.config import RuntimeConfig
 from runtime.selection import choose
 from runtime.tuning import Tuner, pinned, share

@@ -13,6 +13,7 @@ from typing import Any, cast
 import pytest
 
 from barriers.config import GroupConfig
+from barriers.deepep import AFTER_LATE
 from barriers.errors import BarrierTimeout
 from barriers.group import RankGroup
 from barriers.spawn import run_ranks
@@ -65,6 +66,28 @@ def test_who_has_not_launched_the_step_is_named_after_the_deadline() -> None:
     )
     boards[1].launch()
     boards[0].check(7)  # it came: whatever holds the step up now, it is nobody's host
+
+
+def test_where_waits_cannot_be_ended_the_message_says_what_to_do_instead() -> None:
+    name = secrets.token_hex(8)
+    boards: list[Any] = [None, None]
+
+    def run(rank: int) -> None:
+        group = RankGroup(GroupConfig(rank, 2, name, 10.0))
+        more = {"deadline_s": 0.0, "operation": "deepep", "first": AFTER_LATE}
+        boards[rank] = StepBoard(group, **more)
+
+    together = [threading.Thread(target=run, args=(rank,)) for rank in range(2)]
+    for thread in together:
+        thread.start()
+    for thread in together:
+        thread.join(20)
+    boards[0].launch()
+    with pytest.raises(BarrierTimeout) as caught:
+        boards[0].check(0)
+    told = str(caught.value)
+    assert "; end this process (os._exit, SIGKILL), for DeepEP's kernels cannot be called" in told
+    assert "close this runtime" not in told
 
 
 def test_a_rank_that_runs_ahead_does_not_make_the_others_late() -> None:

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing
 
 from barriers import rdep_ref
 from barriers.allgather import AllGather
@@ -30,6 +29,7 @@ from bench import (
     transport_modes,
     transport_report,
 )
+from tests.cpu.gloo_ranks import run_gloo_ranks
 
 SMALL = TransportConfig(
     rank=0, world=1, capacity=6, hidden=144, num_experts=12, top_k=4, act_dtype="bfloat16"
@@ -203,7 +203,7 @@ FORMATS = ((True, "bfloat16"), (False, "bfloat16"), (False, "float32"), (True, "
 
 @pytest.mark.slow
 def test_allgather_ranks(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(_rank_main, args=(str(tmp_path / "store"),), nprocs=max(WORLDS))
+    run_gloo_ranks(max(WORLDS), _rank_main, str(tmp_path / "store"))
 
 
 def _rank_main(rank: int, store: str) -> None:

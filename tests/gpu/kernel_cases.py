@@ -7,7 +7,10 @@ from dataclasses import dataclass
 
 from kernels.triton import (
     activation,
-    grouped,
+    expert_lists,
+    expert_sum,
+    grouped_down,
+    grouped_gate_up,
     linear,
     mla_absorb,
     mla_decode,
@@ -132,20 +135,21 @@ CASES: dict[str, Case] = {
     "route_of_parts": Case(
         routing.route, routing.route_ref, route_of_parts, {"out_ids": 0, "out_weights": 1e-5}
     ),
-    "align": Case(routing.align, routing.align_ref, align, {"offsets": 0, "pairs": 0}),
-    "combine": Case(routing.combine, routing.combine_ref, combine, {"out": 2**-7}),
+    "align": Case(expert_lists.align, expert_lists.align_ref, align, {"offsets": 0, "pairs": 0}),
+    "combine": Case(expert_sum.combine, expert_sum.combine_ref, combine, {"out": 2**-7}),
     "grouped_gate_up": Case(
-        grouped.grouped_gate_up, grouped.grouped_gate_up_ref, gate_up(False), {"out": 2**-7}
+        grouped_gate_up.grouped_gate_up, grouped_gate_up.grouped_gate_up_ref, gate_up(False),
+        {"out": 2**-7},
     ),
     "grouped_gate_up_fp8": Case(
-        grouped.grouped_gate_up, grouped.grouped_gate_up_ref, gate_up(True),
+        grouped_gate_up.grouped_gate_up, grouped_gate_up.grouped_gate_up_ref, gate_up(True),
         {"out_scale": 1e-3, "out": 2**-3},
     ),
     "grouped_down": Case(
-        grouped.grouped_down, grouped.grouped_down_ref, down(False), {"out": 2**-7}
+        grouped_down.grouped_down, grouped_down.grouped_down_ref, down(False), {"out": 2**-7}
     ),
     "grouped_down_fp8": Case(
-        grouped.grouped_down, grouped.grouped_down_ref, down(True), {"out": 2**-7}
+        grouped_down.grouped_down, grouped_down.grouped_down_ref, down(True), {"out": 2**-7}
     ),
     "greedy": Case(sample.greedy, sample.greedy_ref, greedy, {"out_token": 0, "out_logprob": 1e-5}),
     "fill_random": Case(

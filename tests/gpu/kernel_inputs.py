@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from kernels.triton import linear, mla_decode, mla_plan, router, routing, sample, stream
+from kernels.triton import expert_lists, linear_plan, mla_decode, mla_plan, router, sample, stream
 
 DEVICE = "cuda"
 BF16, F32, FP8, I32 = torch.bfloat16, torch.float32, torch.float8_e4m3fn, torch.int32
@@ -106,7 +106,7 @@ def plain_linear(n: int, k: int, dtype: torch.dtype) -> Callable[[int, int], Arg
             "w": weight(n, k, dtype=dtype),
             "out": zeros(tokens, n, dtype=F32),
             "workspace": zeros(
-                max(1, linear.linear_workspace_elems(tokens, n, k, elem_bytes=dtype.itemsize)),
+                max(1, linear_plan.linear_workspace_elems(tokens, n, k, elem_bytes=dtype.itemsize)),
                 dtype=F32,
             ),
         }
@@ -118,7 +118,7 @@ def fp8_linear(n: int, k: int) -> Callable[[int, int], Arguments]:
     def make(seed: int, tokens: int) -> Arguments:
         xq, xs = fp8_rows(seed, tokens, k)
         w, ws = fp8_weight(5, n, k)
-        elems = linear.linear_workspace_elems(tokens, n, k, elem_bytes=1)
+        elems = linear_plan.linear_workspace_elems(tokens, n, k, elem_bytes=1)
         more = {"out": zeros(tokens, n), "workspace": zeros(max(1, elems), dtype=F32)}
         return {"xq": xq, "xs": xs, "w": w, "ws": ws, **more}
 
@@ -271,7 +271,7 @@ def listed(seed: int, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
     chosen["ids"] %= LOCAL_EXPERTS - 1
     chosen["ids"][PADDED : PADDED + 1] = -1
     chosen["offsets"] = zeros(LOCAL_EXPERTS + 1, dtype=I32)
-    routing.align_ref(**chosen)
+    expert_lists.align_ref(**chosen)
     return chosen["offsets"], chosen["pairs"]
 
 

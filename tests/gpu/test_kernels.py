@@ -11,8 +11,12 @@ from typing import Any
 import pytest
 import torch
 
-from kernels.triton import grouped, linear, router, routing, settle, state
+from kernels.triton import expert_lists, linear, router, routing, settle, state
+from kernels.triton.grouped_down import grouped_down
+from kernels.triton.grouped_gate_up import grouped_gate_up
+from kernels.triton.grouped_plan import GroupedPlan
 from kernels.triton.launch import Launcher
+from kernels.triton.linear_plan import FEW_TOKENS, MEASURED_FEW, LinearPlan
 from kernels.triton.tiles import sum_parts
 from tests.gpu.kernel_cases import BY_TOKEN, CASES, Case
 from tests.gpu.kernel_inputs import (
@@ -150,14 +154,14 @@ class Experts:
         self.lists["pairs"] = torch.zeros(rows, dtype=I32, **made)
         self.ready = torch.zeros(experts, dtype=I32, **made)
 
-    def run(self, launch: Launcher, plans: tuple[grouped.GroupedPlan, ...]) -> None:
-        routing.align(launch, self.ids, expert_start=0, ready=self.ready, **self.lists)
+    def run(self, launch: Launcher, plans: tuple[GroupedPlan, ...]) -> None:
+        expert_lists.align(launch, self.ids, expert_start=0, ready=self.ready, **self.lists)
         common = {**self.lists, "top_k": self.top_k, "ready": self.ready}
-        grouped.grouped_gate_up(
+        grouped_gate_up(
             launch, self.x, self.x_scale, self.gate_up, self.scales[0],
             **common, out=self.h, out_scale=self.h_scale, plan=plans[0],
         )  # fmt: skip
-        grouped.grouped_down(
+        grouped_down(
             launch, self.h, self.h_scale, self.down, self.scales[1],
             **common, out=self.y, plan=plans[1],
         )  # fmt: skip
@@ -169,8 +173,8 @@ def test_down_may_begin_before_gate_up_has_ended(
 ) -> None:
     torch.manual_seed(0)
     layer = Experts(experts, 3, tokens)
-    plain = (grouped.GroupedPlan(), grouped.GroupedPlan())
-    chained = (grouped.GroupedPlan(chain=1), grouped.GroupedPlan(chain=5, prefetch=1))
+    plain = (GroupedPlan(), GroupedPlan())
+    chained = (GroupedPlan(chain=1), GroupedPlan(chain=5, prefetch=1))
     stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
     with torch.cuda.stream(stream):
         layer.run(launcher, plain)
@@ -197,13 +201,13 @@ def test_down_may_begin_before_gate_up_has_ended(
 
 O_PROJECTION = (HIDDEN, HEADS * VALUE)
 LINEAR_PLANS = [
-    linear.LinearPlan(64, 4, unroll=2),
-    linear.LinearPlan(128, 2, per_sm=3),
+    LinearPlan(64, 4, unroll=2),
+    LinearPlan(128, 2, per_sm=3),
 ]
 
 
 @pytest.mark.parametrize("plan", LINEAR_PLANS, ids=str)
-def test_a_plan_gives_every_token_its_bits(plan: linear.LinearPlan, launcher: Launcher) -> None:
+def test_a_plan_gives_every_token_its_bits(plan: LinearPlan, launcher: Launcher) -> None:
     whole = fp8_linear(*O_PROJECTION)(0, 130)
     wanted = torch.empty(130, HIDDEN, dtype=BF16)
     linear.linear_fp8_ref(whole["xq"], whole["xs"], whole["w"], whole["ws"], out=wanted)
@@ -216,17 +220,17 @@ def test_a_plan_gives_every_token_its_bits(plan: linear.LinearPlan, launcher: La
         seen.append(run(case, launcher, some | {"plan": plan})["out"].cpu())
         assert torch.equal(bits(seen[-1]), bits(seen[0][:, :tokens])), f"{tokens} tokens"
     assert_close("out", sum_parts(seen[0], BF16), wanted, 2**-7)
-    same = linear.LinearPlan(128, plan.splits)
+    same = LinearPlan(128, plan.splits)
     other = run(case, launcher, some | {"plan": same, "out": torch.zeros_like(parts)})
     assert torch.equal(bits(other["out"]), bits(seen[-1]))
 
 
-@pytest.mark.parametrize(("n", "k"), sorted(linear.MEASURED_FEW))
+@pytest.mark.parametrize(("n", "k"), sorted(MEASURED_FEW))
 def test_the_plan_for_few_tokens_gives_the_bits_of_that_for_many(
     n: int, k: int, launcher: Launcher
 ) -> None:
     torch.manual_seed(0)
-    made, few = {"device": DEVICE}, linear.FEW_TOKENS
+    made, few = {"device": DEVICE}, FEW_TOKENS
     w, x = torch.randn(n, k, **made).to(FP8), torch.randn(130, k, **made).to(FP8)
     ws, xs = torch.rand(n // 128, k // 128, **made) / k**0.5, torch.rand(130, k // 128, **made)
 
