@@ -195,9 +195,14 @@ def longest(args: argparse.Namespace) -> int:
     Raises:
         ValueError: it exceeds the model's positions, or there is no such model.
     """
+    return selection(args).seq_len(model_positions(args))
+
+
+def model_positions(args: argparse.Namespace) -> int:
+    """Positions that the model has; reads no more than its config."""
     overrides = parse_overrides(args.override)
     model, _ = resolve_model(args.model, layers=args.layers, overrides=overrides)
-    return selection(args).seq_len(model.max_position)
+    return model.max_position
 
 
 def writable_folder(option: str, path: Path) -> None:

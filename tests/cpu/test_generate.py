@@ -213,6 +213,8 @@ def test_sampled_text_can_be_had_again(
         (["--prompt", "x", "--max-tokens", "0"], "max_tokens must be at least 1, got 0"),
         (["--prompt", "x", "--max-tokens", "96"], "exceeds max_seq_len 96"),
         (["--prompt", "x", "--model", "tiny"], "text needs a checkpoint directory with its token"),
+        (["--prompt", "x", "--num-pages", "8", "--max-tokens", "95"], "lower --max-tokens"),
+        (["--prompt", "x", "--ep-size", "2"], "a command of one process and one GPU, and this is"),
         ([], "the following arguments are required: --prompt"),
         (["--prompt", "x", "--temprature", "1"], "unrecognized arguments: --temprature"),
     ],
@@ -223,6 +225,17 @@ def test_bad_arguments_end_with_2_and_the_reason(
 ) -> None:
     assert command(arguments(checkpoint, *more)) == 2
     assert message in capsys.readouterr().err
+
+
+def test_one_of_several_ranks_is_refused_clearly(
+    checkpoint: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("RANK", "LOCAL_RANK"):
+        monkeypatch.setenv(name, "0")
+    for name, value in (("WORLD_SIZE", "2"), ("LOCAL_WORLD_SIZE", "2"), ("MASTER_PORT", "1")):
+        monkeypatch.setenv(name, value)
+    assert command(arguments(checkpoint, "--prompt", "x")) == 2
+    assert "this is one of 2 ranks: start it without torchrun" in capsys.readouterr().err
 
 
 def test_a_terminal_that_knows_no_utf8_still_gets_its_text(
