@@ -265,7 +265,9 @@ class RuntimeConfig:
         for key, value in options.items():
             name = ALIASES.get(key, key)
             if name not in known:
-                raise ValueError(f"unknown option {key!r}; known: {', '.join(sorted(known))}")
+                from runtime.other_engines import unknown_keyword  # only mistakes need it
+
+                raise ValueError(unknown_keyword(key, sorted({*known, *ALIASES})))
             if name in named and key != name:
                 raise ValueError(f"{key!r} is another spelling of {name!r}, which is given too")
             named[name] = value

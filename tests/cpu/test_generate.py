@@ -213,7 +213,7 @@ def test_sampled_text_can_be_had_again(
         (["--prompt", "x", "--max-tokens", "0"], "max_tokens must be at least 1, got 0"),
         (["--prompt", "x", "--max-tokens", "96"], "exceeds max_seq_len 96"),
         (["--prompt", "x", "--model", "tiny"], "text needs a checkpoint directory with its token"),
-        (["--prompt", "x", "--num-pages", "8", "--max-tokens", "95"], "lower --max-tokens"),
+        (["--prompt", "x", "--num-pages", "6", "--max-tokens", "95"], "lower --max-tokens"),
         (["--prompt", "x", "--ep-size", "2"], "a command of one process and one GPU, and this is"),
         ([], "the following arguments are required: --prompt"),
         (["--prompt", "x", "--temprature", "1"], "unrecognized arguments: --temprature"),
