@@ -72,6 +72,9 @@ class Runtime(Control):
             **config: see `runtime.config.RuntimeConfig`.
         Raises:
             ValueError: an option, the model's config or its weights are not usable; says which.
+            CaptureError, ArenaError, CompileError, CudaError: the device could not be made ready.
+            StoreError: the store cannot be written, and a capture is to be stored.
+            RankError: ranks do not fit together, or one did not come.
 
         A valid bundle is restored, without torch; else the graphs are captured, and stored.
         `loaded_from` says which it was, and `load_reason` why.

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from runtime.build import build
-from runtime.cli import Bar, add_selection, command, longest, print_json, run, selection
+from runtime.cli import Bar, add_selection, command, longest, print_json, run, selection, write_out
 from runtime.config import num_started, told_to_ranks
 from runtime.driver import Runtime
 from runtime.sampling import SamplingParams
@@ -108,15 +108,21 @@ def main(argv: list[str] | None = None) -> int:
     with Runtime(engine, engine.options.scheduling) as runtime:
         seed = runtime.seed_of(runtime.add(prompt, params))
         start = time.perf_counter()
-        while runtime.num_running:
-            out = runtime.step()
-            for token, why in zip(out.tokens.tolist(), out.finish_reasons.tolist(), strict=True):
-                reason = why
-                if token >= 0:
-                    tokens.append(token)
-                    _write(stream.push(token))
+        try:
+            while runtime.num_running:
+                out = runtime.step()
+                for token, why in zip(
+                    out.tokens.tolist(), out.finish_reasons.tolist(), strict=True
+                ):
+                    reason = why
+                    if token >= 0:
+                        tokens.append(token)
+                        write_out(stream.push(token))
+        except KeyboardInterrupt:
+            write_out("\n")  # what is said of it begins a line of its own
+            raise
         seconds = time.perf_counter() - start
-    _write(stream.finish() + "\n")
+    write_out(stream.finish() + "\n")
     if args.json:
         print_json(
             {
@@ -174,11 +180,6 @@ def _understand(
             f"page; give --num-pages {pages + 1}, or lower --max-tokens"
         )
     return tokenizer, prompt, params
-
-
-def _write(text: str) -> None:
-    sys.stdout.write(text)
-    sys.stdout.flush()
 
 
 if __name__ == "__main__":

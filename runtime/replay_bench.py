@@ -138,11 +138,13 @@ def main(argv: list[str] | None = None) -> int:
             f"memory     the floor is at {bench.bandwidth / 1e12:.2f} TB/s; a plain read reaches "
             f"{read / 1e12:.2f} TB/s on this GPU now"
         )
-    if args.out:
-        for path in write_files(Path(args.out), report, bench.trace):
-            console.print(f"wrote      {path}")
-    if args.json:
-        print_json(report)
+    try:
+        if args.out:
+            for path in write_files(Path(args.out), report, bench.trace):
+                console.print(f"wrote      {path}")
+    finally:
+        if args.json:
+            print_json(report)
     return 0
 
 
@@ -429,8 +431,10 @@ def _show(
         )
     for key in skipped:
         table.add_row(str(key), "skipped", *["-"] * 8)
+    ranks = engine.ranks
+    of_whom = f"tok/s: of rank {ranks.rank} alone, of {ranks.world}; " if ranks.world > 1 else ""
     table.caption = (
-        f"python us: launch() and collect() without CUDA's graph launch, mark "
+        f"{of_whom}python us: launch() and collect() without CUDA's graph launch, mark "
         f"{MARKS['python_us']:.0f}; launch us: that call; idle us: between two steps, mark "
         f"{MARKS['idle_us']:.0f}"
     )

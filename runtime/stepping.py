@@ -98,6 +98,7 @@ class Stepping(Turns):
         Raises:
             OutOfPages: only with lazy reservation and requests of `add`; nothing was launched.
             NotCaptured: no graph covers the step; nothing was launched.
+            BarrierTimeout, StepMismatch: other ranks did not come to the step; names them.
             StepFailed: the device reported a fault or went silent, or an interrupt (Ctrl-C) came
                 between the launch's begin and its end.
         """

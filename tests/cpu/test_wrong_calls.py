@@ -11,6 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+import barriers.errors
+import capture_cache.errors
+import runtime
 from kernels.triton.state import mask_words
 from runtime import Runtime, SamplingParams, replay_bench
 from runtime.config import ALIASES, RuntimeConfig
@@ -117,6 +120,19 @@ def test_what_is_no_list_of_weights(source: Any) -> None:
 
     with pytest.raises(ValueError, match=WEIGHTS):
         _named_tensors(source)
+
+
+def test_every_error_that_is_promised_can_be_caught_by_its_name_from_runtime() -> None:
+    for module in (barriers.errors, capture_cache.errors):
+        for name, kind in vars(module).items():
+            # Of arena layouts and of graphs that cannot be stored nobody outside hears.
+            ours = isinstance(kind, type) and kind.__module__ == module.__name__
+            if ours and name not in ("LayoutError", "NotRestorable"):
+                assert getattr(runtime, name) is kind
+                assert name in runtime.__all__
+    assert runtime.__all__ == sorted(runtime._HOME)
+    for name in runtime.__all__:
+        assert getattr(runtime, name).__name__ == name
 
 
 def test_an_opening_of_another_type_is_refused_before_anything_is_loaded() -> None:
