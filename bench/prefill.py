@@ -50,25 +50,34 @@ def main(argv: list[str] | None = None) -> int:
         _check(args)
     with Bar() as bar:
         engine = build(selection(args, verify=False), bar)
-    with Runtime(engine, engine.options.scheduling) as runtime:
-        bench = PrefillBench(runtime, args)
-        keys = [k for k in engine.ladder.keys if k.tokens > k.rows > 1]
-        report = provenance(engine.device_name) | {
-            "model": args.model,
-            "overrides": args.override,
-            "layers": engine.model_config.num_layers,
-            "ctx_len": args.ctx_len,
-            "prompt_len": args.prompt_len,
-            "chunks": [bench.time_chunks(key) for key in keys],
-            "prefix": bench.time_prefix(),
-            "times_mean_something": engine.selection.on_device,
-        }
+        with Runtime(engine, engine.options.scheduling) as runtime:
+            report = provenance(engine.device_name) | {
+                "model": args.model,
+                "overrides": args.override,
+                "layers": engine.model_config.num_layers,
+                "ctx_len": args.ctx_len,
+                "prompt_len": args.prompt_len,
+                **_time(PrefillBench(runtime, args), bar),
+                "times_mean_something": engine.selection.on_device,
+            }
     _show(report)
     if not engine.selection.on_device:
         console.print(TWIN_NOTE)
     if args.json:
         print_json(report)
     return 0
+
+
+def _time(bench: PrefillBench, bar: Bar) -> dict[str, Any]:
+    """Chunks of every mixed key, then whole prompts."""
+    keys = [k for k in bench.engine.ladder.keys if k.tokens > k.rows > 1]
+    chunks = []
+    bar("chunks", 0)
+    for key in keys:
+        chunks.append(bench.time_chunks(key))
+        bar("chunks", len(keys), key)
+    bar("whole prompts", 0)
+    return {"chunks": chunks, "prefix": bench.time_prefix()}
 
 
 def _check(args: argparse.Namespace) -> None:

@@ -98,9 +98,11 @@ def main(argv: list[str] | None = None) -> int:
         engine = build(selection(args, verify=False, logits_rows=args.logits_rows), bar)
         with Runtime(engine) as runtime:
             bench = SamplingBench(runtime, args.ctx_len, args.steps)
+            bar("check bits", 0)
             bench.check()
             chosen = [m for m in MODES if m == BARE or m in (args.modes or MODES)]
             times: dict[str, list[dict[str, float]]] = {name: [] for name in chosen}
+            bar("time", 0)
             for _ in range(args.rounds):
                 for name in chosen:
                     times[name].append(bench.time_mode(name))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import sys
 import time
 from collections import Counter
@@ -195,9 +196,14 @@ def longest(args: argparse.Namespace) -> int:
     Raises:
         ValueError: it exceeds the model's positions, or there is no such model.
     """
+    return selection(args).seq_len(model_positions(args))
+
+
+def model_positions(args: argparse.Namespace) -> int:
+    """Positions that the model has; reads no more than its config."""
     overrides = parse_overrides(args.override)
     model, _ = resolve_model(args.model, layers=args.layers, overrides=overrides)
-    return selection(args).seq_len(model.max_position)
+    return model.max_position
 
 
 def writable_folder(option: str, path: Path) -> None:
@@ -281,10 +287,24 @@ class Bar:
 
 def print_json(report: dict[str, Any]) -> None:
     """One line, from rank 0."""
-    if console.quiet:
-        return
-    sys.stdout.write(json.dumps(report, allow_nan=False) + "\n")
-    sys.stdout.flush()
+    if not console.quiet:
+        write_out(json.dumps(report, allow_nan=False) + "\n")
+
+
+def write_out(text: str) -> None:
+    """To stdout, at once.
+
+    Raises:
+        SystemExit: nobody reads it any more (`… | head`), which ends a command without a word, with
+            the code of those that SIGPIPE ends.
+    """
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # What is left in the buffer would fail once more where Python ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
 
 
 def run(main: Callable[[list[str] | None], int], argv: list[str] | None = None) -> None:

@@ -95,6 +95,11 @@ def tell_ranks(reason: str) -> bool:
     return True
 
 
+def num_started() -> int:
+    """Ranks that torchrun started, this one among them; 1 without it."""
+    return GroupConfig.from_env(os.environ).world
+
+
 @dataclass(frozen=True)
 class RuntimeConfig:
     """Everything a runtime is built from.
@@ -183,6 +188,11 @@ class RuntimeConfig:
                 raise ValueError(
                     f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}"
                 )
+        for name in ("model", "store", "weights", "kernels"):
+            if getattr(self, name) is not None and not str(getattr(self, name)):
+                raise ValueError(f"{name} must not be empty text; leave it out for the default")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed must be in [0, 2**63), got {self.seed}")
         for name in ("bs", "page_size", "num_ranks", "logits_rows"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -255,7 +265,9 @@ class RuntimeConfig:
         for key, value in options.items():
             name = ALIASES.get(key, key)
             if name not in known:
-                raise ValueError(f"unknown option {key!r}; known: {', '.join(sorted(known))}")
+                from runtime.other_engines import unknown_keyword  # only mistakes need it
+
+                raise ValueError(unknown_keyword(key, sorted({*known, *ALIASES})))
             if name in named and key != name:
                 raise ValueError(f"{key!r} is another spelling of {name!r}, which is given too")
             named[name] = value

@@ -16,6 +16,7 @@ from barriers.errors import RankError, name_ranks
 from runtime.sampling import StepOutput
 from runtime.stepping import MAX_IN_FLIGHT
 from runtime.submission import Submission
+from runtime.turns import stepping_call
 
 RUNNING_ROWS = ("refuse", "keep", "recompute")
 DRAIN_ROUND = 16  # steps between two meetings of a drain: what a rank that is done idles at most
@@ -26,6 +27,7 @@ _MAX_TOLD = 600  # characters of an error that are passed on
 class Control(Submission):
     """The part of `runtime.driver.Runtime` that all ranks do together."""
 
+    @stepping_call
     def pause(self) -> None:
         """No further step is launched until `resume`; those in flight are still to be collected.
 
@@ -40,6 +42,7 @@ class Control(Submission):
             self._together("pause()", timeout_s=self.engine.deadline_s)
             self._paused = True
 
+    @stepping_call
     def resume(self) -> None:
         """Launch again. Idempotent. Several ranks: all call it; it waits for the last of them.
 
@@ -51,6 +54,7 @@ class Control(Submission):
             self._together("resume()", timeout_s=PATIENCE_S)
             self._paused = False
 
+    @stepping_call
     def drain(self, *, waiting: bool = False) -> list[StepOutput]:
         """Step until every request that has begun has ended; the queue is held meanwhile.
 
@@ -72,13 +76,13 @@ class Control(Submission):
             raise TypeError(f"waiting must be True or False, got {waiting!r}")
         self._check_launch()
         scheduler = self._scheduler
-        scheduler.look_at_queue()
         scheduler.draining = not waiting
+        scheduler.look_at_queue()
         try:
             while self._next_step < self._drain_until or self._agree_on_steps(waiting):
                 if len(self._in_flight) == MAX_IN_FLIGHT:
-                    self._drained.append(self.collect())
-                self.launch()
+                    self._drained.append(self._collect())
+                self._launch()
             self._collect_rest()
         finally:
             scheduler.draining = False
@@ -92,7 +96,7 @@ class Control(Submission):
         if not alone:  # who meets others must know what its last steps ended
             self._collect_rest()
         elif len(self._in_flight) == MAX_IN_FLIGHT:
-            self._drained.append(self.collect())
+            self._drained.append(self._collect())
         need = self._scheduler.steps_to_drain(waiting=waiting)
         told = min(need, 1 if alone else DRAIN_ROUND)
         steps = max(self._together("drain()", told, timeout_s=self.engine.deadline_s))
@@ -101,8 +105,9 @@ class Control(Submission):
 
     def _collect_rest(self) -> None:
         while self._in_flight:
-            self._drained.append(self.collect())
+            self._drained.append(self._collect())
 
+    @stepping_call
     def update_weights(
         self, source: str | Path | Iterable[tuple[str, Any]], *, running: str = "refuse"
     ) -> None:
@@ -133,7 +138,8 @@ class Control(Submission):
             self._check_update(running)
             update = self.engine.prepare_weights(source)
             if running == "recompute":
-                held = self._scheduler.reserve_restart()
+                with self.lock:
+                    held = self._scheduler.reserve_restart()
         except Exception as error:
             refusal = error
         try:
@@ -149,12 +155,15 @@ class Control(Submission):
             self._scheduler.keep_only(held)
             raise
         assert update is not None
+        self._amid = "update_weights()"
         try:
             self._write(update)
         except Exception as error:  # some weights are new and some are not
             self._end_with(error)
             raise
-        self._forget_old_kv(running)
+        with self.lock:
+            self._forget_old_kv(running)
+        self._amid = ""
 
     def _check_update(self, running: str) -> None:
         """Raises ValueError, RuntimeError: it cannot be done now."""
@@ -213,6 +222,9 @@ class Control(Submission):
             parts = self.engine.gather(what, [self._next_step, reason, told], timeout_s)
         except Exception as error:  # who comes late would find what was left of this meeting
             self._end_with(error)
+            raise
+        except BaseException as interrupt:
+            self._interrupted(what, interrupt)
             raise
         refused = {rank: part[1] for rank, part in enumerate(parts) if part[1] is not None}
         if refused:

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from runtime.control import Control
 from runtime.stats import RuntimeStats
-from runtime.stepping import MAX_IN_FLIGHT, StepFailed
+from runtime.stepping import MAX_IN_FLIGHT
+from runtime.turns import StepFailed
 
 if TYPE_CHECKING:
     from graphs.keys import Ladder
@@ -24,6 +25,18 @@ class Runtime(Control):
     """Continuous batching over captured decode graphs.
 
     Use `Runtime.load`; the constructor takes an engine that is ready to replay.
+
+    Threads: requests may come and go from any thread at any time, also while another one steps
+    (`add`, `submit`, `cancel`, `cancel_request`, masks, seeds, `stats` and the counts); such a call
+    waits for the host's part of a launch or a collect, never for the device (the CPU twin computes
+    in its launch). Calls that step (`step`, `launch`, `collect`, `wait`, `drain`, `pause`,
+    `resume`, `update_weights`, `occupy`, `close`) are one thread's at a time, today this one's,
+    tomorrow another's: a second one meanwhile raises RuntimeError and changes nothing. A row
+    may change hands between two calls of a thread that does not step: `submit` and ids are for
+    those. Nothing here is to be called from a signal handler.
+
+    An interrupt (Ctrl-C) while a step is waited for leaves the runtime able to go on, with the same
+    tokens; one that cuts a launch or a collect short ends it (`StepFailed`).
 
     Args:
         engine: captured graphs with their mailbox, ring and ladder.
@@ -59,6 +72,9 @@ class Runtime(Control):
             **config: see `runtime.config.RuntimeConfig`.
         Raises:
             ValueError: an option, the model's config or its weights are not usable; says which.
+            CaptureError, ArenaError, CompileError, CudaError: the device could not be made ready.
+            StoreError: the store cannot be written, and a capture is to be stored.
+            RankError: ranks do not fit together, or one did not come.
 
         A valid bundle is restored, without torch; else the graphs are captured, and stored.
         `loaded_from` says which it was, and `load_reason` why.
@@ -98,6 +114,10 @@ class Runtime(Control):
 
     def stats(self) -> RuntimeStats:
         """What has been done so far and what is held now; free of device work."""
+        with self.lock:
+            return self._stats()
+
+    def _stats(self) -> RuntimeStats:
         counters, pool = self._counters, self.pages
         waiting, running = self.num_waiting, self.num_running - self.num_waiting
         return RuntimeStats(

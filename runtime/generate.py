@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from runtime.build import build
-from runtime.cli import Bar, add_selection, command, longest, print_json, run, selection
-from runtime.config import told_to_ranks
+from runtime.cli import Bar, add_selection, command, longest, print_json, run, selection, write_out
+from runtime.config import num_started, told_to_ranks
 from runtime.driver import Runtime
 from runtime.sampling import SamplingParams
 
@@ -97,6 +97,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal may not know every character
+    _check_alone(args)
     with told_to_ranks():
         tokenizer, prompt, params = _understand(args)
     with Bar() as bar:
@@ -107,15 +108,21 @@ def main(argv: list[str] | None = None) -> int:
     with Runtime(engine, engine.options.scheduling) as runtime:
         seed = runtime.seed_of(runtime.add(prompt, params))
         start = time.perf_counter()
-        while runtime.num_running:
-            out = runtime.step()
-            for token, why in zip(out.tokens.tolist(), out.finish_reasons.tolist(), strict=True):
-                reason = why
-                if token >= 0:
-                    tokens.append(token)
-                    _write(stream.push(token))
+        try:
+            while runtime.num_running:
+                out = runtime.step()
+                for token, why in zip(
+                    out.tokens.tolist(), out.finish_reasons.tolist(), strict=True
+                ):
+                    reason = why
+                    if token >= 0:
+                        tokens.append(token)
+                        write_out(stream.push(token))
+        except KeyboardInterrupt:
+            write_out("\n")  # what is said of it begins a line of its own
+            raise
         seconds = time.perf_counter() - start
-    _write(stream.finish() + "\n")
+    write_out(stream.finish() + "\n")
     if args.json:
         print_json(
             {
@@ -128,6 +135,18 @@ def main(argv: list[str] | None = None) -> int:
             }
         )
     return 1 if reason == "error" else 0
+
+
+def _check_alone(args: argparse.Namespace) -> None:
+    """Raises ValueError as one of several ranks, each of which would have to have a prompt."""
+    ranks = max(num_started(), args.ep_size or 1)
+    if ranks > 1:
+        raise ValueError(
+            f"runtime.generate is a command of one process and one GPU, and this is one of "
+            f"{ranks} ranks: start it without torchrun and --ep-size; "
+            "several ranks are stepped from Python (Runtime.load, on each of them), or timed with "
+            "runtime.replay_bench"
+        )
 
 
 def _understand(
@@ -153,12 +172,14 @@ def _understand(
             f"prompt of {len(prompt)} tokens + --max-tokens {params.max_tokens} exceeds "
             f"max_seq_len {seq_len}; lower --max-tokens or shorten the prompt"
         )
+    pages = -(-(len(prompt) + params.max_tokens - 1) // args.page_size)
+    if args.num_pages is not None and pages > args.num_pages - 1:
+        raise ValueError(
+            f"--num-pages {args.num_pages}: prompt of {len(prompt)} tokens + --max-tokens "
+            f"{params.max_tokens} takes {pages} pages of {args.page_size} tokens and the null "
+            f"page; give --num-pages {pages + 1}, or lower --max-tokens"
+        )
     return tokenizer, prompt, params
-
-
-def _write(text: str) -> None:
-    sys.stdout.write(text)
-    sys.stdout.flush()
 
 
 if __name__ == "__main__":

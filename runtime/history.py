@@ -72,9 +72,10 @@ class History:
         steps = len(self._aside)
         tokens = np.frombuffer(b"".join(self._aside), np.int32).reshape(steps, len(self._rows))
         self._flat[self._next + np.arange(steps)[:, None]] = tokens
-        self._next += steps
-        self._have[self._rows] += steps
-        self._aside.clear()
+        have = self._have.copy()
+        have[self._rows] += steps
+        # Together: an interrupt before this finds them laid aside still, and writes them again.
+        self._next, self._have, self._aside = self._next + steps, have, []
 
     def watch(self, key: bytes, rows: Index, requests: Int64) -> None:
         """A plain step has been appended: the second one of the same rows makes them steady.

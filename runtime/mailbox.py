@@ -257,9 +257,11 @@ class Ring:
         self._steps = steps.data
 
     def _cut(self, n: int) -> None:
-        self._n, self._zeros = n, bytes(4 * n)
+        self._n = -1  # should an interrupt come before the end
+        self._zeros = bytes(4 * n)
         self._used = [body[:, :n] for body in self._bodies]
         self._no_top = self._top[0, :n, :, :0]
+        self._n = n
 
     def ready(self, step: int) -> bool:
         """Whether `step` has been published; the device stores its number last."""

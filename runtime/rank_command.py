@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
-from typing import NoReturn
+from collections.abc import Sequence
+from typing import Any, NoReturn
 
 from capture_cache.command import Parser
 from capture_cache.command import command as plain_command
 from runtime.config import tell_ranks
+from runtime.other_engines import unknown_arguments
 
 
 class RankParser(Parser):
     """Tells the other ranks, too, which would wait for this one."""
+
+    def parse_args(  # type: ignore[override]  # argparse's has overloads for its namespaces
+        self, args: Sequence[str] | None = None, namespace: Any = None
+    ) -> argparse.Namespace:
+        """As argparse's; options of other engines are told what does the same here."""
+        found: argparse.Namespace
+        found, rest = self.parse_known_args(args, namespace)
+        if rest:
+            self.error(unknown_arguments(rest, list(self._option_string_actions)))
+        return found
 
     def error(self, message: str) -> NoReturn:
         self._print_message(self.error_text(message), sys.stderr)

@@ -19,7 +19,7 @@ import numpy as np
 from rich.table import Table
 
 from graphs.floor import READ_BYTES_PER_S, Floor, step_floor
-from graphs.keys import GraphKey
+from graphs.keys import GraphKey, Ladder
 from runtime.bandwidth import read_bandwidth
 from runtime.build import build
 from runtime.capture import TWIN_NOTE
@@ -29,6 +29,7 @@ from runtime.cli import (
     command,
     console,
     longest,
+    model_positions,
     print_json,
     run,
     selection,
@@ -39,6 +40,7 @@ from runtime.driver import Runtime
 from runtime.engine import Engine
 from runtime.report import provenance, write_files
 from runtime.sampling import SamplingParams
+from runtime.selection import chosen_ladder
 
 CTX_LEN = 2000  # KV tokens
 WARM_UP = 3  # steps before the ones that are timed
@@ -116,7 +118,7 @@ def main(argv: list[str] | None = None) -> int:
         with Runtime(engine, engine.options.scheduling) as runtime:
             bar("replay", 0)
             bench = ReplayBench(runtime, args.ctx_len, args.steps, args.bandwidth)
-            keys, skipped = _keys(engine, args.keys)
+            keys, skipped = _keys(engine.ladder, engine.config.max_seq_len, args.keys)
             times = []
             for key in keys:
                 times.append(bench.time_key(key))
@@ -136,31 +138,67 @@ def main(argv: list[str] | None = None) -> int:
             f"memory     the floor is at {bench.bandwidth / 1e12:.2f} TB/s; a plain read reaches "
             f"{read / 1e12:.2f} TB/s on this GPU now"
         )
-    if args.out:
-        for path in write_files(Path(args.out), report, bench.trace):
-            console.print(f"wrote      {path}")
-    if args.json:
-        print_json(report)
+    try:
+        if args.out:
+            for path in write_files(Path(args.out), report, bench.trace):
+                console.print(f"wrote      {path}")
+    finally:
+        if args.json:
+            print_json(report)
     return 0
 
 
 def _settle(args: argparse.Namespace) -> None:
-    """Refuse what cannot be timed, and settle the context; raises ValueError."""
+    """Refuse what cannot be timed, and settle the context; raises ValueError.
+
+    Minutes before the load, the capture and the proof would be done.
+    """
     if args.steps < 2:
         raise ValueError(f"--steps {args.steps}: expected at least 2, to time what lies between")
     if args.bandwidth is not None and args.bandwidth <= 0:
         raise ValueError(f"--bandwidth {args.bandwidth}: expected TB/s, more than 0")
     seq_len = longest(args)
     most = seq_len - WARM_UP - args.steps - 1
+    if most < 1:
+        raise ValueError(
+            f"--steps {args.steps}: a row gets a token a step, and one of --max-seq-len {seq_len} "
+            f"tokens has room for {seq_len - WARM_UP - 2} steps at most beside a token of context; "
+            f"lower --steps{_or_longer(args, seq_len)}"
+        )
     if args.ctx_len is None:
         args.ctx_len = max(1, min(CTX_LEN, most))
     if not 1 <= args.ctx_len <= most:
         raise ValueError(
             f"--ctx-len {args.ctx_len} with {args.steps} steps: expected 1 … {most} "
-            f"(--max-seq-len {seq_len} less the steps); raise --max-seq-len"
+            f"(--max-seq-len {seq_len} less the steps); lower it{_or_longer(args, seq_len)}"
         )
+    keys, _ = _keys(chosen_ladder(selection(args)), seq_len, args.keys)
+    _check_pages(args, keys)
     if args.out:
         writable_folder("--out", Path(args.out))
+
+
+def _or_longer(args: argparse.Namespace, seq_len: int) -> str:
+    """The other remedy, where the model leaves one."""
+    positions = model_positions(args)
+    return "" if seq_len >= positions else f", or raise --max-seq-len (the model has {positions})"
+
+
+def _check_pages(args: argparse.Namespace, keys: list[GraphKey]) -> None:
+    """Raises ValueError if the rows of a key cannot have the pages that timing it takes."""
+    if args.num_pages is None or not keys:
+        return
+    row = -(-(args.ctx_len + WARM_UP + args.steps) // args.page_size)
+    need = max(
+        row * k.rows if _chunk(k) == 1 else row * (k.rows - 1) + -(-_chunk(k) // args.page_size)
+        for k in keys
+    )
+    if need > args.num_pages - 1:
+        raise ValueError(
+            f"--num-pages {args.num_pages}: timing these keys at --ctx-len {args.ctx_len} for "
+            f"{args.steps} steps takes {need} pages of {args.page_size} tokens and the null page; "
+            f"give --num-pages {need + 1}, fewer rows (--bs, --keys) or a smaller --ctx-len"
+        )
 
 
 def _chunk(key: GraphKey) -> int:
@@ -168,19 +206,26 @@ def _chunk(key: GraphKey) -> int:
     return key.tokens - key.rows + 1
 
 
-def _keys(engine: Engine, chosen: str | None) -> tuple[list[GraphKey], list[GraphKey]]:
+def _keys(
+    ladder: Ladder, seq_len: int, chosen: str | None
+) -> tuple[list[GraphKey], list[GraphKey]]:
     """The keys to time, and those of the ladder whose prompt no request may have."""
     if chosen is None:
-        long = [
-            k
-            for k in engine.ladder.keys
-            if _chunk(k) > 1 and _chunk(k) >= engine.config.max_seq_len
-        ]
-        return [k for k in engine.ladder.keys if k not in long], long
+        long = [k for k in ladder.keys if _chunk(k) > 1 and _chunk(k) >= seq_len]
+        return [k for k in ladder.keys if k not in long], long
     keys = [GraphKey.parse(part) for part in chosen.split(",")]
-    missing = [str(k) for k in keys if k not in engine.ladder.keys]
+    missing = [str(k) for k in keys if k not in ladder.keys]
     if missing:
-        raise ValueError(f"--keys {','.join(missing)}: not in the ladder {engine.ladder}")
+        raise ValueError(
+            f"--keys {','.join(missing)}: not in the ladder {ladder}; add them with --ladder, or "
+            "name some of these"
+        )
+    for key in keys:
+        if _chunk(key) > 1 and _chunk(key) >= seq_len:
+            raise ValueError(
+                f"--keys {key} takes a prompt chunk of {_chunk(key)} tokens and --max-seq-len is "
+                f"{seq_len}; raise it, or name other --keys"
+            )
     return keys, []
 
 
@@ -266,11 +311,6 @@ class ReplayBench:
         end: list[int] = []
         host: list[float] = []
         vocab, size = self.engine.model_config.vocab_size, _chunk(key)
-        if size >= self.engine.config.max_seq_len:
-            raise ValueError(
-                f"key {key} takes a prompt chunk of {size} tokens and --max-seq-len is "
-                f"{self.engine.config.max_seq_len}; raise it, or name other --keys"
-            )
         for _ in range(steps):
             prompt = self._rng.integers(0, vocab, size)
             self.runtime.add(prompt, SamplingParams(max_tokens=1))
@@ -391,8 +431,10 @@ def _show(
         )
     for key in skipped:
         table.add_row(str(key), "skipped", *["-"] * 8)
+    ranks = engine.ranks
+    of_whom = f"tok/s: of rank {ranks.rank} alone, of {ranks.world}; " if ranks.world > 1 else ""
     table.caption = (
-        f"python us: launch() and collect() without CUDA's graph launch, mark "
+        f"{of_whom}python us: launch() and collect() without CUDA's graph launch, mark "
         f"{MARKS['python_us']:.0f}; launch us: that call; idle us: between two steps, mark "
         f"{MARKS['idle_us']:.0f}"
     )

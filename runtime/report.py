@@ -8,6 +8,7 @@ import platform
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -51,15 +52,29 @@ def _commit() -> str | None:
 
 
 def write_files(folder: Path, report: dict[str, Any], trace: list[dict[str, Any]]) -> list[Path]:
-    """Write replay_bench.json, .png and .trace.json; returns their paths."""
-    folder.mkdir(parents=True, exist_ok=True)
-    record = folder / "replay_bench.json"
-    record.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
-    events = folder / "replay_bench.trace.json"
-    events.write_text(json.dumps({"traceEvents": trace}) + "\n")
-    plot = folder / "replay_bench.png"
-    _plot(plot, report)
-    return [record, events, plot]
+    """Write replay_bench.json, .png and .trace.json; returns their paths.
+
+    Raises:
+        ValueError: a file cannot be written; names it.
+    """
+    record, events, plot = (
+        folder / f"replay_bench.{kind}" for kind in ("json", "trace.json", "png")
+    )
+    work: dict[Path, Callable[[], object]] = {
+        record: lambda: record.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n"),
+        events: lambda: events.write_text(json.dumps({"traceEvents": trace}) + "\n"),
+        plot: lambda: _plot(plot, report),
+    }
+    for path, write in work.items():
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            write()
+        except OSError as error:
+            raise ValueError(
+                f"--out: {path} cannot be written ({error.strerror}); make room, or give another "
+                "folder (with --json the numbers are the last line of the output, too)"
+            ) from error
+    return list(work)
 
 
 def _plot(path: Path, report: dict[str, Any]) -> None:

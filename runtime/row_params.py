@@ -93,7 +93,7 @@ def check_for_model(params: SamplingParams, vocab: int) -> None:
         for token in ids:
             if not 0 <= token < vocab:
                 raise ValueError(f"{name} {token} is outside the vocabulary [0, {vocab})")
-    most = max(params.logprobs, params.prompt_logprobs or 0)
+    most = max(params.logprobs or 0, params.prompt_logprobs or 0)
     if most > vocab:
         raise ValueError(f"{most} alternatives are wanted of a vocabulary of {vocab} tokens")
 
@@ -120,7 +120,7 @@ def admission(
     ints = {
         "flags": F_PROCESSED * (params.logprobs_mode == "processed"),
         "top_k": params.top_k,
-        "top_n": max(params.logprobs, params.prompt_logprobs or 0),
+        "top_n": max(params.logprobs or 0, params.prompt_logprobs or 0),
         "bias_count": len(params.logit_bias),
         "min_len": length + params.min_tokens if params.min_tokens else 0,
         "prompt_len": length,
@@ -140,7 +140,7 @@ def admission(
         reals[REAL_PARAMS[name]] = real
     words[P_FORCED_LEN] = 0 if known is None else len(known)
     words[P_SEQUENCES], words[P_LOGITS] = len(params.stop_sequences), params.return_logits
-    words[P_TOP], words[P_PROMPT_TOP] = params.logprobs, params.prompt_logprobs or 0
+    words[P_TOP], words[P_PROMPT_TOP] = params.logprobs or 0, params.prompt_logprobs or 0
     header = np.zeros(ADMIT_HEADER, np.int32)
     header[ADMIT_LIMIT] = limit
     header[ADMIT_STOPS], header[ADMIT_BIASES] = len(stops), len(params.logit_bias)

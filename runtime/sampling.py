@@ -44,12 +44,13 @@ class SamplingParams:
     Attributes:
         max_tokens: new tokens at most.
         temperature: 0.0 is greedy, which then ignores top_k, top_p, min_p and seed.
-        top_k, top_p, min_p: 0, 1.0 and 0.0 switch them off. `min_p` is relative to the best
+        top_k, top_p, min_p: 0 (or -1), 1.0 and 0.0 switch them off. `min_p` is relative to the best
             token's probability.
         seed: of the request's own random numbers; None takes one from the operating system, which
             `Runtime.seed_of` reports.
         stop_token_ids: the request ends with reason `stop` after one of these (it is returned too).
-        logprobs: number of most probable tokens to return beside the token's own log-probability.
+        logprobs: number of most probable tokens to return beside the token's own log-probability;
+            None is 0.
         forced_tokens: tokens to append instead of sampled ones (teacher forcing); what they would
             have ended ends the request too. Once they are used up, sampling goes on.
         ignore_eos: do not end at the model's own end-of-sequence tokens.
@@ -80,7 +81,7 @@ class SamplingParams:
     min_p: float = 0.0
     seed: int | None = None
     stop_token_ids: tuple[int, ...] = ()
-    logprobs: int = 0
+    logprobs: int | None = 0
     forced_tokens: tuple[int, ...] | None = None
     ignore_eos: bool = False
     min_tokens: int = 0
@@ -109,6 +110,10 @@ class SamplingParams:
     def _check_numbers(self) -> None:
         _whole(self, "max_tokens", 1)
         _whole(self, "min_tokens", 0, self.max_tokens, "0 to max_tokens")
+        if self.logprobs is None:  # other engines' spellings of "none" and "all"
+            object.__setattr__(self, "logprobs", 0)
+        if type(self.top_k) is int and self.top_k == -1:
+            object.__setattr__(self, "top_k", 0)
         _whole(self, "top_k", 0, what="0 (off) or more")
         _whole(self, "logprobs", 0, MAX_TOP)
         _whole(self, "seed", 0, MAX_SEED, "None or in [0, 2**63)", optional=True)

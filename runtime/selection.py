@@ -66,7 +66,7 @@ def choose(options: RuntimeConfig, *, compile_only: bool = False) -> Selection:
             f"torchrun --nproc-per-node {options.num_ranks}, or leave --ep-size out"
         )
     rows = options.rows_per_rank
-    ladder = Ladder.default(rows) if options.ladder is None else Ladder.parse(options.ladder, rows)
+    ladder = chosen_ladder(options)
     on_device = compile_only or _on_device(options)
     attention, reason = _attention(options, model, on_device and not compile_only)
     transport = resolve_transport(options.transport, world=options.num_ranks, on_device=on_device)
@@ -93,6 +93,12 @@ def choose(options: RuntimeConfig, *, compile_only: bool = False) -> Selection:
         pages = _default_pages(model, step, ladder, on_device and not compile_only)
     step = dataclasses.replace(step, num_pages=pages)
     return Selection(source, model, step, ladder, on_device, reason)
+
+
+def chosen_ladder(options: RuntimeConfig) -> Ladder:
+    """The keys that would be captured; raises ValueError for keys that there cannot be."""
+    rows = options.rows_per_rank
+    return Ladder.default(rows) if options.ladder is None else Ladder.parse(options.ladder, rows)
 
 
 def _pdl(options: RuntimeConfig, on_device: bool, *, compile_only: bool) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Sequence
+from threading import get_ident
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from runtime.requests import DECODING, ENDING, PREFILLING, Request
 from runtime.row_params import plain_output, step_output
 from runtime.sampling import StepOutput
 from runtime.scheduler import Scheduler, SchedulerConfig
+from runtime.turns import StepFailed, Turns, stepping_call
 
 if TYPE_CHECKING:
     from graphs.keys import GraphKey
@@ -35,11 +37,7 @@ FAULTS = {
 }
 
 
-class StepFailed(RuntimeError):
-    """The device could not do a step as asked; the runtime must be closed."""
-
-
-class Stepping:
+class Stepping(Turns):
     """The part of `runtime.driver.Runtime` that steps, and that knows whether it still may.
 
     Args:
@@ -48,6 +46,7 @@ class Stepping:
     """
 
     def __init__(self, engine: Replayer, scheduling: SchedulerConfig | None = None) -> None:
+        super().__init__()
         self.engine: Any = engine  # benchmarks and tests know which kind they gave
         self.config = engine.config
         self.model_config = engine.model_config
@@ -83,7 +82,7 @@ class Stepping:
         self._drain_until = 0  # the step before which ranks that drain do not meet again
         self._drained: list[StepOutput] = []  # by a drain that has not come to its end
         self._closed = False
-        self._failure = ""
+        self._owes_step = False  # step() has launched, and was interrupted while it waited
         self.last_entry: RingEntry | None = None
         self.last_key: GraphKey | None = None
 
@@ -92,18 +91,23 @@ class Stepping:
         """Steps launched and not yet collected."""
         return len(self._in_flight)
 
+    @stepping_call
     def step(self) -> StepOutput:
-        """Launch one step and wait for it.
+        """Launch one step and wait for it; after a wait that was interrupted, wait for that one.
 
         Raises:
             OutOfPages: only with lazy reservation and requests of `add`; nothing was launched.
             NotCaptured: no graph covers the step; nothing was launched.
-            StepFailed: the device reported a fault or went silent.
+            BarrierTimeout, StepMismatch: other ranks did not come to the step; names them.
+            StepFailed: the device reported a fault or went silent, or an interrupt (Ctrl-C) came
+                between the launch's begin and its end.
         """
-        self.launch()
-        return self.collect()
+        if not self._owes_step:
+            self._launch()
+            self._owes_step = True
+        return self._collect()
 
-    def launch(self) -> int:
+    def _launch(self) -> int:
         """Launch the next step without waiting; up to two may be in flight.
 
         Returns:
@@ -115,33 +119,38 @@ class Stepping:
             raise RuntimeError(
                 f"{MAX_IN_FLIGHT} steps are in flight already; call collect() before launch()"
             )
-        step, scheduler = self._next_step, self._scheduler
-        plan = scheduler.plan(step)
-        key = scheduler.ladder.select(plan.tokens, plan.samples)
-        masks = self._masks(plan.admits) if plan.admits or self._new_masks else None
-        if plan.changes or masks:
-            self._mailbox.write(
-                step,
-                cancels=plan.cancels,
-                admits=[(q.row, q.admission) for q in plan.admits],
-                pages=plan.pages,
-                chunks=plan.chunks,
-                masks=masks,
-            )
-        try:
-            self.engine.replay(key)  # the twin meets other ranks in here
-        except Exception as error:
-            self._end_with(error)
-            raise
-        self._mailbox.tell_launched(step)
-        self.last_key = key
-        scheduler.commit(plan, step)
-        self._new_masks.clear()  # requests that wait for a row bring theirs with them
-        self._in_flight.append(step)
-        self._next_step = step + 1
-        self._counters.steps_by_key[key] += 1
-        self._counters.host_ns += time.perf_counter_ns() - began
+        self._amid = "launch()"
+        with self.lock:
+            step, scheduler = self._next_step, self._scheduler
+            plan = scheduler.plan(step)
+            key = scheduler.ladder.select(plan.tokens, plan.samples)
+            masks = self._masks(plan.admits) if plan.admits or self._new_masks else None
+            if plan.changes or masks:
+                self._mailbox.write(
+                    step,
+                    cancels=plan.cancels,
+                    admits=[(q.row, q.admission) for q in plan.admits],
+                    pages=plan.pages,
+                    chunks=plan.chunks,
+                    masks=masks,
+                )
+            try:
+                self.engine.replay(key)  # the twin meets other ranks in here
+            except Exception as error:
+                self._end_with(error)
+                raise
+            self._mailbox.tell_launched(step)
+            self.last_key = key
+            scheduler.commit(plan, step)
+            self._new_masks.clear()  # requests that wait for a row bring theirs with them
+            self._in_flight.append(step)
+            self._next_step = step + 1
+            self._counters.steps_by_key[key] += 1
+            self._counters.host_ns += time.perf_counter_ns() - began
+        self._amid = ""
         return step
+
+    launch = stepping_call(_launch)
 
     def _masks(self, admits: Sequence[Request]) -> dict[int, Int32 | None]:
         """Token masks that the device has to hear of: of rows on it, and of those that join."""
@@ -149,29 +158,35 @@ class Stepping:
         masks = {q.row: q.mask for q in self._new_masks if q.phase in on_device}
         return masks | {q.row: q.mask for q in admits if q.mask is not None}
 
-    def collect(self) -> StepOutput:
+    def _collect(self) -> StepOutput:
         """Wait for the oldest step in flight and return its tokens.
 
         Raises:
             RuntimeError: nothing is in flight.
             StepFailed: the device reported a fault, or nothing within the deadline.
         """
-        self.wait()
+        self._wait()  # an interrupt in here leaves all as it is
         began = time.perf_counter_ns()
         step = self._in_flight[0]
-        entry, out = self._look(step)
-        self.last_entry = entry
-        self._in_flight.popleft()
-        if entry.fault:
-            named = FAULTS.get(entry.fault, f"unknown fault {entry.fault}")
-            raise self._fail(f"step {step}: {named}; close this runtime and report it")
-        if out is None:
-            out = self._sort(step, entry)
-        else:
-            self._scheduler.past.append_again(out.tokens)
-            self._counters.tokens_decoded += len(out.rows)
-        self._counters.host_ns += time.perf_counter_ns() - began
+        self._amid = "collect()"
+        with self.lock:
+            entry, out = self._look(step)
+            self.last_entry = entry
+            self._in_flight.popleft()
+            self._owes_step = False
+            if entry.fault:
+                named = FAULTS.get(entry.fault, f"unknown fault {entry.fault}")
+                raise self._fail(f"step {step}: {named}; close this runtime and report it")
+            if out is None:
+                out = self._sort(step, entry)
+            else:
+                self._scheduler.past.append_again(out.tokens)
+                self._counters.tokens_decoded += len(out.rows)
+            self._counters.host_ns += time.perf_counter_ns() - began
+        self._amid = ""  # nothing is called from here on, so no interrupt can lose what is returned
         return out
+
+    collect = stepping_call(_collect)
 
     def _look(self, step: int) -> tuple[RingEntry, StepOutput | None]:
         """What a finished step published; and what came of it, if that is known without looking
@@ -212,8 +227,8 @@ class Stepping:
             assert request is not None
             self._scheduler.retire(request, reason)
 
-    def wait(self) -> None:
-        """Wait until `collect` would return at once.
+    def _wait(self) -> None:
+        """Wait until `collect` would return at once; an interrupted wait can be begun again.
 
         Raises:
             RuntimeError: nothing is in flight.
@@ -231,6 +246,8 @@ class Stepping:
         except Exception as error:
             self._end_with(error)
             raise
+
+    wait = stepping_call(_wait)
 
     def _poll(self, step: int) -> None:
         ready = self._ring.ready
@@ -258,15 +275,16 @@ class Stepping:
         A wait of milliseconds leaves the processor's caches to whoever else uses them, and the
         first pass through code and data that are not in them takes ten times as long. So what
         `collect` is going to do with the awaited step is done with the one before it, and the next
-        step is planned, for nothing.
+        step is planned, for nothing. All of it bears an interrupt.
         """
         scheduler = self._scheduler
-        scheduler.past.write_up()
-        if scheduler.past.steady_rows is not None:  # then there was a step before, much like it
-            self._look(awaited - 1)
-        if scheduler.is_calm(self._next_step):  # else planning it would begin what is to change
-            plan = scheduler.plan(self._next_step)
-            scheduler.ladder.select(plan.tokens, plan.samples)
+        with self.lock:
+            scheduler.past.write_up()
+            if scheduler.past.steady_rows is not None:  # then there was a step before, much like it
+                self._look(awaited - 1)
+            if scheduler.is_calm(self._next_step):  # else planning it would begin what is to change
+                plan = scheduler.plan(self._next_step)
+                scheduler.ladder.select(plan.tokens, plan.samples)
 
     # ------------------------------------------------------------------ end
 
@@ -291,7 +309,13 @@ class Stepping:
             raise StepFailed(f"this runtime has failed, close it; the failure was: {self._failure}")
 
     def close(self) -> None:
-        """Release graphs and memory. Idempotent."""
+        """Release graphs and memory. Idempotent.
+
+        Raises:
+            RuntimeError: another thread is in a call that steps.
+        """
+        if self._stepper not in (0, get_ident()):
+            raise self._taken("close()")
         if not self._closed:
             self._closed = True
             self.engine.close()

@@ -17,6 +17,7 @@ from runtime.requests import Request, check_priority
 from runtime.row_params import admission, as_token_mask, check_for_model, resolve_seed
 from runtime.sampling import SamplingParams, as_token_ids
 from runtime.stepping import Stepping
+from runtime.turns import Changing, stepping_call
 
 
 class Submission(Stepping):
@@ -53,10 +54,12 @@ class Submission(Stepping):
             OutOfPages: it cannot fit now, or who waits in the queue is due (`OutOfRows` if it is
                 a row that is missing); names whom.
         """
-        request = self._request(prompt_ids, params, 0, cache_salt, preemptable=False)
-        self._scheduler.admit_past_queue(request, self._next_step)
-        self._accept(request)
-        return request.row
+        with self.lock:
+            request = self._request(prompt_ids, params, 0, cache_salt, preemptable=False)
+            with Changing(self, "add()"):
+                self._scheduler.admit_past_queue(request, self._next_step)
+                self._accept(request)
+                return request.row
 
     def submit(
         self,
@@ -78,9 +81,11 @@ class Submission(Stepping):
             ValueError: the request can never fit or is malformed.
         """
         check_priority(priority)
-        request = self._request(prompt_ids, params, priority, cache_salt, preemptable=True)
-        self._scheduler.enqueue(request)
-        return self._accept(request)
+        with self.lock:
+            request = self._request(prompt_ids, params, priority, cache_salt, preemptable=True)
+            with Changing(self, "submit()"):
+                self._scheduler.enqueue(request)
+                return self._accept(request)
 
     def request_id(self, row: int) -> int:
         """The id of the request in `row`.
@@ -98,10 +103,11 @@ class Submission(Stepping):
 
         A request of `submit` may lose its row: cancel it with `cancel_request`.
         """
-        self._check_open()
-        request = self._in_row(row)
-        if request is not None:
-            self._scheduler.retire(request, "cancelled")
+        with self.lock, Changing(self, "cancel()"):
+            self._check_open()
+            request = self._in_row(row)
+            if request is not None:
+                self._scheduler.retire(request, "cancelled")
 
     def cancel_request(self, request_id: int) -> None:
         """End that request now, wherever it is; no further token of it is returned. Idempotent.
@@ -115,9 +121,10 @@ class Submission(Stepping):
             raise ValueError(
                 f"request {request_id} has never been taken (ids so far: below {self._next_id})"
             )
-        request = self._scheduler.by_id.get(request_id)
-        if request is not None:
-            self._scheduler.retire(request, "cancelled")
+        with self.lock, Changing(self, "cancel_request()"):
+            request = self._scheduler.by_id.get(request_id)
+            if request is not None:
+                self._scheduler.retire(request, "cancelled")
 
     def seed_of(self, row: int) -> int:
         """Seed of the last request in `row`, also once it has ended: its own, or the operating
@@ -154,11 +161,12 @@ class Submission(Stepping):
         Raises:
             TypeError, ValueError: not such an array, or no request in `row`.
         """
-        self._check_open()
-        request = self._in_row(row)
-        if request is None:
-            raise ValueError(f"row {row} has no request to mask; add one first")
-        self._mask(request, words)
+        with self.lock:
+            self._check_open()
+            request = self._in_row(row)
+            if request is None:
+                raise ValueError(f"row {row} has no request to mask; add one first")
+            self._mask(request, words)
 
     def set_request_mask(self, request_id: int, words: NDArray[np.int32] | None) -> None:
         """`set_token_mask` by a request's id, wherever it is.
@@ -166,9 +174,11 @@ class Submission(Stepping):
         Raises:
             TypeError, ValueError: not such an array, or the request has ended.
         """
-        self._check_open()
-        self._mask(self._alive(request_id), words)
+        with self.lock:
+            self._check_open()
+            self._mask(self._alive(request_id), words)
 
+    @stepping_call
     def occupy(
         self,
         num_rows: int,
@@ -197,6 +207,13 @@ class Submission(Stepping):
             raise ValueError(
                 f"max_tokens is {max_tokens} and that of params {params.max_tokens}; give the same"
             )
+        with self.lock, Changing(self, "occupy()"):
+            return self._occupy(num_rows, prompt, params)
+
+    def _occupy(
+        self, num_rows: int, prompt: NDArray[np.integer[Any]], params: SamplingParams
+    ) -> list[int]:
+        ctx_len = len(prompt)
         taken: list[Request] = []
         try:
             for _ in range(num_rows):

@@ -82,8 +82,8 @@ def pinned(options: RuntimeConfig) -> KernelChoices | None:
         record = json.loads(path.read_text())
     except ValueError as error:
         raise ValueError(
-            f"--kernels {path}: expected auto, tune, default or a file of kernel choices, got "
-            f"{error}; write one with python -m runtime.capture --save-kernels"
+            f"--kernels {path}: expected auto, tune, default or a file of kernel choices, and this "
+            f"file is no JSON ({error}); write one with python -m runtime.capture --save-kernels"
         ) from error
     if isinstance(record, dict) and "ledger" in record:
         record = record["ledger"].get("choices")  # the report of a capture

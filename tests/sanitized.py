@@ -61,6 +61,7 @@ from tests.planted import compile_planted, run_planted
 ARCH = "sm_90"
 RDEP_TUNING = RdepTuning(sum_pdl=False)  # a step with a side branch has it so
 PLANTED = "planted"
+SAY_EVERY_S = 5.0
 SEED, STATES = 5, 2  # of synthetic states, a key
 # Widths of the published models where kernels depend on them; two rows of KV splits; 8 rows.
 V3_HEADS = (
@@ -178,7 +179,8 @@ def compile_for(names: Iterable[str], store: Path, arch: str) -> dict[str, Any]:
     began = time.perf_counter()
     wanted = {r.spec: r for name in names for r in requests_of(CONFIGS[name], store, arch)}
     compiler = KernelCompiler(Store(store), arch)
-    compile_all(list(wanted.values()), compiler)
+    _say(f"compiling {len(wanted)} kernels, where the store has not got them; minutes at most")
+    compile_all(list(wanted.values()), compiler, progress=_Counted(len(wanted)))
     compile_planted(arch, store)
     for name in names:
         if CONFIGS[name].transport == "rdep":
@@ -313,12 +315,31 @@ def run_all(names: Sequence[str], running: Running, store: Path) -> bool:
                 if not usable:
                     _tell({"config": name, "key": str(key), "skipped": reason})
                     continue
+            _say(f"running {name}, key {key}")
             began = time.perf_counter()
             found = running.run(config, key, selection)
             clean = clean and not found["overwritten"]
             seconds = round(time.perf_counter() - began, 2)
             _tell({"config": name, "key": str(key), "seconds": seconds} | found)
     return clean
+
+
+def _say(text: str) -> None:
+    """To people, on stderr: stdout is for programs."""
+    print(text, file=sys.stderr, flush=True)
+
+
+class _Counted:
+    """Says every few seconds how many of `total` are done."""
+
+    def __init__(self, total: int) -> None:
+        self._total, self._done, self._said = total, 0, time.monotonic()
+
+    def __call__(self, name: str) -> None:
+        self._done += 1
+        if time.monotonic() - self._said >= SAY_EVERY_S:
+            self._said = time.monotonic()
+            _say(f"{self._done}/{self._total} {name}")
 
 
 def _tell(record: dict[str, Any]) -> None:
@@ -376,6 +397,7 @@ def main(argv: list[str]) -> int:
     if args.memory:
         return _run(args, names)
     if args.list:
+        _say(f"listing kernels of {len(names)} models")
         requests = {name: requests_of(CONFIGS[name], args.store, ARCH) for name in names}
         _tell({name: sorted({r.function for r in found}) for name, found in requests.items()})
         return 0
@@ -385,6 +407,7 @@ def main(argv: list[str]) -> int:
     from tests.sanitizer import check  # it starts this program again, under the tool
 
     compiled = compile_for(names, args.store, ARCH)
+    _say(f"{args.tool} of {', '.join(names)}: at most {args.timeout:.0f} s each time it runs them")
     report = check(args.tool, names, args.store, timeout_s=args.timeout)
     _tell({"compile": compiled} | report)
     return int(report["exit"])

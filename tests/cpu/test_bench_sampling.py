@@ -18,7 +18,9 @@ ARGS += ["--ctx-len", "20", "--steps", "2", "--rounds", "1", "--device", "cpu", 
 
 def test_every_mode_is_timed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert sampling_cost.main([*ARGS, "--store", str(tmp_path)]) == 0
-    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    captured = capsys.readouterr()
+    assert {"check bits", "time"} <= {line[11:] for line in captured.err.splitlines()}
+    report = json.loads(captured.out.splitlines()[-1])
     assert {*report["modes"]} == {*sampling_cost.MODES}
     assert report["modes"]["bare step"]["added"] == 0.0
     assert not report["times_mean_something"]

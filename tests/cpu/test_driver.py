@@ -78,7 +78,7 @@ def test_what_can_never_fit_the_cache_is_refused_at_once(
         {"max_tokens": 2.5},
         {"temperature": -1.0},
         {"temperature": float("nan")},
-        {"top_k": -1},
+        {"top_k": -2},
         {"top_p": 0.0},
         {"top_p": 1.5},
         {"min_p": 2.0},

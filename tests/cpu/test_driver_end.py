@@ -15,6 +15,8 @@ from barriers.errors import BarrierTimeout
 from graphs.keys import GraphKey, Ladder
 from kernels.triton.state import HEADER, MAX_TOP, RING_SLOTS, MailboxLayout, RingLayout, mask_words
 from runtime import Runtime, StepFailed
+from runtime.config import RuntimeConfig
+from runtime.tuning import pinned
 from tests.cpu.checkpoints import edit_config
 from tests.cpu.twins import PAGE, VOCAB, load_micro, micro_checkpoint
 
@@ -285,3 +287,28 @@ def test_an_old_ring_entry_is_not_taken_for_a_new_one() -> None:
     engine.answers = False
     with pytest.raises(StepFailed, match=f"step {RING_SLOTS} did not finish"):
         runtime.step()
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"store": ""}, "store must not be empty text; leave it out for the default"),
+        ({"weights": ""}, "weights must not be empty text"),
+        ({"seed": -1}, r"seed must be in \[0, 2\*\*63\), got -1"),
+    ],
+)
+def test_an_option_out_of_range_is_named_with_its_value(
+    options: dict[str, Any], reason: str
+) -> None:
+    with pytest.raises(ValueError, match=reason):
+        Runtime.load("tiny", device="cpu", **options)
+
+
+def test_kernel_choices_that_are_no_json_are_told_so(tmp_path: Path, checkpoint: Path) -> None:
+    path = tmp_path / "kernels.json"
+    path.write_text("{\n")
+    options = RuntimeConfig(model=str(checkpoint), kernels=str(path))
+    with pytest.raises(
+        ValueError, match=r"kernels.json: expected auto, .*, and this file is no JSON"
+    ):
+        pinned(options)

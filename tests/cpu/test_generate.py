@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import signal
+import subprocess
 import sys
 from pathlib import Path
+from subprocess import PIPE
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from runtime import generate
+from runtime import Runtime, StepOutput, generate
 from runtime.cli import run
 from runtime.generate import REPLACEMENT, TextStream
+from tests.cpu.terminal import ROOT
 from tests.cpu.twins import MAX_SEQ_LEN, PAGE, micro_checkpoint
 
 CORPUS = ["the cat sat on the mat, the cat", "Grüße aus Köln", "日本語の文字", "naïve café"]
@@ -213,6 +218,8 @@ def test_sampled_text_can_be_had_again(
         (["--prompt", "x", "--max-tokens", "0"], "max_tokens must be at least 1, got 0"),
         (["--prompt", "x", "--max-tokens", "96"], "exceeds max_seq_len 96"),
         (["--prompt", "x", "--model", "tiny"], "text needs a checkpoint directory with its token"),
+        (["--prompt", "x", "--num-pages", "6", "--max-tokens", "95"], "lower --max-tokens"),
+        (["--prompt", "x", "--ep-size", "2"], "a command of one process and one GPU, and this is"),
         ([], "the following arguments are required: --prompt"),
         (["--prompt", "x", "--temprature", "1"], "unrecognized arguments: --temprature"),
     ],
@@ -225,6 +232,17 @@ def test_bad_arguments_end_with_2_and_the_reason(
     assert message in capsys.readouterr().err
 
 
+def test_one_of_several_ranks_is_refused_clearly(
+    checkpoint: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("RANK", "LOCAL_RANK"):
+        monkeypatch.setenv(name, "0")
+    for name, value in (("WORLD_SIZE", "2"), ("LOCAL_WORLD_SIZE", "2"), ("MASTER_PORT", "1")):
+        monkeypatch.setenv(name, value)
+    assert command(arguments(checkpoint, "--prompt", "x")) == 2
+    assert "this is one of 2 ranks: start it without torchrun" in capsys.readouterr().err
+
+
 def test_a_terminal_that_knows_no_utf8_still_gets_its_text(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -232,3 +250,45 @@ def test_a_terminal_that_knows_no_utf8_still_gets_its_text(
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii"))
     assert command(arguments(checkpoint, "--prompt", "the", "--max-tokens", "12")) == 0
     assert len(raw.getvalue()) >= 12
+
+
+def test_who_reads_no_further_ends_it_without_a_word(checkpoint: Path) -> None:
+    argv = arguments(checkpoint, "--prompt", "the", "--max-tokens", "90")
+    program = [sys.executable, "-m", "runtime.generate", *argv]
+    with subprocess.Popen(program, cwd=ROOT, stdout=PIPE, stderr=PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.read(1)
+        process.stdout.close()
+        told = process.stderr.read().decode()
+    assert process.returncode == 128 + signal.SIGPIPE
+    assert "Error" not in told
+    assert "Traceback" not in told
+
+
+def test_an_interrupt_is_told_on_a_line_of_its_own(
+    checkpoint: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step, left = Runtime.step, iter((True, True, False))
+
+    def interrupted(runtime: Runtime) -> StepOutput:
+        if next(left):
+            return step(runtime)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Runtime, "step", interrupted)
+    assert command(arguments(checkpoint, "--prompt", "the", "--max-tokens", "9")) == 130
+    captured = capsys.readouterr()
+    assert captured.out.endswith("\n")
+    assert captured.err.endswith("interrupted; nothing half-made was stored\n")
+
+
+@pytest.mark.parametrize("module", ["runtime.generate", "runtime.capture", "bench.prefill"])
+def test_an_interrupt_of_the_imports_is_one_line(module: str, tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    env = os.environ | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-m", module], cwd=ROOT, env=env, capture_output=True, check=False
+    )
+    assert done.returncode == -signal.SIGINT
+    assert done.stderr == b"interrupted before it had begun\n"

@@ -16,7 +16,9 @@ def test_chunks_are_timed_and_a_repeated_prompt_comes_from_the_cache(
     words = "--model tiny --layers 1 --bs 2 --device cpu --max-seq-len 256 --ladder 1,2,2+16"
     words += " --ctx-len 32 --prompt-len 150 --repeats 1 --json --store"
     assert prefill.main([*words.split(), str(tmp_path)]) == 0
-    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    captured = capsys.readouterr()
+    assert {"chunks", "whole prompts"} <= {line[11:] for line in captured.err.splitlines()}
+    report = json.loads(captured.out.splitlines()[-1])
     (chunk,) = report["chunks"]
     assert chunk["chunk_tokens"] == 17
     assert chunk["step_us"] > 0

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from runtime import replay_bench
 from runtime.capture import TWIN_NOTE
+from runtime.engine import Engine
 from tests.cpu.terminal import Terminal, small
 
 
@@ -106,9 +108,55 @@ def test_replay_bench_refuses_with_the_reason(
     assert reason in terminal.err
 
 
-def test_replay_bench_without_enough_pages_ends_with_1(
-    checkpoint: Path, terminal: Terminal
+@pytest.mark.parametrize(
+    ("more", "reason"),
+    [
+        (("--keys", "4"), "--keys 4: not in the ladder 1,2,2+14; add them with --ladder"),
+        (("--num-pages", "5", "--ctx-len", "40"), "give --num-pages 7, fewer rows"),
+        (("--steps", "100000", "--ctx-len", "10"), "room for 59 steps at most beside a token"),
+        (("--steps", "100000"), "lower --steps, or raise --max-seq-len (the model has 512)"),
+        (("--steps", "100000", "--max-seq-len", "512"), "lower --steps\n"),
+        (("--keys", "2+14", "--max-seq-len", "14", "--steps", "2"), "a prompt chunk of 15 tokens"),
+        (("--seed", "-1"), "seed must be in [0, 2**63), got -1"),
+    ],
+)
+def test_what_cannot_be_timed_is_refused_before_the_work(
+    more: tuple[str, ...], reason: str, checkpoint: Path, terminal: Terminal
 ) -> None:
-    argv = small(checkpoint, "--ctx-len", "40", "--steps", "2", "--num-pages", "4", "--no-verify")
-    assert terminal.run(replay_bench.main, *argv) == 1
-    assert terminal.error.startswith("error: OutOfPages: ")
+    argv = small(checkpoint, "--steps", "4", *more)
+    assert terminal.run(replay_bench.main, *argv) == 2
+    assert reason in terminal.err
+    assert terminal.err.count("\n") == 1, "refused only after work had begun"
+
+
+def test_as_few_pages_as_it_asks_for_are_enough(checkpoint: Path, terminal: Terminal) -> None:
+    argv = small(checkpoint, "--ctx-len", "40", "--steps", "4", "--num-pages", "7", "--no-verify")
+    assert terminal.run(replay_bench.main, *argv) == 0
+
+
+def test_a_file_that_cannot_be_written_is_named_and_the_numbers_are_not_lost(
+    checkpoint: Path, tmp_path: Path, terminal: Terminal
+) -> None:
+    (tmp_path / "replay_bench.trace.json").symlink_to("/dev/full")
+    argv = small(checkpoint, "--steps", "2", "--no-verify", "--keys", "1", "--json")
+    assert terminal.run(replay_bench.main, *argv, "--out", str(tmp_path)) == 2
+    assert terminal.error.startswith(f"error: --out: {tmp_path}/replay_bench.trace.json cannot be")
+    assert "No space left on device" in terminal.error
+    assert [key["key"] for key in terminal.report["keys"]] == ["1"]
+
+
+def test_of_several_ranks_the_table_says_whose_tokens_it_counts(
+    checkpoint: Path, terminal: Terminal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    show = replay_bench._show
+
+    def of_eight(engine: Engine, *rest: Any) -> None:
+        engine.ranks.world = 8
+        show(engine, *rest)
+
+    argv = small(checkpoint, "--steps", "2", "--no-verify", "--keys", "1")
+    assert terminal.run(replay_bench.main, *argv) == 0
+    assert "of rank" not in terminal.out
+    monkeypatch.setattr(replay_bench, "_show", of_eight)
+    assert terminal.run(replay_bench.main, *argv) == 0
+    assert "tok/s: of rank 0 alone, of 8; python us" in " ".join(terminal.out.split())

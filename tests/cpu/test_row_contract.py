@@ -463,7 +463,7 @@ REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"temperature": float("inf")}, ValueError, "temperature"),
     ({"temperature": float("nan")}, ValueError, "temperature"),
     ({"temperature": NO_NUMBER}, TypeError, "temperature must be a number"),
-    ({"top_k": -1}, ValueError, r"top_k must be 0 \(off\) or more"),
+    ({"top_k": -2}, ValueError, r"top_k must be 0 \(off\) or more"),
     ({"top_k": 2.5}, ValueError, "top_k must be a whole number"),
     ({"top_p": 0.0}, ValueError, r"top_p must be in \(0, 1\]"),
     ({"top_p": 1.01}, ValueError, "top_p"),

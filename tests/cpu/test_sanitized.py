@@ -72,6 +72,7 @@ def program(*options: str) -> list[dict[str, Any]]:
         capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
+    assert done.stderr.startswith(("listing kernels of", "running ")), "silent while it works"
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 

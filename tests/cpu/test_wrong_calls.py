@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import string
 from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
@@ -10,9 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+import barriers.errors
+import capture_cache.errors
+import runtime
 from kernels.triton.state import mask_words
-from runtime import Runtime, SamplingParams
-from runtime.other_engines import ELSEWHERE
+from runtime import Runtime, SamplingParams, replay_bench
+from runtime.config import ALIASES, RuntimeConfig
+from runtime.other_engines import ELSEWHERE, ENGINES, unknown_arguments
 from runtime.scheduler import SchedulerConfig
 from tests.fake_device import FakeConfig, FakeDevice, FakeModel
 
@@ -117,6 +122,19 @@ def test_what_is_no_list_of_weights(source: Any) -> None:
         _named_tensors(source)
 
 
+def test_every_error_that_is_promised_can_be_caught_by_its_name_from_runtime() -> None:
+    for module in (barriers.errors, capture_cache.errors):
+        for name, kind in vars(module).items():
+            # Of arena layouts and of graphs that cannot be stored nobody outside hears.
+            ours = isinstance(kind, type) and kind.__module__ == module.__name__
+            if ours and name not in ("LayoutError", "NotRestorable"):
+                assert getattr(runtime, name) is kind
+                assert name in runtime.__all__
+    assert runtime.__all__ == sorted(runtime._HOME)
+    for name in runtime.__all__:
+        assert getattr(runtime, name).__name__ == name
+
+
 def test_an_opening_of_another_type_is_refused_before_anything_is_loaded() -> None:
     with pytest.raises(
         ValueError, match=r"opening: expected a runtime\.opening\.Opening or None, got"
@@ -131,6 +149,8 @@ def test_an_opening_of_another_type_is_refused_before_anything_is_loaded() -> No
         ("best_of", "submit the prompt several times"),
         ("stop", "give them as stop_sequences"),
         ("max_new_tokens", "give it as max_tokens"),
+        ("stop_strs", "give them as stop_sequences"),
+        ("length_penalty", "there is no beam search"),
         ("temprature", r"did you mean temperature\?"),
         ("qzx", "leave it out"),
     ],
@@ -140,6 +160,74 @@ def test_a_setting_of_another_engine_is_answered_with_what_does_the_same(
 ) -> None:
     with pytest.raises(TypeError, match=f"has no '{setting}': .*{remedy}.*; it has max_tokens, "):
         SamplingParams(**{setting: 2})
+
+
+def test_other_spellings_of_none_and_all_are_taken_as_that() -> None:
+    params = SamplingParams(logprobs=None, top_k=-1)
+    assert params == SamplingParams()
+    assert (params.logprobs, params.top_k) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("keyword", "remedy"),
+    [
+        ("max_num_seqs", "there is no option 'max_num_seqs' here: give bs=, rows of all ranks"),
+        ("gpu_memory_utilization", "give num_pages=, pages of KV cache"),
+        ("enforce_eager", r"nothing runs that was not captured; .*\(device='cpu'\)"),
+        ("tensor_parallel_size", "start with torchrun --nproc-per-node N, and bs= is for all"),
+        ("kv_cache_dtype", "there is no FP8 KV cache"),
+        ("max_seq_length", r"unknown option 'max_seq_length'; did you mean max_seq_len\?$"),
+        ("frobnicate", "unknown option 'frobnicate'; known: .*bs, "),
+    ],
+)
+def test_a_keyword_of_another_engine_is_answered_with_what_does_the_same(
+    keyword: str, remedy: str
+) -> None:
+    with pytest.raises(ValueError, match=remedy):
+        Runtime.load("tiny", device="cpu", **{keyword: 2})
+
+
+@pytest.mark.parametrize(
+    ("argv", "remedy"),
+    [
+        (["--max-num-seqs", "8"], "there is no --max-num-seqs here: give --bs, rows of all ranks"),
+        (["--max-running-requests=8"], "there is no --max-running-requests here: give --bs"),
+        (["--max_batch_size", "8"], "--max_batch_size is spelled --max-batch-size here"),
+        (["--max_seq_len", "8"], "--max_seq_len is spelled --max-seq-len here"),
+        (["--gpu-memory-utilization", ".9"], "give --num-pages, pages of KV cache"),
+        (["--mem-fraction-static", ".9"], "give --num-pages, pages of KV cache"),
+        (["--enforce-eager"], "to debug, take the CPU twin (--device cpu)"),
+        (["--disable-cuda-graph"], "to debug, take the CPU twin (--device cpu)"),
+        (["--max-num-batched-tokens", "8"], "give --ladder keys with so many prompt tokens"),
+        (["--chunked-prefill-size", "8"], "and --prefill-budget to have fewer of them"),
+        (["--enable-prefix-caching"], "the prefix cache is on; --no-prefix-cache ends it"),
+        (["--tp", "8"], "start with torchrun --nproc-per-node N"),
+        (["--modle", "tiny"], "unrecognized arguments: --modle tiny (--modle: did you mean --mod"),
+        (["stray"], "unrecognized arguments: stray; see"),
+    ],
+)
+def test_an_option_of_another_engine_is_answered_with_what_does_the_same(
+    argv: list[str], remedy: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        replay_bench.main(argv)
+    assert end.value.code == 2
+    told = capsys.readouterr().err
+    assert remedy in told
+    assert told.count("\n") == 1
+
+
+def test_what_is_told_of_other_engines_options_is_true() -> None:
+    """None of them is ours, and what they are sent to is: as a keyword and as an option."""
+    ours = {f.name for f in fields(RuntimeConfig)} | ALIASES.keys()
+    assert not ours & ENGINES.keys()
+    options = set(replay_bench.parser()._option_string_actions)
+    for name, remedy in ENGINES.items():
+        for _, field, _, _ in string.Formatter().parse(remedy):
+            assert field is None or field in ours, remedy
+        told = unknown_arguments([f"--{name.replace('_', '-')}"], sorted(options))
+        for option in re.findall(r"--[a-z-]+", told.partition(" here: ")[2]):
+            assert option in options | {"--nproc-per-node"}, told
 
 
 def test_what_is_told_of_other_engines_settings_is_true() -> None:

@@ -1,0 +1,274 @@
+"""An interrupt in a call of the runtime: the same tokens afterwards, or `StepFailed`. Nothing else.
+
+And two threads that step: one is refused, and the runtime is none the worse.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import runtime as package
+from runtime import Runtime, SamplingParams, StepFailed, StepOutput
+from runtime.stepping import REHEARSE_SPINS
+from tests.cpu.twins import VOCAB, load_micro
+from tests.interrupts import Interrupt
+
+HERE = Path(package.__file__).parent
+PROMPTS = ([1, 2, 3], list(range(20)), [7])
+LONGEST = 12
+Tokens = dict[int, list[int]]
+Drive = Callable[[Runtime], StepOutput]
+
+
+def _ahead(runtime: Runtime) -> StepOutput:
+    """As serving loops do: a step is in flight while the one before is collected."""
+    while runtime.num_in_flight < 2:
+        runtime.launch()
+    return runtime.collect()
+
+
+def _step(runtime: Runtime) -> StepOutput:
+    return runtime.step()
+
+
+def _submit(runtime: Runtime) -> Tokens:
+    params = [SamplingParams(max_tokens=LONGEST - 3 * i) for i in range(len(PROMPTS))]
+    return {runtime.submit(p, q): [] for p, q in zip(PROMPTS, params, strict=True)}
+
+
+def _note(tokens: Tokens, out: StepOutput) -> None:
+    for request, token in zip(out.requests.tolist(), out.tokens.tolist(), strict=True):
+        tokens[request].append(token)
+
+
+def _slow(runtime: Runtime) -> None:
+    """Let every wait last long enough to have steps rehearsed in it."""
+    ready, asked = runtime._ring.ready, Counter[int]()
+
+    def late(step: int) -> bool:
+        asked[step] += 1
+        return asked[step] > REHEARSE_SPINS + 8 and ready(step)
+
+    runtime._ring.ready = late  # type: ignore[method-assign]
+
+
+def _go_on(runtime: Runtime, tokens: Tokens, drive: Drive) -> None:
+    while runtime.num_running or runtime.num_in_flight:
+        if not runtime.num_running and drive is not _step:
+            _note(tokens, runtime.collect())
+        else:
+            _note(tokens, drive(runtime))
+            if drive is _step and not runtime.num_running:
+                return
+
+
+def _interrupted(runtime: Runtime, drive: Drive, at: int) -> tuple[Tokens, str, Interrupt]:
+    """Tokens of all requests, and why it failed: "" if it did not."""
+    tokens = _submit(runtime)
+    interrupt = Interrupt(at, HERE)
+    try:
+        # What a drive returns reaches its caller without another point in between.
+        with interrupt.armed():
+            _go_on(runtime, tokens, drive)
+    except KeyboardInterrupt:
+        pass
+    try:
+        _go_on(runtime, tokens, drive)
+    except StepFailed as error:
+        return tokens, str(error), interrupt
+    return tokens, "", interrupt
+
+
+@pytest.mark.parametrize("drive", [_step, _ahead])
+def test_an_interrupt_anywhere_leaves_the_same_tokens_or_a_failed_runtime(
+    drive: Drive, checkpoint: Path
+) -> None:
+    seed = int(np.random.default_rng().integers(1 << 30))
+    print(f"seed {seed}")
+    load: Callable[[], Runtime] = partial(load_micro, checkpoint)
+    with load() as runtime:
+        _slow(runtime)
+        whole, failure, counted = _interrupted(runtime, drive, 0)
+        expected = list(whole.values())
+        assert not failure
+        assert [len(t) for t in expected] == [LONGEST - 3 * i for i in range(len(PROMPTS))]
+    outcomes: dict[bool, int] = {True: 0, False: 0}
+    last = counted.points * 4 // 5  # later passes find their prompts cached, and take fewer
+    points = np.random.default_rng(seed).integers(1, last, 60).tolist()
+    runtime = load()
+    _slow(runtime)
+    for at in [1, 2, 3, *points]:
+        tokens, failure, interrupt = _interrupted(runtime, drive, at)
+        assert interrupt.where, f"point {at} of {counted.points} was never met"
+        outcomes[bool(failure)] += 1
+        if failure:
+            assert "this runtime has failed, close it" in failure
+            assert "it was interrupted in a step" in failure
+            for got, all_of_it in zip(tokens.values(), expected, strict=True):
+                assert got == all_of_it[: len(got)], f"{interrupt.where} (seed {seed})"
+            runtime.close()
+            runtime = load()
+            _slow(runtime)
+        else:
+            assert list(tokens.values()) == expected, f"{interrupt.where} (seed {seed})"
+    runtime.close()
+    assert outcomes[True], "no interrupt came inside a launch or a collect"
+    assert outcomes[False], "no interrupt came in a wait"
+
+
+def test_a_wait_that_was_interrupted_can_be_begun_again(checkpoint: Path) -> None:
+    with load_micro(checkpoint) as runtime:
+        request = runtime.submit([1, 2], SamplingParams(max_tokens=2))
+        ready = runtime._ring.ready
+
+        def interrupt(_: int) -> bool:
+            raise KeyboardInterrupt
+
+        runtime._ring.ready = interrupt  # type: ignore[method-assign]
+        for call in (runtime.step, runtime.step, runtime.collect, runtime.wait):
+            with pytest.raises(KeyboardInterrupt):
+                call()
+            assert runtime.num_in_flight == 1  # step() waits for the one it has launched
+        runtime._ring.ready = ready  # type: ignore[method-assign]
+        first, second = runtime.step(), runtime.step()
+        assert [out.requests.tolist() for out in (first, second)] == [[request], [request]]
+        assert (first.step, second.step, runtime.num_running) == (0, 1, 0)
+
+
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, SystemExit])
+def test_an_interrupt_amid_a_launch_ends_the_runtime(
+    kind: type[BaseException], checkpoint: Path
+) -> None:
+    with load_micro(checkpoint) as runtime:
+        runtime.submit([1, 2])
+
+        def interrupt(_: object) -> None:
+            raise kind
+
+        runtime.engine.replay = interrupt
+        with pytest.raises(kind):
+            runtime.step()
+        for call in (runtime.step, runtime.collect, lambda: runtime.submit([1])):
+            with pytest.raises(StepFailed, match=rf"in the middle of launch\(\) \({kind.__name__}"):
+                call()
+
+
+def test_a_call_from_inside_a_step_is_refused(checkpoint: Path) -> None:
+    """As a signal handler may make one."""
+    with load_micro(checkpoint) as runtime:
+        runtime.submit([1, 2], SamplingParams(max_tokens=2))
+        replay, refusals = runtime.engine.replay, []
+
+        def handler(key: object) -> None:
+            for call in (runtime.step, runtime.launch, lambda: runtime.submit([3])):
+                with pytest.raises(StepFailed, match="from a signal handler") as refusal:
+                    call()
+                refusals.append(refusal)
+            replay(key)
+
+        runtime.engine.replay = handler
+        assert [len(runtime.step()), len(runtime.step()), runtime.num_running] == [1, 1, 0]
+        assert len(refusals) == 6
+
+
+# ------------------------------------------------------------------ threads
+
+
+CALLS: dict[str, Callable[[Runtime], object]] = {
+    "step": lambda r: r.step(),
+    "launch": lambda r: r.launch(),
+    "collect": lambda r: r.collect(),
+    "wait": lambda r: r.wait(),
+    "drain": lambda r: r.drain(),
+    "pause": lambda r: r.pause(),
+    "update_weights": lambda r: r.update_weights([]),
+    "occupy": lambda r: r.occupy(1, 4, 4),
+    "close": lambda r: r.close(),
+}
+
+
+@pytest.mark.parametrize("where", ["launching", "waiting"])
+def test_a_second_thread_that_steps_is_refused_and_does_no_harm(
+    where: str, checkpoint: Path
+) -> None:
+    with load_micro(checkpoint) as runtime:
+        runtime.submit([1, 2], SamplingParams(max_tokens=4))
+        inside, go_on = threading.Event(), threading.Event()
+        target, name = (
+            (runtime.engine, "replay")
+            if where == "launching"
+            else (
+                runtime._ring,
+                "ready",
+            )
+        )
+        original = getattr(target, name)
+
+        def held(argument: int) -> object:
+            inside.set()
+            assert go_on.wait(60)
+            return original(argument)
+
+        setattr(target, name, held)
+        outputs: list[StepOutput] = []
+        stepper = threading.Thread(target=lambda: outputs.append(runtime.step()))
+        stepper.start()
+        assert inside.wait(60)
+        for call, make in CALLS.items():
+            with pytest.raises(RuntimeError, match=rf"{call}\(\) was called while another thread"):
+                make(runtime)
+        if where == "waiting":  # others come and go meanwhile
+            runtime.cancel_request(runtime.submit([5]))
+        go_on.set()
+        stepper.join()
+        setattr(target, name, original)
+        assert len(outputs[0]) == 1
+        tokens = outputs[0].tokens.tolist()
+        while runtime.num_running:
+            tokens += runtime.step().tokens.tolist()
+    with load_micro(checkpoint) as runtime:
+        request = {runtime.submit([1, 2], SamplingParams(max_tokens=4)): list[int]()}
+        _go_on(runtime, request, _step)
+    assert [tokens] == list(request.values())
+
+
+def test_requests_come_and_go_from_many_threads_beside_one_that_steps(checkpoint: Path) -> None:
+    prompts = [[i, i + 1] for i in range(8)]
+    params = SamplingParams(max_tokens=5)
+    with load_micro(checkpoint) as runtime:
+        alone: list[list[int]] = []
+        for prompt in prompts:
+            tokens = {runtime.submit(prompt, params): list[int]()}
+            _go_on(runtime, tokens, _step)
+            alone += tokens.values()
+        asked: dict[int, int] = {}
+        got: dict[int, list[int]] = {}
+
+        def client(seed: int) -> None:
+            rng = np.random.default_rng(seed)
+            for n in range(30):
+                which = int(rng.integers(len(prompts)))
+                request = runtime.submit(prompts[which], params)
+                assert request not in asked
+                asked[request] = -1 if n % 7 == 0 else which
+                if n % 7 == 0:
+                    runtime.cancel_request(request)
+                runtime.stats()
+
+        threads = [threading.Thread(target=client, args=(seed,)) for seed in range(3)]
+        for thread in threads:
+            thread.start()
+        while any(thread.is_alive() for thread in threads) or runtime.num_running:
+            out = runtime.step()
+            for request, token in zip(out.requests.tolist(), out.tokens.tolist(), strict=True):
+                got.setdefault(request, []).append(token)
+        assert len(asked) == 90
+        assert all(got[q] == alone[which] for q, which in asked.items() if which >= 0)
+    assert max(map(max, prompts)) < VOCAB
