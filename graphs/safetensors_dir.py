@@ -43,11 +43,14 @@ class CheckpointError(ValueError):
 
     def __init__(self, path: Path, problems: Iterable[str], remedy: str) -> None:
         self.problems = tuple(problems)
+        if len(self.problems) == 1:
+            super().__init__(f"checkpoint {path}: {self.problems[0]}; {remedy}")
+            return
         lines = [f"  {p}" for p in self.problems[:_SHOWN]]
         if len(self.problems) > _SHOWN:
             lines.append(f"  … and {len(self.problems) - _SHOWN} more")
-        count = f"{len(self.problems)} problem" + "s" * (len(self.problems) != 1)
-        super().__init__(f"checkpoint {path}: {count}\n" + "\n".join([*lines, f"  {remedy}"]))
+        first = f"checkpoint {path}: {len(self.problems)} problems"
+        super().__init__("\n".join([first, *lines, f"  {remedy}"]))
 
 
 @dataclass(frozen=True)
