@@ -17,7 +17,7 @@ from typing import Any
 
 from capture_cache import survey
 from capture_cache.archive import export, import_file
-from capture_cache.command import command, error_line, exit_code
+from capture_cache.command import command, error_line, exit_code, written
 from capture_cache.errors import (
     CorruptBundle,
     CudaError,
@@ -327,4 +327,4 @@ def _number(value: object) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(written(main))
