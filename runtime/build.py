@@ -48,7 +48,7 @@ from runtime.selection import Selection, choose, with_attention
 from runtime.tuning import Tuner, check_kernels, pinned, record_calls, share
 from runtime.weights import Found as FoundWeights
 from runtime.weights import find as find_weights
-from runtime.weights import left_alone
+from runtime.weights import left_alone, origin_of
 from runtime.weights import load as load_packed_weights
 
 # (kind of work, pieces in all, piece); no pieces at all: that work begins
@@ -386,7 +386,8 @@ class _Builder:
         recording = self._recording(engine, arena)
         if engine.ranks.rank:
             return  # one bundle serves all ranks
-        record = engine.ledger.to_json() | {"stages_s": self.seconds}
+        model = origin_of(engine.selection.source) or engine.selection.source.name
+        record = engine.ledger.to_json() | {"stages_s": self.seconds, "model": model}
         kernels = tuple(launcher.used) if launcher else ()
         manifest = Manifest(
             facts, engine.selection.layout, record, kernels, restore=recording.restore

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from capture_cache.arena import Arena
-from capture_cache.errors import CorruptBundle, FingerprintMismatch
+from capture_cache.errors import CorruptBundle, FingerprintMismatch, StoreError
 from capture_cache.fingerprint import Fingerprint, Value
 from capture_cache.packed import PackedWeights, is_packed
 from capture_cache.packed_index import INDEX
@@ -226,7 +226,7 @@ def _find_stored(options: RuntimeConfig, model: ModelConfig, source: ModelSource
             try:
                 packed = PackedWeights(folder)
                 packed.check_identity(name)
-            except (CorruptBundle, FingerprintMismatch) as e:
+            except (CorruptBundle, FingerprintMismatch, StoreError) as e:
                 note = left_alone(plain, e)
                 continue
             if not _is_as_read(packed, source):
