@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import os
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,14 +79,14 @@ def identity(
 def store_folder(store: Path, identity: Fingerprint, content: str = "") -> Path:
     """Where packed weights lie in a store.
 
-    The name begins alike for all checkpoints of equal config and headers (`_HALF` digits), and ends
-    with what tells them apart.
+    The name begins with what tells checkpoints of equal shapes apart, and ends alike for all of
+    them (`_HALF` digits each).
 
     Args:
         content: as `content_of`; empty for a preset.
     """
     name = identity.digest
-    return store / FOLDER / (name[:_HALF] + content[:_HALF] if content else name)
+    return store / FOLDER / (content[:_HALF] + name[:_HALF] if content else name)
 
 
 def origin_of(source: ModelSource) -> str:
@@ -251,9 +250,11 @@ def left_alone(plain: str, why: Exception) -> str:
 
 def _candidates(store: Path, name: Fingerprint) -> list[Path]:
     """The store's packed weights of these shapes, of whatever checkpoint; an exact name first."""
-    first = store_folder(store, name)
-    others = [p for p in Store(store).weights() if p.name[:_HALF] == first.name[:_HALF]]
-    return sorted((p for p in others if os.path.lexists(p / INDEX)), key=lambda p: p != first)
+    exact = store_folder(store, name)
+    found = [
+        p for p in Store(store).weights() if p == exact or p.name[-_HALF:] == exact.name[:_HALF]
+    ]
+    return sorted((p for p in found if is_packed(p)), key=lambda p: p != exact)
 
 
 def _check_given(path: Path) -> None:

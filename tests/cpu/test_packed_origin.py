@@ -18,6 +18,8 @@ from capture_cache.errors import CorruptBundle, FingerprintMismatch, OtherVersio
 from capture_cache.manifest import seal, unseal
 from capture_cache.packed import PackedWeights
 from capture_cache.packed_index import INDEX, SHARED
+from capture_cache.store import Store
+from capture_cache.survey import SHORT
 from graphs.model_source import model_digest, resolve_model
 from graphs.safetensors_dir import CheckpointError
 from runtime import SamplingParams
@@ -100,6 +102,8 @@ def test_the_store_holds_both_and_each_finds_its_own(
             assert packed is not None
             assert packed.index.origin == str(origin)
         found.append(_tokens(path, store))
+    begins = [p.name[:SHORT] for p in Store(store).weights()]
+    assert len(set(begins)) == 2, "what people name them by must differ"
     assert found == [_tokens(base, tmp_path / "t"), _tokens(tuned, tmp_path / "t")]
     assert found[0] != found[1]
 
@@ -199,12 +203,11 @@ def test_the_digest_is_of_headers_and_of_every_tensor(base: Path, tmp_path: Path
 
 
 def _damage(packed: PackedWeights) -> None:
-    with (packed.path / SHARD_OF[0]).open("r+b") as file:
+    with (packed.path / SHARED).open("r+b") as file:
         file.seek(packed.shards[SHARED].offsets["head"])
         file.write(b"\xa5" * 64)
 
 
-SHARD_OF = (SHARED,)
 DAMAGE: dict[str, Any] = {
     "a tensor": _damage,
     "the index": lambda p: (p.path / INDEX).write_bytes(b"{}"),
