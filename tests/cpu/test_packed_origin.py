@@ -8,6 +8,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ from runtime.config import RuntimeConfig
 from runtime.pack import main as pack_command
 from runtime.packing import make_packed, pack
 from runtime.weights import Found, find
+from tests.cpu.terminal import ROOT
 from tests.cpu.twins import load_micro, micro_checkpoint
 
 SHARD = "model.safetensors"
@@ -254,3 +257,19 @@ def test_packing_again_says_that_it_wrote_nothing(
     done = make_packed(*resolve_model(str(base)), tmp_path / "p")
     assert done.made
     assert "shared.safetensors" in str(done.replaced)
+
+
+def test_a_player_that_must_read_the_samples_needs_no_torch(base: Path, tmp_path: Path) -> None:
+    packed = pack(*resolve_model(str(base)), tmp_path / "p")
+    copy = _copy(base, tmp_path / "copy")
+    program = f"""
+import sys
+from graphs.model_source import resolve_model
+from runtime.config import RuntimeConfig
+from runtime.weights import find
+options = RuntimeConfig({str(copy)!r}, bs=1, weights={str(packed.path)!r})
+assert find(options, *resolve_model({str(copy)!r})).packed is not None
+assert "graphs.checkpoint_content" in sys.modules
+assert not {{"torch", "triton"}} & set(sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, timeout=60, check=True)
