@@ -11,13 +11,13 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from capture_cache import survey
 from capture_cache.archive import export, import_file
-from capture_cache.command import command, error_line, exit_code
+from capture_cache.command import command, error_line, exit_code, written
 from capture_cache.errors import (
     CorruptBundle,
     CudaError,
@@ -26,7 +26,7 @@ from capture_cache.errors import (
 )
 from capture_cache.fingerprint import show as shown_value
 from capture_cache.packed import PackedWeights, is_packed
-from capture_cache.prune import prune
+from capture_cache.prune import Pruned, prune, prune_one
 from capture_cache.store import Store
 from capture_cache.survey import SHORT
 from capture_cache.tables import size, table
@@ -55,7 +55,13 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--device", type=int, default=0, help="GPU to compare with")
     sub = add("verify", run_verify, "read everything and compare every size and hash")
     sub.add_argument("name", nargs="?", help="one bundle, or a directory of packed weights")
-    sub = add("prune", run_prune, "remove the oldest bundles, and kernels that none uses")
+    sub = add(
+        "prune",
+        run_prune,
+        "remove what is damaged or of another version; with a limit, the oldest bundles and the "
+        "kernels that none uses; or one entry",
+    )
+    sub.add_argument("--only", metavar="NAME", help="just the entry whose name begins so")
     sub.add_argument("--keep", type=int, metavar="N", help="the newest N bundles stay")
     sub.add_argument("--max-bytes", type=_bytes, metavar="N", help="as 500M or 20G")
     sub.add_argument("--dry-run", action="store_true", help="only say what would go")
@@ -80,10 +86,21 @@ def main(argv: list[str] | None = None) -> int:
     return int(code)
 
 
-def _store(args: argparse.Namespace) -> Store:
+def _store(args: argparse.Namespace, *, made: bool = True) -> Store:
+    """The store that is asked for.
+
+    Args:
+        made: it must be one already; the default place may not be there yet.
+
+    Raises:
+        ValueError: it is none.
+    """
     # The one read of the environment outside `runtime/config.py`, which this may not import.
     chosen = args.store or os.environ.get("LOCKSTEP_STORE")
-    return Store(Path(chosen) if chosen else Path.home() / ".cache" / "lockstep")
+    store = Store(Path(chosen) if chosen else Path.home() / ".cache" / "lockstep")
+    if made and (chosen or os.path.lexists(store.root)):
+        store.require_store()
+    return store
 
 
 def _say(args: argparse.Namespace, text: str) -> None:
@@ -97,16 +114,17 @@ def run_list(args: argparse.Namespace) -> Outcome:
     _say(args, f"store {store.root}")
     if rows:
         columns = ("bundle", "model", "device", "ranks", "rows", "keys", "graphs", "size", "age")
-        _say(args, "\n" + table(columns, [_bundle_row(r) for r in rows]))
+        cells = [(*_bundle_row(r), r.get("checkpoint") or "-") for r in rows]
+        _say(args, "\n" + table((*columns, "checkpoint"), cells))
     if packed:
-        names = ("weights", "source", "format", "ranks", "layers", "size", "state")
+        names = ("weights", "made from", "content", "format", "ranks", "layers", "size", "state")
         _say(args, "\n" + table(names, [_weights_row(r) for r in packed]))
     if kernels:
-        cells = [(arch, k["kernels"], size(k["bytes"])) for arch, k in kernels.items()]
-        _say(args, "\n" + table(("kernels", "count", "size"), cells))
+        counts = [(arch, k["kernels"], size(k["bytes"])) for arch, k in kernels.items()]
+        _say(args, "\n" + table(("kernels", "entries", "size"), counts))
     records = len(store.records())
     if records:
-        _say(args, f"\n{records} measurements of kernels (--kernels tune)")
+        _say(args, f"\n{_count(records, 'measurement')} of kernels (--kernels tune)")
     if not rows and not packed and not kernels and not records:
         _say(args, "empty: capture with python -m runtime.capture")
     bare = [r for r in rows if not r["problem"] and not r["graphs"]]
@@ -114,9 +132,11 @@ def run_list(args: argparse.Namespace) -> Outcome:
         why = row["reason"] or "the manifest does not say why"
         text = f"{row['fingerprint'][:SHORT]} is the record of a capture, no graphs: {why}"
         _say(args, "\n" * (i == 0) + text)
-    damaged = [r for r in (*rows, *packed) if r["problem"]]
-    for row in damaged:
-        _say(args, f"damaged: {row['problem']}")
+    broken = [r for r in (*rows, *packed) if r["problem"]]
+    for row in broken:
+        _say(args, f"{_state(row)}: {row['problem']}")
+    if broken:
+        _say(args, "python -m capture_cache prune removes these; what needs them makes them again")
     report: dict[str, Any] = {
         "store": str(store.root),
         "bundles": rows,
@@ -124,14 +144,14 @@ def run_list(args: argparse.Namespace) -> Outcome:
         "kernels": kernels,
     }
     report["measurements"] = records
-    return int(bool(damaged)), report
+    return int(any(not r["other_version"] for r in broken)), report
 
 
 def _bundle_row(row: dict[str, Any]) -> tuple[object, ...]:
     age = _age(time.time() - row["captured"])
     name = row["fingerprint"][:SHORT]
     if row["problem"]:
-        return (name, "damaged", "-", "-", "-", "-", "-", size(row["bytes"]), age)
+        return (name, _state(row), "-", "-", "-", "-", "-", size(row["bytes"]), age)
     facts = (_cell(row["model"]), _cell(row["device"]), row["ep size"], row["rows"], row["keys"])
     return (name, *facts, row["graphs"] or "none", size(row["bytes"]), age)
 
@@ -139,8 +159,20 @@ def _bundle_row(row: dict[str, Any]) -> tuple[object, ...]:
 def _weights_row(row: dict[str, Any]) -> tuple[object, ...]:
     name, nbytes = row["identity"][:SHORT], size(row["bytes"])
     if row["problem"]:
-        return (name, "-", "-", "-", "-", nbytes, "damaged")
-    return (name, _cell(row["source"]), row["format"], row["ep size"], row["layers"], nbytes, "ok")
+        return (name, "-", "-", "-", "-", "-", nbytes, _state(row))
+    content = row["content"][:SHORT] or "-"
+    facts = (row["origin"] or row["source"], content, row["format"], row["ep size"], row["layers"])
+    return (name, *facts, nbytes, "ok")
+
+
+def _state(row: dict[str, Any]) -> str:
+    return "of another version" if row["other_version"] else "damaged"
+
+
+def _count(number: int, noun: str) -> str:
+    """`1 entry`, `2 entries`."""
+    plural = noun[:-1] + "ies" if noun.endswith("y") else noun + "s"
+    return f"{number} {noun if number == 1 else plural}"
 
 
 def run_show(args: argparse.Namespace) -> Outcome:
@@ -151,6 +183,9 @@ def run_show(args: argparse.Namespace) -> Outcome:
     path, manifest = survey.manifest_of(store, args.name)
     fields = dict(manifest.fingerprint.fields)
     _say(args, f"bundle {path.name}\n")
+    made_from = survey.checkpoint(manifest)
+    if made_from is not None:
+        _say(args, f"captured from {made_from}\n")
     _say(args, table(("field", "value"), [(n, shown_value(fields, n)) for n in fields]))
     keys = survey.ledger_keys(manifest)
     if keys:
@@ -177,6 +212,7 @@ def run_show(args: argparse.Namespace) -> Outcome:
     report = {
         "fingerprint": path.name,
         "fields": fields,
+        "checkpoint": made_from,
         "ledger": manifest.ledger,
         "kernels": rows,
         "files": files,
@@ -191,11 +227,15 @@ def _show_weights(args: argparse.Namespace, path: Path) -> Outcome:
     packed = PackedWeights(path)
     fields = dict(packed.index.identity.fields)
     _say(args, f"weights {path}\n")
+    index = packed.index
+    if index.origin:
+        _say(args, f"packed from {index.origin}, content {index.content}\n")
     _say(args, table(("field", "value"), [(n, shown_value(fields, n)) for n in fields]))
     shards = {name: shard.nbytes for name, shard in packed.shards.items()}
     _say(args, "\n" + table(("shard", "size"), [(n, size(b)) for n, b in shards.items()]))
     tensors = {t.name: [list(t.shape), t.dtype] for t in packed.index.tensors}
-    return 0, {"identity": path.name, "fields": fields, "shards": shards, "tensors": tensors}
+    report = {"identity": path.name, "fields": fields, "shards": shards, "tensors": tensors}
+    return 0, report | {"origin": index.origin, "content": index.content}
 
 
 def run_diff(args: argparse.Namespace) -> Outcome:
@@ -229,10 +269,10 @@ def run_diff(args: argparse.Namespace) -> Outcome:
 
 
 def run_verify(args: argparse.Namespace) -> Outcome:
-    store = _store(args)
     if args.name and is_packed(Path(args.name)):
         found = [survey.verify_weights(Path(args.name))]
     else:
+        store = _store(args)
         chosen = survey.named(store, args.name) if args.name else None
         found = []
         for row in survey.verify(store, chosen):
@@ -243,29 +283,48 @@ def run_verify(args: argparse.Namespace) -> Outcome:
     for problem in problems:
         _say(args, f"damaged: {problem.message}")
     nbytes = sum(n for _, n, _ in found)
-    _say(args, f"{len(found)} entries, {size(nbytes)} read, {len(problems)} damaged")
+    _say(args, f"{_count(len(found), 'entry')}, {size(nbytes)} read, {len(problems)} damaged")
     bad = [{"path": p.path, "problem": p.message} for p in problems]
     return int(bool(problems)), {"entries": len(found), "bytes": nbytes, "damaged": bad}
 
 
 def run_prune(args: argparse.Namespace) -> Outcome:
-    done = prune(_store(args), keep=args.keep, max_bytes=args.max_bytes, dry_run=args.dry_run)
-    verb = "would remove" if args.dry_run else "removed"
-    for name in done.bundles:
-        _say(args, f"{verb} bundle {name[:SHORT]}")
-    _say(
-        args,
-        f"{verb} {len(done.bundles)} bundles and {len(done.kernels)} kernels, "
-        f"{size(done.nbytes)}; {size(done.left_bytes)} stay",
-    )
+    store = _store(args)
+    if args.only is not None:
+        if args.keep is not None or args.max_bytes is not None:
+            raise ValueError("--only names one entry; give it without --keep and --max-bytes")
+        done = prune_one(store, args.only, dry_run=args.dry_run)
+    else:
+        done = prune(store, keep=args.keep, max_bytes=args.max_bytes, dry_run=args.dry_run)
+    for line in _pruned(done, "would remove" if args.dry_run else "removed"):
+        _say(args, line)
     report = {
         "dry_run": args.dry_run,
         "bundles": list(done.bundles),
+        "weights": list(done.weights),
+        "broken": dict(done.broken),
         "kernels": ["/".join(k) for k in done.kernels],
         "bytes": done.nbytes,
         "left_bytes": done.left_bytes,
     }
     return 0, report
+
+
+def _pruned(done: Pruned, verb: str) -> Iterator[str]:
+    for entry, why in done.broken:
+        yield f"{verb} {entry}, {why}"
+    for name in done.bundles:
+        yield f"{verb} bundle {name[:SHORT]}"
+    for name in done.weights:
+        yield f"{verb} packed weights {name[:SHORT]}"
+    more = [(done.weights, "set of packed weights"), (done.broken, "unusable entry")]
+    counts = [_count(len(done.bundles), "bundle")]
+    counts += [_count(len(found), noun) for found, noun in more if found]
+    counts += [_count(len(done.kernels), "kernel")]
+    yield (
+        f"{verb} {', '.join(counts[:-1])} and {counts[-1]}, {size(done.nbytes)}; "
+        f"{size(done.left_bytes)} stay, packed weights not counted"
+    )
 
 
 def run_export(args: argparse.Namespace) -> Outcome:
@@ -274,20 +333,21 @@ def run_export(args: argparse.Namespace) -> Outcome:
     nbytes = export(store, manifest, args.file, force=args.force)
     _say(
         args,
-        f"{args.file}: bundle {path.name[:SHORT]} and {len(manifest.kernels)} kernels, "
+        f"{args.file}: bundle {path.name[:SHORT]} and {_count(len(manifest.kernels), 'kernel')}, "
         f"{size(nbytes)}",
     )
     return 0, {"file": str(args.file), "fingerprint": path.name, "bytes": nbytes}
 
 
 def run_import(args: argparse.Namespace) -> Outcome:
-    done = import_file(_store(args), args.file)
+    done = import_file(_store(args, made=False), args.file)
     for word, entries in (("added", done.added), ("present", done.present)):
         bundles = [e[:SHORT] for e in entries if "/" not in e]
         kernels = len(entries) - len(bundles)
         _say(
             args,
-            f"{word:<8} {kernels} kernels, {len(bundles)} bundles {' '.join(bundles)}".rstrip(),
+            f"{word:<8} {_count(kernels, 'kernel')}, {_count(len(bundles), 'bundle')} "
+            f"{' '.join(bundles)}".rstrip(),
         )
     return 0, {"added": list(done.added), "present": list(done.present)}
 
@@ -327,4 +387,4 @@ def _number(value: object) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(written(main))

@@ -61,8 +61,13 @@ def export(
 
     Raises:
         CorruptBundle: the bundle or one of its kernels is damaged or missing.
-        StoreError: `out` exists, or cannot be written.
+        StoreError: `out` exists, or cannot be written; or is a folder or device, `force` or not.
     """
+    if out.exists() and not out.is_file():
+        raise StoreError(
+            f"{out}: expected nothing, or a regular file, got a folder, device or pipe, which is "
+            "not replaced; give the name of a file"
+        )
     if out.exists() and not force:
         raise StoreError(f"{out}: expected nothing, got a file; give another name, or --force")
     contents = _contents(store, manifest)

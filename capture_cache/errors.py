@@ -37,6 +37,10 @@ class CorruptBundle(RuntimeError):
     """A stored entry is not what its own record says; it must be made again, never tried."""
 
 
+class OtherVersion(CorruptBundle):
+    """A sound entry that another version of this program wrote; what it means is not known here."""
+
+
 class FingerprintMismatch(RuntimeError):
     """No stored bundle is valid here; the message compares the nearest one field by field."""
 

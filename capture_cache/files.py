@@ -110,14 +110,19 @@ def open_dir(root: Path, parts: tuple[str, ...], *, entry: bool = True) -> Itera
             if problem is not None and entry and depth == len(parts):
                 raise CorruptBundle(f"{at}: expected a directory of ours, {problem}; {REMEDY}")
             if problem is not None:
+                mend = "" if _is_other(at) else "make it yours (chown, chmod o-w) or "
                 raise StoreError(
-                    f"store directory {at}: {problem}; make it yours (chown, chmod o-w) or give "
-                    "another with --store"
+                    f"store directory {at}: {problem}; {mend}give another with --store"
                 )
         yield None if missing else fds[-1]
     finally:
         for fd in fds:
             os.close(fd)
+
+
+def _is_other(path: Path) -> bool:
+    """Whether it is something that no change of owner or mode makes a directory."""
+    return os.path.lexists(path) and not path.is_dir()
 
 
 def open_folder(dir_fd: int, name: str, shown: Path) -> int:
@@ -182,7 +187,8 @@ def write_failure(e: OSError, path: Path, option: str) -> StoreError:
         errno.EROFS: f"it is read-only: give another directory with {option}",
     }
     remedy = remedies.get(e.errno or 0, f"check the file system, or give another {option}")
-    return StoreError(f"cannot write {path}: {e.strerror} ({e.filename}); {remedy}")
+    where = f" ({e.filename})" if e.filename is not None else ""  # none: while writing to it
+    return StoreError(f"cannot write {path}: {e.strerror}{where}; {remedy}")
 
 
 def sweep(folder: Path, files: Files) -> None:

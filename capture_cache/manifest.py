@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from capture_cache.dataclass import dataclass
-from capture_cache.errors import CorruptBundle, LayoutError
+from capture_cache.errors import CorruptBundle, LayoutError, OtherVersion
 from capture_cache.files import REMEDY
 from capture_cache.fingerprint import Fingerprint
 from capture_cache.layout import ArenaLayout
@@ -42,6 +42,7 @@ def unseal(data: bytes, shown: Path) -> dict[str, Any]:
     """The record that `seal` wrote.
 
     Raises:
+        OtherVersion: it says that it is of another schema.
         CorruptBundle: `data` is not exactly that; names `shown`.
     """
     try:
@@ -52,7 +53,8 @@ def unseal(data: bytes, shown: Path) -> dict[str, Any]:
         raise CorruptBundle(f"{shown}: expected a sealed JSON record, got another; {REMEDY}")
     schema = record.get("schema")
     if schema != SCHEMA:
-        raise CorruptBundle(
+        kind = OtherVersion if type(schema) is int else CorruptBundle
+        raise kind(
             f"{shown}: expected schema {SCHEMA}, got {schema!r:.80} (of another version); {REMEDY}"
         )
     digest = hashlib.sha256(data[:-_SEAL_BYTES] + _END).hexdigest()

@@ -14,6 +14,7 @@ interpreted.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import os
@@ -23,6 +24,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from capture_cache import files
 from capture_cache.checksum import WORD_BYTES
 from capture_cache.errors import CorruptBundle, FingerprintMismatch, LayoutError
 from capture_cache.files import open_dir, read_file, unsafe
@@ -101,7 +103,8 @@ class PackedWeights:
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path).absolute()
         data = self._read(INDEX, MAX_RECORD_BYTES)
-        self.index = Index.from_bytes(data, self.path / INDEX)
+        with _packed_remedy():
+            self.index = Index.from_bytes(data, self.path / INDEX)
         self.shards = self.index.shards()
 
     @property
@@ -190,10 +193,11 @@ class PackedWeights:
     def check_small(self) -> None:
         """Compare the copied small files with their hashes. Raises CorruptBundle."""
         for name, record in self.index.small.items():
-            record.check(self._read(name, record.nbytes), self.path / name)
+            with _packed_remedy():
+                record.check(self._read(name, record.nbytes), self.path / name)
 
     def _read(self, name: str, max_bytes: int) -> bytes:
-        with open_dir(self.path, (), entry=False) as fd:
+        with _packed_remedy(), open_dir(self.path, (), entry=False) as fd:
             if fd is None:
                 raise CorruptBundle(
                     f"{self.path}: expected a directory of packed weights, got nothing; "
@@ -268,6 +272,15 @@ def _merged(runs: Sequence[Run]) -> Iterator[Run]:
         yield last
 
 
+@contextlib.contextmanager
+def _packed_remedy() -> Iterator[None]:
+    """What reads any entry says that it will be made again; packed weights are so when asked."""
+    try:
+        yield
+    except CorruptBundle as e:
+        raise type(e)(str(e).replace(files.REMEDY, REMEDY)) from e
+
+
 def is_packed(path: Path) -> bool:
     """Whether a directory holds packed weights, damaged or not."""
-    return (path / INDEX).is_file()
+    return os.path.lexists(path / INDEX)

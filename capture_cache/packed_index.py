@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from capture_cache.errors import CorruptBundle
+from capture_cache.errors import CorruptBundle, OtherVersion
 from capture_cache.fingerprint import Fingerprint
 from capture_cache.layout import ENTRY_ALIGNMENT, ITEM_BYTES
 from capture_cache.manifest import FileRecord, seal, unseal
@@ -21,11 +21,11 @@ from capture_cache.manifest import FileRecord, seal, unseal
 INDEX = "weights.json"
 SHARED = "shared.safetensors"
 KIND = "packed weights"
-FORMAT = 1
+FORMAT = 2  # 1 did not record what tells checkpoints of equal shapes apart
 DATA_ALIGNMENT = 4096
 PIECE_BYTES = 64 << 20  # of a shard that one sha256 covers
 MAX_RANKS = 1024
-REMEDY = "delete the directory and pack again (python -m runtime.pack)"
+REMEDY = "pack again (python -m runtime.pack, with --force where --out names the directory)"
 # The layout's dtype → safetensors' name
 DTYPES = {
     "float32": "F32",
@@ -126,6 +126,8 @@ class Index:
     Attributes:
         identity: what the weights are: source, conversion, ep_size; see `runtime.weights`.
         made_from: (file, bytes, mtime in ns) of the checkpoint's shards when it was read.
+        origin: the directory where they were; empty for a preset.
+        content: digest of their sampled bytes (`graphs.checkpoint_content`); empty for a preset.
         pieces: shard → sha256 of every `PIECE_BYTES` of it, in hex, joined.
         small: copies of the model's small files.
         stored_dtype: type of the checkpoint's embedding, for a config that names none.
@@ -138,6 +140,8 @@ class Index:
     pieces: Mapping[str, str]
     small: Mapping[str, FileRecord]
     stored_dtype: str | None = None
+    origin: str = ""
+    content: str = ""
 
     def shards(self) -> dict[str, Shard]:
         return plan_shards(self.tensors, self.ep_size, self.identity)
@@ -165,6 +169,8 @@ class Index:
                     n: {"bytes": r.nbytes, "sha256": r.sha256} for n, r in self.small.items()
                 },
                 "stored_dtype": self.stored_dtype,
+                "origin": self.origin,
+                "content": self.content,
             }
         )
 
@@ -173,9 +179,12 @@ class Index:
         """Read a sealed index, trusting none of it.
 
         Raises:
-            CorruptBundle: not sealed, of another format, or with a field that makes no sense.
+            OtherVersion: of another format.
+            CorruptBundle: not sealed, of another kind, or with a field that makes no sense.
         """
         record = unseal(data, shown)
+        if record.get("kind") == KIND and type(record.get("format")) is int:
+            _check_format(int(record["format"]), shown)
         if record.get("kind") != KIND or record.get("format") != FORMAT:
             got = f"{record.get('kind')!r:.40} format {record.get('format')!r:.20}"
             raise CorruptBundle(f"{shown}: expected {KIND} of format {FORMAT}, got {got}; {REMEDY}")
@@ -201,7 +210,11 @@ class Index:
                 for n, r in record["small"].items()
             },
             None if record["stored_dtype"] is None else _text(record["stored_dtype"]),
+            _text(record["origin"]),
+            _text(record["content"]),
         )
+        if index.content and not re.fullmatch("[0-9a-f]{64}", index.content):
+            raise ValueError(f"content: expected 64 hex digits or none, got {index.content!r:.80}")
         shards = index.shards()
         if index.pieces.keys() != shards.keys():
             raise ValueError(f"expected the shards {sorted(shards)}, got {sorted(index.pieces)}")
@@ -213,6 +226,15 @@ class Index:
             if not _SMALL.fullmatch(name) or not re.fullmatch("[0-9a-f]{64}", small.sha256):
                 raise ValueError(f"small file {name!r}: expected a plain name and a sha256")
         return index
+
+
+def _check_format(got: int, shown: Path) -> None:
+    if got != FORMAT:
+        why = " (1 does not say which checkpoint it was made from)" if got == 1 else ""
+        raise OtherVersion(
+            f"{shown}: expected {KIND} of format {FORMAT}, got format {got} of another version"
+            f"{why}; {REMEDY}"
+        )
 
 
 def _tensor(row: Any, ep_size: int) -> PackedTensor:

@@ -22,7 +22,7 @@ from typing import Any
 
 from capture_cache.contents import Contents
 from capture_cache.dataclass import dataclass
-from capture_cache.errors import CorruptBundle, FingerprintMismatch, StoreError
+from capture_cache.errors import CorruptBundle, FingerprintMismatch, OtherVersion, StoreError
 from capture_cache.files import REMEDY, TAKEN, Files, open_dir, read_file, sweep, write_failure
 from capture_cache.fingerprint import Fingerprint, diff, matches, nearest
 from capture_cache.manifest import (
@@ -38,6 +38,8 @@ from capture_cache.manifest import (
 _HEX = re.compile(r"[0-9a-f]{64}")
 _ARCH = re.compile(r"sm_[0-9]{2,3}[a-z]?")
 _ATTEMPTS = 16  # at moving an entry in, while others replace and prune the same one
+_FOLDERS = ("kernels", "records", "weights")
+_WHERE = "give the directory that capture was given with --store"
 MANIFEST = "manifest.json"
 META = "meta.json"
 
@@ -62,11 +64,12 @@ class Bundle:
 
 @dataclass(frozen=True)
 class Listed:
-    """One bundle as found: its manifest, or what is wrong with it."""
+    """One bundle as found: its manifest, or what is wrong with it, or that it is not of ours."""
 
     path: Path
     manifest: Manifest | None
     problem: str | None
+    other_version: bool = False
 
 
 class Store:
@@ -188,8 +191,20 @@ class Store:
                 if record is not None:
                     found.append(Listed(path, _manifest(record, path), None))
             except CorruptBundle as e:
-                found.append(Listed(path, None, str(e)))
+                found.append(Listed(path, None, str(e), isinstance(e, OtherVersion)))
         return found
+
+    def require_store(self) -> None:
+        """Raises ValueError, with what `root` is instead, unless it is a store, or empty."""
+        if not self.root.is_dir():
+            got = "something else" if os.path.lexists(self.root) else "nothing"
+            raise ValueError(f"store {self.root}: expected a directory, got {got}; {_WHERE}")
+        names = [n for n in os.listdir(self.root) if not n.startswith(".tmp-")]
+        if names and not any(_HEX.fullmatch(n) or n in _FOLDERS for n in names):
+            told = ", ".join(sorted(names)[:3])
+            raise ValueError(
+                f"store {self.root}: expected a store of ours, got a directory of {told}; {_WHERE}"
+            )
 
     def check_writable(self) -> None:
         """Find out before hours of work whether its result could be stored.

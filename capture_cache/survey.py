@@ -14,7 +14,7 @@ from typing import Any
 from capture_cache.bundle import PROGRAM_FILE
 from capture_cache.bundle_files import BundleFiles
 from capture_cache.bundle_golden import decode_golden
-from capture_cache.errors import CorruptBundle
+from capture_cache.errors import CorruptBundle, OtherVersion, StoreError
 from capture_cache.fingerprint import Fingerprint, Value
 from capture_cache.fingerprint import differing as differing_fields
 from capture_cache.machine import here
@@ -41,6 +41,7 @@ def bundles(store: Store) -> list[dict[str, Any]]:
             "fingerprint": entry.path.name,
             "captured": _captured(entry.path),
             "problem": entry.problem,
+            "other_version": entry.other_version,
             "bytes": tree_bytes(entry.path),
         }
         if entry.manifest is not None:
@@ -49,6 +50,7 @@ def bundles(store: Store) -> list[dict[str, Any]]:
             row |= {
                 "graphs": sum(name.startswith("graph/t") for name in entry.manifest.files),
                 **_restore(entry.manifest),
+                "checkpoint": checkpoint(entry.manifest),
                 "keys": len(ledger_keys(entry.manifest)),
                 "kernels": len(entry.manifest.kernels),
             }
@@ -62,6 +64,15 @@ def _restore(manifest: Manifest) -> dict[str, Any]:
     return {"restore": told.get("kind"), "reason": told.get("reason")}
 
 
+def checkpoint(manifest: Manifest) -> str | None:
+    """The directory that was captured from, for people; None for a preset, or where none is told.
+
+    It identifies nothing: the fingerprint's `model` does.
+    """
+    told = manifest.ledger.get("model") if isinstance(manifest.ledger, dict) else None
+    return told if isinstance(told, str) and told.startswith("/") else None
+
+
 def ledger_keys(manifest: Manifest) -> list[Mapping[str, Any]]:
     """The ledger's rows, one a captured key; none where it has another form."""
     ledger = manifest.ledger
@@ -70,16 +81,20 @@ def ledger_keys(manifest: Manifest) -> list[Mapping[str, Any]]:
 
 
 def weights(store: Store) -> list[dict[str, Any]]:
-    """One row for each directory of packed weights."""
+    """One row for each directory of packed weights; of its shards, sizes and headers are read."""
     rows = []
     for path in store.weights():
-        row: dict[str, Any] = {"identity": path.name, "problem": None, "bytes": tree_bytes(path)}
+        row: dict[str, Any] = {"identity": path.name, "problem": None, "other_version": False}
+        row["bytes"] = tree_bytes(path)
         try:
             packed = PackedWeights(path)
             fields = dict(packed.index.identity.fields)
             row |= {n: fields.get(n) for n in ("source", "format", "ep size", "layers")}
-        except CorruptBundle as e:
-            row["problem"] = str(e)
+            row |= {"origin": packed.index.origin, "content": packed.index.content}
+            for shard in packed.shards:
+                os.close(packed.open_shard(shard))
+        except (CorruptBundle, StoreError) as e:
+            row["problem"], row["other_version"] = str(e), isinstance(e, OtherVersion)
         rows.append(row)
     return rows
 
@@ -175,8 +190,7 @@ def verify(store: Store, chosen: Path | None = None) -> Iterator[tuple[str, int,
         path = store.root / "kernels" / arch / digest
         try:
             loaded = store.load_kernel(arch, digest)
-            nbytes = sum(map(len, loaded.files.values())) if loaded is not None else 0
-            yield str(path), nbytes, None
+            yield str(path), tree_bytes(path) if loaded is not None else 0, None
         except CorruptBundle as e:
             yield str(path), 0, Problem(str(path), str(e))
     for digest in store.records() if chosen is None else ():
@@ -199,7 +213,7 @@ def verify_weights(path: Path) -> tuple[str, int, Problem | None]:
     """Compare every sha256 of a directory of packed weights."""
     try:
         return str(path), sum(n for _, n in PackedWeights(path).verify()), None
-    except CorruptBundle as e:
+    except (CorruptBundle, StoreError) as e:
         return str(path), 0, Problem(str(path), str(e))
 
 
@@ -213,7 +227,7 @@ def _checked(
         if bundle is None:
             return str(path), 0, None  # removed meanwhile
         read_structs(bundle.files, path)
-        return str(path), sum(map(len, bundle.files.values())), None
+        return str(path), tree_bytes(path), None
     except CorruptBundle as e:
         return str(path), 0, Problem(str(path), str(e))
 

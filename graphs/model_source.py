@@ -15,6 +15,8 @@ from graphs.safetensors_dir import (
     CONFIG_FILE,
     CheckpointError,
     checkpoint_digest,
+    config_digest,
+    has_weights,
     open_checkpoint,
     read_config,
     read_json,
@@ -106,12 +108,16 @@ def _refuse_packed_preset(path: Path) -> None:
     )
 
 
-def model_digest(path: str | Path) -> str:
+def model_digest(path: str | Path, *, weights_elsewhere: bool = False) -> str:
     """A cheap identity of a checkpoint: sha256 of its config, index, shard names, sizes, headers.
 
-    It changes with every re-layout of the weights, but not with the bytes of a tensor alone.
+    It changes with every re-layout of the weights, but not with the bytes of a tensor alone: those
+    are `graphs.checkpoint_content`.
 
     Packed weights have the digest of the checkpoint that they were made from.
+
+    Args:
+        weights_elsewhere: where the directory has none, its config alone counts.
 
     Raises:
         CheckpointError: the directory is not a whole checkpoint.
@@ -120,6 +126,8 @@ def model_digest(path: str | Path) -> str:
     from capture_cache.packed import PackedWeights, is_packed  # a preset needs neither
 
     if not is_packed(Path(path)):
+        if weights_elsewhere and not has_weights(Path(path)):
+            return config_digest(Path(path))
         return checkpoint_digest(Path(path))
     packed = PackedWeights(path)
     packed.check_small()

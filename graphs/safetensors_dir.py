@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import re
 import struct
 from collections.abc import Iterable, Iterator
@@ -42,11 +43,14 @@ class CheckpointError(ValueError):
 
     def __init__(self, path: Path, problems: Iterable[str], remedy: str) -> None:
         self.problems = tuple(problems)
+        if len(self.problems) == 1:
+            super().__init__(f"checkpoint {path}: {self.problems[0]}; {remedy}")
+            return
         lines = [f"  {p}" for p in self.problems[:_SHOWN]]
         if len(self.problems) > _SHOWN:
             lines.append(f"  … and {len(self.problems) - _SHOWN} more")
-        count = f"{len(self.problems)} problem" + "s" * (len(self.problems) != 1)
-        super().__init__(f"checkpoint {path}: {count}\n" + "\n".join([*lines, f"  {remedy}"]))
+        first = f"checkpoint {path}: {len(self.problems)} problems"
+        super().__init__("\n".join([first, *lines, f"  {remedy}"]))
 
 
 @dataclass(frozen=True)
@@ -102,7 +106,7 @@ def open_checkpoint(path: Path) -> CheckpointDir:
     problems: list[str] = []
     for file in files:
         try:
-            header, size = _read_header(path / file)
+            header, size = read_header(path / file)
             stored = dict(tensors_of(file, header, size))
         except BadShard as error:
             problems.append(f"{file}: {error}")
@@ -126,12 +130,17 @@ def checkpoint_digest(path: Path) -> str:
     sha = _directory_hash(path)
     for file in shard_files(path):
         try:
-            header, size = _read_header(path / file)
+            header, size = read_header(path / file)
         except BadShard as error:
             problem = f"{file}: {error}"
             raise CheckpointError(path, [problem], "download the directory again, whole") from None
         _hash_shard(sha, file, size, header)
     return sha.hexdigest()
+
+
+def config_digest(path: Path) -> str:
+    """What stands for `checkpoint_digest` where there is a config and no weights."""
+    return hashlib.sha256(b"config alone\n" + _bytes(path, CONFIG_FILE)).hexdigest()
 
 
 def shard_files(path: Path) -> list[str]:
@@ -141,11 +150,10 @@ def shard_files(path: Path) -> list[str]:
         CheckpointError: no config, or no list of files.
     """
     read_config(path)
-    if (path / SINGLE_FILE).exists() or not (path / INDEX_FILE).exists():
-        _read_index(path)  # the error, if there is one
+    if _listing(path) == SINGLE_FILE:
         return [SINGLE_FILE]
     # A large model's index has a hundred thousand lines that name a hundred files.
-    text = (path / INDEX_FILE).read_bytes()
+    text = _bytes(path, INDEX_FILE)
     found = set(re.findall(rb'"([^"/]+\.safetensors)"', text))
     if not found or b"\\" in text:  # spelled with escapes
         return sorted(set((_read_index(path) or {}).values()))
@@ -171,10 +179,50 @@ def read_json(path: Path, file: str, remedy: str) -> dict[str, Any]:
 
 
 def _directory_hash(path: Path) -> hashlib._Hash:
-    sha = hashlib.sha256((path / CONFIG_FILE).read_bytes())
-    if not (path / SINGLE_FILE).exists():
-        sha.update((path / INDEX_FILE).read_bytes())
+    sha = hashlib.sha256(_bytes(path, CONFIG_FILE))
+    if _listing(path) == INDEX_FILE:
+        sha.update(_bytes(path, INDEX_FILE))
     return sha
+
+
+def _bytes(path: Path, file: str) -> bytes:
+    try:
+        return (path / file).read_bytes()
+    except OSError as e:
+        problem = f"{file}: expected a readable file, got: {e.strerror}"
+        raise CheckpointError(path, [problem], "download it again") from None
+
+
+def has_weights(path: Path) -> bool:
+    """Whether a directory says anything of weights: one shard or an index, sound or not."""
+    return os.path.lexists(path / SINGLE_FILE) or os.path.lexists(path / INDEX_FILE)
+
+
+def _listing(path: Path) -> str:
+    """The file that says which tensors there are. Raises CheckpointError: there is none."""
+    single, index = (os.path.lexists(path / f) for f in (SINGLE_FILE, INDEX_FILE))
+    if single and index:
+        problem = f"expected {SINGLE_FILE} or {INDEX_FILE}, got both"
+        raise CheckpointError(path, [problem], "remove the one that is not this model's")
+    if not single and not index:
+        others = sorted(p.name for p in path.glob("*.bin")) or sorted(
+            p.name for p in path.glob("*.safetensors")
+        )
+        got = ", ".join(others[:3]) or "no weights"
+        problem = f"expected {INDEX_FILE} or {SINGLE_FILE}, got {got}"
+        remedy = (
+            "download the weights too, or save the model with save_pretrained; where packed ones "
+            "lie elsewhere, give them with --weights"
+        )
+        raise CheckpointError(path, [problem], remedy)
+    file = SINGLE_FILE if single else INDEX_FILE
+    if not (path / file).exists():
+        problem = f"{file}: expected a file, got a link to {os.readlink(path / file)}, not there"
+        raise CheckpointError(path, [problem], "download the file that it links to again")
+    if not (path / file).is_file():
+        problem = f"{file}: expected a file, got a directory or device"
+        raise CheckpointError(path, [problem], "remove it, and download the file")
+    return file
 
 
 def _hash_shard(sha: hashlib._Hash, file: str, size: int, header: bytes) -> None:
@@ -183,21 +231,8 @@ def _hash_shard(sha: hashlib._Hash, file: str, size: int, header: bytes) -> None
 
 def _read_index(path: Path) -> dict[str, str] | None:
     """Tensor name -> file; None for a directory of one file without an index."""
-    single, has_index = (path / SINGLE_FILE).exists(), (path / INDEX_FILE).exists()
-    if single and has_index:
-        problem = f"expected {SINGLE_FILE} or {INDEX_FILE}, got both"
-        raise CheckpointError(path, [problem], "remove the one that is not this model's")
-    if single:
+    if _listing(path) == SINGLE_FILE:
         return None
-    if not has_index:
-        others = sorted(p.name for p in path.glob("*.bin")) or sorted(
-            p.name for p in path.glob("*.safetensors")
-        )
-        got = ", ".join(others[:3]) or "no weights"
-        problem = f"expected {INDEX_FILE} or {SINGLE_FILE}, got {got}"
-        raise CheckpointError(
-            path, [problem], "download the index too, or save the model with save_pretrained"
-        )
     index = read_json(path, INDEX_FILE, "download the index again").get("weight_map")
     if not isinstance(index, dict) or not all(_is_file_name(f) for f in index.values()):
         problem = f"{INDEX_FILE}: expected weight_map, an object of tensor name: file name"
@@ -219,7 +254,7 @@ def _index_problems(file: str, stored: dict[str, Stored], index: dict[str, str])
             yield f"{file}: {name}: expected here by {INDEX_FILE}, got no such tensor in the file"
 
 
-def _read_header(file: Path) -> tuple[bytes, int]:
+def read_header(file: Path) -> tuple[bytes, int]:
     """The raw JSON header and the file's size in bytes."""
     try:
         size = file.stat().st_size

@@ -19,7 +19,6 @@ from capture_cache.arena import Arena, DeviceArena, HostArena
 from capture_cache.errors import CorruptBundle, CudaError, NotRestorable, StoreError
 from capture_cache.fingerprint import Fingerprint
 from capture_cache.manifest import Manifest
-from capture_cache.packed import PackedWeights
 from capture_cache.restore_driver import Driver
 from capture_cache.store import Bundle, Store
 from graphs.aot import AotLauncher
@@ -47,7 +46,9 @@ from runtime.ranks import Ranks
 from runtime.record import Recording, record
 from runtime.selection import Selection, choose, with_attention
 from runtime.tuning import Tuner, check_kernels, pinned, record_calls, share
+from runtime.weights import Found as FoundWeights
 from runtime.weights import find as find_weights
+from runtime.weights import left_alone, origin_of
 from runtime.weights import load as load_packed_weights
 
 # (kind of work, pieces in all, piece); no pieces at all: that work begins
@@ -124,7 +125,7 @@ class _Builder:
             self._compile(selection, launcher, ranks)
         backend: GraphBackend = CudaBackend(device) if selection.on_device else TwinBackend()
         with self._timed("weights"), backend.on_stream():
-            self._load_weights(selection, weights.packed, arena, views, launcher)
+            self._load_weights(selection, weights, arena, views, launcher)
             reset_state(views)
             backend.synchronize()
         with self._timed("transport"):
@@ -213,24 +214,14 @@ class _Builder:
     def _load_weights(
         self,
         selection: Selection,
-        packed: PackedWeights | None,
+        found: FoundWeights,
         arena: Arena,
         views: dict[str, torch.Tensor],
         launcher: AotLauncher | None,
     ) -> None:
         model, step = selection.model, selection.step
         views["rope_table"].copy_(rope_table(model, step.max_seq_len))
-        if packed is not None:
-            with _driver(selection) as driver:
-                load_packed_weights(
-                    packed,
-                    arena,
-                    self.options,
-                    rank=step.ep_rank,
-                    driver=driver,
-                    store=self.store,
-                    progress=_in_chunks(self.progress, "load"),
-                )
+        if found.packed is not None and self._load_packed(selection, found, arena):
             return
         if selection.source.path is None:
             random_weights(
@@ -250,6 +241,30 @@ class _Builder:
             ep_size=step.ep_size,
             progress=_in_chunks(self.progress, "load"),
         )
+
+    def _load_packed(self, selection: Selection, found: FoundWeights, arena: Arena) -> bool:
+        """Whether they could be used; the store's, if damaged, are told of and left alone.
+
+        Raises CorruptBundle: given ones are damaged.
+        """
+        assert found.packed is not None
+        try:
+            with _driver(selection) as driver:
+                load_packed_weights(
+                    found.packed,
+                    arena,
+                    self.options,
+                    rank=selection.step.ep_rank,
+                    driver=driver,
+                    store=self.store,
+                    progress=_in_chunks(self.progress, "load"),
+                )
+        except CorruptBundle as e:
+            if found.given:
+                raise
+            self.weights_note = left_alone(found.plain, e)
+            return False
+        return True
 
     def _make_graphs(
         self,
@@ -371,7 +386,8 @@ class _Builder:
         recording = self._recording(engine, arena)
         if engine.ranks.rank:
             return  # one bundle serves all ranks
-        record = engine.ledger.to_json() | {"stages_s": self.seconds}
+        model = origin_of(engine.selection.source) or engine.selection.source.name
+        record = engine.ledger.to_json() | {"stages_s": self.seconds, "model": model}
         kernels = tuple(launcher.used) if launcher else ()
         manifest = Manifest(
             facts, engine.selection.layout, record, kernels, restore=recording.restore

@@ -23,7 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from barriers.deepep import DeepEpMissing, ParityError
 from barriers.errors import RankError
 from barriers.transport import NAMES as TRANSPORTS
-from capture_cache.command import error_line, exit_code
+from capture_cache.command import error_line, exit_code, written
 from capture_cache.errors import (
     ArenaError,
     CaptureError,
@@ -310,7 +310,7 @@ def write_out(text: str) -> None:
 def run(main: Callable[[list[str] | None], int], argv: list[str] | None = None) -> None:
     """Run a command's `main` and exit with its code; named errors become one line, not a trace."""
     try:
-        code = main(argv)
+        code = written(lambda: main(argv))
     except KeyboardInterrupt:
         print("interrupted; nothing half-made was stored", file=sys.stderr)
         code = 130

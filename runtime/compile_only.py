@@ -56,9 +56,12 @@ def compile_only(options: RuntimeConfig, arch: str, *, jobs: int | None, as_json
     seconds = time.perf_counter() - start
     console.print(_table(rows, arch))
     cached = sum(r.cached for r in rows)
+    # Kernels of one CUDA C++ source are compiled together and lie in one entry of the store.
+    entries = len({r.key for r in rows})
     console.print(
         f"{len(rows) - cached} kernels compiled, {cached} were in {options.store_path}, "
-        f"{seconds:.1f} s; a capture for {arch} on this store compiles none of them"
+        f"{seconds:.1f} s; as {entries} entries of that store; a capture for {arch} on it compiles "
+        "none of them"
     )
     if as_json:
         print_json(
@@ -68,6 +71,7 @@ def compile_only(options: RuntimeConfig, arch: str, *, jobs: int | None, as_json
                 "ladder": str(selection.ladder),
                 "compiled": len(rows) - cached,
                 "cached": cached,
+                "entries": entries,
                 "seconds": seconds,
                 "kernels": [r.to_json() for r in rows],
             }

@@ -138,7 +138,9 @@ def _asked(options: RuntimeConfig, model: ModelConfig, source: ModelSource) -> d
     rows = options.rows_per_rank
     ladder = Ladder.default(rows) if options.ladder is None else Ladder.parse(options.ladder, rows)
     return {
-        "model": source.name if source.path is None else model_digest(source.path),
+        "model": source.name
+        if source.path is None
+        else model_digest(source.path, weights_elsewhere=options.weights is not None),
         "model config": model.digest(),
         "seed": options.seed if source.is_preset else None,
         "ep size": options.num_ranks,

@@ -62,17 +62,25 @@ def load_tokenizer(model: str) -> Tokenizer:
     """The checkpoint's `tokenizer.json`.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is none, or it cannot be read.
     """
     from tokenizers import Tokenizer as Fast
 
     path = Path(model) / "tokenizer.json"
-    if not path.is_file():
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path}: expected a file, got a directory or device; download it again")
+    if not path.exists():
         raise ValueError(
             f"{path} does not exist: text needs a checkpoint directory with its tokenizer; "
             "presets have none (step them through Runtime.add with token ids)"
         )
-    tokenizer: Tokenizer = Fast.from_file(str(path))
+    try:
+        tokenizer: Tokenizer = Fast.from_file(str(path))
+    except Exception as e:  # the library raises no narrower one, and says what is wrong
+        raise ValueError(
+            f"{path}: expected a tokenizer that the tokenizers library reads, got: {e}; download "
+            "it again, whole"
+        ) from e
     return tokenizer
 
 

@@ -22,16 +22,18 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from capture_cache.packed import PackedWeights, is_packed
+from capture_cache.fingerprint import Fingerprint
+from capture_cache.packed import is_packed
 from capture_cache.store import Store
+from capture_cache.tables import size
 from graphs.aot import AotLauncher
 from graphs.compile import KernelCompiler
 from graphs.model_config import parse_overrides
-from graphs.model_source import resolve_model
+from graphs.model_source import ModelSource, resolve_model
 from runtime.cli import Lines, Once, command, console, print_json, run
 from runtime.config import DEVICES, RuntimeConfig
-from runtime.packing import pack
-from runtime.weights import identity, store_folder
+from runtime.packing import Packing, make_packed
+from runtime.weights import content_of, identity, store_folder
 
 
 class ByteBar:
@@ -53,7 +55,7 @@ class ByteBar:
 
     def __call__(self, kind: str, done: int, total: int) -> None:
         """`done` of `total` bytes of `kind` are finished."""
-        self._lines.tell(kind, f"{done / 2**20:,.0f} of {total / 2**20:,.0f} MiB")
+        self._lines.tell(kind, f"{size(done)} of {size(total)}")
         if kind not in self._tasks:
             self._tasks[kind] = self._progress.add_task(kind, total=total)
         self._progress.update(self._tasks[kind], completed=done)
@@ -103,7 +105,7 @@ def main(argv: list[str] | None = None) -> int:
     if source.path is not None and is_packed(source.path):
         raise ValueError(f"{source.path} is packed already; give the checkpoint it was made from")
     name = identity(model, source, ep_size=args.ep_size, seed=args.seed)
-    out = Path(args.out) if args.out else store_folder(options.store_path, name)
+    out = Path(args.out) if args.out else _in_store(options.store_path, name, source)
     device = args.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -111,7 +113,7 @@ def main(argv: list[str] | None = None) -> int:
         torch.set_num_threads(1)  # as for every command: small machines wait for each other
     begin = time.perf_counter()
     with ByteBar() as bar:
-        packed = pack(
+        done = make_packed(
             model,
             source,
             out,
@@ -120,9 +122,10 @@ def main(argv: list[str] | None = None) -> int:
             device=device,
             launch=_launcher(options) if device == "cuda" else None,
             force=args.force,
+            in_store=not args.out,
             progress=bar,
         )
-    report = _report(packed, time.perf_counter() - begin)
+    report = _report(done, time.perf_counter() - begin)
     _show(report)
     if args.json:
         print_json(report)
@@ -135,10 +138,19 @@ def _launcher(options: RuntimeConfig) -> AotLauncher:
     return AotLauncher(compiler, num_sms=properties.multi_processor_count)
 
 
-def _report(packed: PackedWeights, seconds: float) -> dict[str, Any]:
+def _in_store(store: Path, name: Fingerprint, source: ModelSource) -> Path:
+    return store_folder(store, name, content_of(source))
+
+
+def _report(done: Packing, seconds: float) -> dict[str, Any]:
+    packed = done.packed
     return {
         "path": str(packed.path),
         "identity": packed.index.identity.digest,
+        "made": done.made,
+        "replaced": done.replaced,
+        "origin": packed.index.origin,
+        "content": packed.index.content,
         "ep_size": packed.index.ep_size,
         "tensors": len(packed.index.tensors),
         "bytes": packed.nbytes,
@@ -149,10 +161,15 @@ def _report(packed: PackedWeights, seconds: float) -> dict[str, Any]:
 
 def _show(report: dict[str, Any]) -> None:
     for name, nbytes in report["shards"].items():
-        console.print(f"{nbytes / 2**30:10.3f} GiB  {name}")
+        console.print(f"{size(nbytes):>10}  {name}")
+    if report["replaced"]:
+        console.print(f"replaced   {report['replaced']}", soft_wrap=True)
+    what = "packed     "
+    if not report["made"]:
+        what = "there already, every sha256 compared, nothing written (--force packs again): "
     console.print(
-        f"packed     {report['tensors']} tensors, {report['bytes'] / 2**30:.3f} GiB in "
-        f"{report['seconds']:.1f} s"
+        f"{what}{report['tensors']} tensors, {size(report['bytes'])} in {report['seconds']:.1f} s",
+        soft_wrap=True,
     )
     console.print(f"weights    {report['path']}", soft_wrap=True)
 

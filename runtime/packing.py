@@ -13,9 +13,11 @@ import hashlib
 import mmap
 import os
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -42,7 +44,7 @@ from graphs.model_source import ModelSource
 from graphs.safetensors_dir import open_checkpoint, read_config
 from graphs.weights import weight_table
 from kernels.triton.launch import Launcher
-from runtime.weights import identity, made_from
+from runtime.weights import content_of, identity, made_from, origin_of
 
 # Copied beside the weights, so that the directory can be given as a model.
 SMALL_FILES = (
@@ -58,7 +60,26 @@ Progress = Callable[[str, int, int], None]
 Views = dict[str, torch.Tensor]
 
 
-def pack(
+@dataclass(frozen=True)
+class Packing:
+    """Packed weights that stand now.
+
+    Attributes:
+        made: they were written by this call; else they were there, and every sha256 was compared.
+        replaced: what was wrong with those that stood in their place, if that is why.
+    """
+
+    packed: PackedWeights
+    made: bool
+    replaced: str | None = None
+
+
+def pack(model: ModelConfig, source: ModelSource, out: Path, **options: Any) -> PackedWeights:
+    """`make_packed`, where only the result counts."""
+    return make_packed(model, source, out, **options).packed
+
+
+def make_packed(
     model: ModelConfig,
     source: ModelSource,
     out: Path,
@@ -68,10 +89,11 @@ def pack(
     device: str = "cpu",
     launch: Launcher | None = None,
     force: bool = False,
+    in_store: bool = False,
     progress: Progress = lambda *_: None,
     files: Files | None = None,
-) -> PackedWeights:
-    """Write packed weights to `out`; the same weights that are there already are kept.
+) -> Packing:
+    """Write packed weights to `out`; the same weights that are there, and sound, are kept.
 
     Args:
         ep_size: ranks to share the experts among.
@@ -79,6 +101,7 @@ def pack(
         device: where they are converted: "cpu" or "cuda".
         launch: how to run kernels there; for a preset on "cuda".
         force: replace the packed weights that `out` holds, damaged or not.
+        in_store: `out` is named after these weights, so what is damaged there is made again.
         files: how to write; tests pass one that fails.
 
     Raises:
@@ -93,16 +116,27 @@ def pack(
             f"{out}: expected nothing, or packed weights, got other files; --force does not remove "
             "them: give another --out"
         )
+    damage = None
     if not force:
-        standing = _standing(out, name)
-        if standing is not None:
-            return standing
+        try:
+            standing = _standing(out, name, source)
+            if standing is not None:
+                for shard, done in _checked(standing):
+                    progress(f"check {shard}", done, standing.shards[shard].nbytes)
+                return Packing(standing, made=False)
+        except CorruptBundle as e:
+            damage = str(e)
+            if not in_store and not _is_of(out, name):
+                raise StoreError(
+                    f"{out}: expected nothing, or these weights, got {e}; give another --out, or "
+                    "--force to replace it"
+                ) from e
     packer = _Packer(model, source, name, ep_size, files or Files(), progress)
     packer.fill = lambda views, rank: _fill(
         model, source, views, rank, ep_size, seed, launch, progress
     )
     packer.device = torch.device(device)
-    return packer.run(out, force=force)
+    return Packing(packer.run(out, force=force or damage is not None), True, damage)
 
 
 def _fill(
@@ -141,29 +175,43 @@ def _fill(
     progress(what, 1, 1)
 
 
-def _standing(out: Path, name: Fingerprint) -> PackedWeights | None:
+def _standing(out: Path, name: Fingerprint, source: ModelSource) -> PackedWeights | None:
     """What `out` holds, if it is these weights; None if it is absent or empty.
 
     Raises:
         StoreError: it holds something else.
+        CorruptBundle: it holds packed weights that are damaged, or of another version.
     """
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return None
     got = "other files"
-    try:
-        if is_packed(out):
-            packed = PackedWeights(out)
-            got = "packed weights of another model, conversion or number of ranks"
-            if packed.index.identity == name:
-                for shard in packed.shards:
-                    os.close(packed.open_shard(shard))
+    if is_packed(out):
+        packed = PackedWeights(out)
+        got = "packed weights of another model, conversion or number of ranks"
+        if packed.index.identity == name:
+            got = f"packed weights of another checkpoint of equal shapes ({packed.index.origin})"
+            if packed.index.content == content_of(source):
                 return packed
-    except CorruptBundle as e:
-        got = str(e)
     raise StoreError(
         f"{out}: expected nothing, or these weights, got {got}; give another --out, or --force to "
         "replace it"
     )
+
+
+def _checked(packed: PackedWeights) -> Iterator[tuple[str, int]]:
+    """(shard, bytes of it that are right so far). Raises CorruptBundle."""
+    done = dict.fromkeys(packed.shards, 0)
+    for shard, nbytes in packed.verify():
+        done[shard] += nbytes
+        yield shard, done[shard]
+
+
+def _is_of(out: Path, name: Fingerprint) -> bool:
+    """Whether what is damaged at `out` says, soundly, that it was these weights."""
+    try:
+        return PackedWeights(out).index.identity == name
+    except CorruptBundle:
+        return False
 
 
 def _is_replaceable(out: Path) -> bool:
@@ -202,13 +250,14 @@ class _Packer:
             self.files.make_dir(temporary)
             for shard in self.shards.values():
                 self.files.allocate(temporary / shard.name, shard.nbytes)
+            content = content_of(self.source)
             index = self._write_shards(temporary)
             if made_from(self.source) != before:
                 raise StoreError(
                     f"{self.source.path}: expected files that stay as they are, got other sizes or "
                     "times after reading; pack again once nobody writes them"
                 )
-            self._write_small(temporary, index, before)
+            self._write_small(temporary, index, before, content)
             return self._move_in(temporary, out, force)
         except OSError as e:
             raise write_failure(e, out, "--out") from e
@@ -288,7 +337,7 @@ class _Packer:
         return raw.view(dtype).view(tensor.shape)
 
     def _write_small(
-        self, folder: Path, index: Index, before: tuple[tuple[str, int, int], ...]
+        self, folder: Path, index: Index, before: tuple[tuple[str, int, int], ...], content: str
     ) -> None:
         small: dict[str, bytes] = {}
         stored_dtype = None
@@ -304,7 +353,12 @@ class _Packer:
                 stored_dtype = tensors["model.embed_tokens.weight"].dtype
         records = {name: FileRecord.of(data) for name, data in small.items()}
         index = dataclasses.replace(
-            index, made_from=before, small=records, stored_dtype=stored_dtype
+            index,
+            made_from=before,
+            small=records,
+            stored_dtype=stored_dtype,
+            origin=origin_of(self.source),
+            content=content,
         )
         for name, data in {**small, INDEX: index.to_bytes()}.items():
             self.files.write(folder / name, data)
@@ -317,7 +371,7 @@ class _Packer:
             if e.errno not in TAKEN:
                 raise
             if not force:  # another packer was quicker: its weights, if they are these
-                standing = _standing(out, self.name)
+                standing = _standing(out, self.name, self.source)
                 if standing is not None:
                     return standing
             aside = out.parent / f".tmp-{uuid.uuid4().hex}"

@@ -50,36 +50,52 @@ def fill_weights(
     """
     driver, rope = target.driver, _rope(files, target.arena)
     skipped = options.weights == SKIP_WEIGHTS
-    if not skipped and not _load_packed(options, model, source, target):
-        _run_fill(options, source, files, target)
+    if not skipped:
+        note = _load_packed(options, model, source, target)
+        if note is not None:
+            _run_fill(options, source, files, target, note)
     driver.upload(target.arena.view_spec("rope_table").ptr, rope)
     return not skipped
 
 
 def _load_packed(
     options: RuntimeConfig, model: ModelConfig, source: ModelSource, target: Target
-) -> bool:
-    """Whether there were packed ones."""
+) -> str | None:
+    """None where packed weights were loaded; else why there were none.
+
+    Raises:
+        CorruptBundle: given ones are damaged.
+        NotRestored: the store's are; nothing is wrong with the bundle.
+    """
     from runtime.weights import find, load  # a measurement without weights needs neither
 
-    packed = find(options, model, source).packed
-    if packed is None:
-        return False
+    found = find(options, model, source)
+    if found.packed is None:
+        return found.note
     store, rank = Store(options.store_path), options.ranks.rank
-    load(packed, target.arena, options, rank=rank, driver=target.driver, store=store)
-    return True
+    try:
+        load(found.packed, target.arena, options, rank=rank, driver=target.driver, store=store)
+    except CorruptBundle as e:
+        if found.given:
+            raise
+        raise NotRestored(f"packed weights are damaged and not used: {e}") from e
+    return None
 
 
 def _run_fill(
-    options: RuntimeConfig, source: ModelSource, files: BundleFiles, target: Target
+    options: RuntimeConfig, source: ModelSource, files: BundleFiles, target: Target, note: str
 ) -> None:
-    """Launch the graph that fills this rank's weights, over zeros."""
+    """Launch the graph that fills this rank's weights, over zeros.
+
+    Args:
+        note: why packed ones are not used.
+    """
     driver, arena, stream = target.driver, target.arena, target.stream
     name = weights_file(options.ranks.rank)
     if not source.is_preset or not files.has(name):
         raise NotRestored(
-            f"the weights of {source.name} are not in the bundle and no packed ones were found;"
-            " pack them with python -m runtime.pack"
+            f"the weights of {source.name} are not in the bundle and no packed ones were found "
+            f"({note}); pack them with python -m runtime.pack"
         )
     section = next(e for e in arena.layout.extents if e.section.name == "weights")
     driver.fill(arena.base + section.offset, 0, section.nbytes, stream)

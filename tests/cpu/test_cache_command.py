@@ -25,7 +25,10 @@ from capture_cache.fingerprint import Fingerprint
 from capture_cache.layout import ArenaLayout, Entry
 from capture_cache.machine import here
 from capture_cache.manifest import Manifest, seal, unseal
+from capture_cache.packed_index import INDEX as PACKED_INDEX
+from capture_cache.packed_index import SHARED
 from capture_cache.store import Store
+from capture_cache.survey import tree_bytes
 from graphs.model_source import resolve_model
 from runtime.packing import pack
 from runtime.weights import identity, store_folder
@@ -108,10 +111,47 @@ def test_list_shows_all_and_marks_what_is_damaged(store: Path, run: Run) -> None
     assert [bool(r["problem"]) for r in report["bundles"]].count(True) == 1
 
 
-def test_an_empty_store_is_no_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["list", "--store", str(tmp_path / "none")]) == 0
+def test_an_empty_store_is_no_error(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert main(["list", "--store", str(tmp_path)]) == 0
     assert "empty" in capsys.readouterr().out
+    monkeypatch.delenv("LOCKSTEP_STORE", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path / "none"))
+    for command in ("list", "verify"):  # the default place is made by the first capture
+        assert main([command]) == 0
     assert not (tmp_path / "none").exists()
+
+
+def _nothing(path: Path) -> None: ...
+
+
+def _file(path: Path) -> None:
+    path.write_text("x")
+
+
+def _checkpoint(path: Path) -> None:
+    path.mkdir()
+    (path / "config.json").write_text("{}")
+
+
+@pytest.mark.parametrize("make", [_nothing, _file, _checkpoint])
+@pytest.mark.parametrize("command", ["list", "verify", "prune", "show"])
+def test_what_is_no_store_is_refused(
+    command: str,
+    make: Callable[[Path], None],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    make(tmp_path / "x")
+    argv = [command, *(["abc"] if command == "show" else [])]
+    assert main([*argv, "--store", str(tmp_path / "x")]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"error: store {tmp_path / 'x'}: expected a ")
+    assert err.count("\n") == 1
+    monkeypatch.setenv("LOCKSTEP_STORE", str(tmp_path / "x"))
+    assert main(argv) == 2
 
 
 def test_show_tells_fields_ledger_kernels_and_files(store: Path, run: Run) -> None:
@@ -159,7 +199,7 @@ def test_diff_against_this_machine(store: Path, run: Run) -> None:
 
 
 def test_verify_names_the_damaged_file(store: Path, run: Run) -> None:
-    assert run("verify")[1] == {"entries": 8, "bytes": 3 * 505 + 5000, "damaged": []}
+    assert run("verify")[1] == {"entries": 8, "bytes": tree_bytes(store), "damaged": []}
     name = _name(store, "model-2")
     for path in (
         store / name / "golden" / "t1r1",
@@ -243,11 +283,70 @@ def test_prune_takes_damaged_bundles_first(store: Path, run: Run) -> None:
     assert _left(store)[0] == {"model-0", "model-1"}
 
 
+def _of_another_version(record: Path) -> None:
+    text = record.read_text()
+    record.write_text(text.replace('"schema": 2', '"schema": 1'))
+
+
+def test_what_is_of_another_version_is_not_called_damaged(store: Path, run: Run) -> None:
+    name = _name(store, "model-1")
+    _of_another_version(store / name / "manifest.json")
+    code, report = run("list")
+    assert code == 0
+    row = next(r for r in report["bundles"] if r["fingerprint"] == name)
+    assert row["other_version"]
+    assert "of another version" in row["problem"]
+
+
+def test_prune_removes_what_cannot_be_used_and_says_so(
+    store: Path, run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Store(store).publish_record("cd" * 32, {"us": 1.5})
+    bad, other = _name(store, "model-1"), _name(store, "model-2")
+    (store / bad / "manifest.json").write_text("{}")
+    _of_another_version(store / other / "manifest.json")
+    _of_another_version(store / "kernels" / "sm_90" / _kernel(4)[1] / "meta.json")
+    (store / "records" / ("cd" * 32) / "meta.json").write_bytes(b"{}")
+    weights = store / "weights" / ("ab" * 32)
+    weights.mkdir(parents=True)
+    expected = {
+        bad: "damaged",
+        other: "of another version",
+        f"kernels/sm_90/{_kernel(4)[1]}": "of another version",
+        f"records/{'cd' * 32}": "damaged",
+        f"weights/{'ab' * 32}": "damaged",
+    }
+    assert run("prune", "--dry-run")[1]["broken"] == expected
+    assert weights.exists()
+    assert main(["prune", "--store", str(store)]) == 0
+    told = capsys.readouterr().out
+    assert all(f"removed {entry}, {why}" in told for entry, why in expected.items())
+    assert _left(store) == ({"model-0"}, {1, 2, 3, 9})
+    assert not any((store / entry).exists() for entry in expected)
+    assert run("prune")[1]["broken"] == {}
+    assert run("verify")[0] == 0
+
+
+def test_prune_removes_the_one_that_is_named(store: Path, run: Run) -> None:
+    name = _name(store, "model-1")
+    code, report = run("prune", "--only", name[:10], "--dry-run")
+    assert (code, report["bundles"]) == (0, [name])
+    assert len(_left(store)[0]) == 3
+    run("prune", "--only", name[:10])
+    assert _left(store) == ({"model-0", "model-2"}, {1, 2, 3, 4, 9})
+    weights = store / "weights" / ("ab" * 32)
+    weights.mkdir(parents=True)
+    assert run("prune", "--only", "abab")[1]["weights"] == [weights.name]
+    assert not weights.exists()
+
+
 @pytest.mark.parametrize(
     "argv",
     [
-        ["prune"],
         ["prune", "--keep", "-1"],
+        ["prune", "--only", "zz"],
+        ["prune", "--only", ""],
+        ["prune", "--only", "00", "--keep", "2"],
         ["show", "ffff"],
         ["show", ""],
         ["diff", "zz"],
@@ -517,9 +616,12 @@ def test_the_twins_store_through_every_command(tmp_path: Path) -> None:
     assert "2 entries" in command("verify")
     packed = Store(root).weights()[0]
     assert "shared.safetensors" in command("show", packed.name[:8])
-    assert "1 entries" in command("verify", packed.name[:8])
-    assert "1 entries" in command("verify", str(packed))
+    assert "1 entry," in command("verify", packed.name[:8])
+    assert "1 entry," in command("verify", str(packed))
     command("export", name[:8], str(tmp_path / "one.tar"))
+    assert str(path) in command("list")
+    assert str(path) in command("show", packed.name[:8])
+    assert str(path) in command("show", name[:8])
     command("prune", "--keep", "0")
     assert Store(root).entries() == []
     command("import", str(tmp_path / "one.tar"))
@@ -539,3 +641,26 @@ def test_measurements_are_counted_and_verified_and_stay(store: Path, run: Run) -
     code, report = run("verify")[:2]
     assert code == 1
     assert any(digest in bad["path"] for bad in report["damaged"])
+
+
+@pytest.mark.parametrize("what", ["shard", "index", "no shard"])
+def test_damaged_packed_weights_are_listed_verified_and_pruned(
+    what: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, root = micro_checkpoint(tmp_path / "hf"), tmp_path / "store"
+    model, source = resolve_model(str(path))
+    packed = pack(model, source, store_folder(root, identity(model, source, ep_size=1, seed=0)))
+    shard, index = packed.path / SHARED, packed.path / PACKED_INDEX
+    if what == "shard":
+        os.truncate(shard, shard.stat().st_size - 4096)
+    elif what == "index":
+        index.write_bytes(index.read_bytes()[:-9])
+    else:
+        shard.unlink()
+    for argv in (["list"], ["verify"], ["verify", str(packed.path)]):
+        assert main([*argv, "--store", str(root)]) == 1, argv
+        out = capsys.readouterr().out
+        assert "damaged" in out
+        assert "python -m runtime.pack, with --force where --out" in out
+    assert main(["prune", "--store", str(root)]) == 0
+    assert not packed.path.exists()

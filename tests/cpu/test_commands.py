@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from capture_cache.store import Store
 from runtime import capture, cli, generate, replay_bench
 from runtime.capture import TWIN_NOTE
 from tests.cpu.terminal import ROOT, Terminal, small
@@ -197,6 +198,7 @@ def test_compile_only_reports_every_kernel_and_compiles_nothing_twice(tmp_path: 
     assert first["arch"] == "sm_90"
     assert first["compiled"] == len(first["kernels"]) > 10
     assert first["cached"] == 0
+    assert first["entries"] == second["entries"] == len(Store(tmp_path).kernels())
     assert (second["compiled"], second["cached"]) == (0, first["compiled"])
     for kernel in first["kernels"]:
         assert kernel["registers"] > 0, kernel

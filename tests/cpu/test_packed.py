@@ -307,7 +307,7 @@ def test_changed_checkpoint_files_are_not_shadowed_by_packed_ones(tmp_path: Path
     shard = path / "model.safetensors"
     data = bytearray(shard.read_bytes())
     data[-1] ^= 1
-    shard.write_bytes(data)  # same sizes, same headers: the digest cannot tell
+    shard.write_bytes(data)  # same sizes, same headers: the model's digest cannot tell
     found = find(options, model, source)
     assert found.packed is None
     assert "have changed since" in found.note

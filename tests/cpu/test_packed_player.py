@@ -16,12 +16,14 @@ from capture_cache.packed_index import SHARED
 from capture_cache.store import Store
 from graphs.model_source import resolve_model
 from runtime.config import RuntimeConfig
+from runtime.pack import main as pack_command
 from runtime.packing import pack
 from runtime.player import Player
 from runtime.restore import NotRestored, restore
 from runtime.weights import identity, store_folder
 from tests.cpu.fake_cuda import FakeKernel
 from tests.cpu.played import OPTIONS, Gpu, publish_bundle
+from tests.cpu.twins import micro_checkpoint
 
 
 class PackGpu(Gpu):
@@ -69,7 +71,10 @@ def packed(tmp_path: Path) -> PackedWeights:
 
 
 def _holds(player: Player, packed: PackedWeights) -> bool:
+    """The shared ones that lie in the arena by themselves."""
     for tensor in packed.index.tensors:
+        if ".experts_" in tensor.name or ".shared_" in tensor.name:
+            continue
         with (packed.path / packed.shards[SHARED].name).open("rb") as file:
             file.seek(packed.shards[SHARED].offsets[tensor.name])
             if player.read(tensor.name).tobytes() != file.read(tensor.nbytes):
@@ -115,3 +120,65 @@ def test_a_failing_copy_is_named(tmp_path: Path, packed: PackedWeights) -> None:
     with pytest.raises(Exception, match="CUDA_ERROR_OUT_OF_MEMORY"):
         restore(_options(tmp_path), lib=gpu)
     assert not gpu.pinned
+
+
+# -- weights of a checkpoint, which must be this one's ---------------------------------------------
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    """A checkpoint whose bundle and packed weights are in the store."""
+    path = micro_checkpoint(tmp_path / "hf")
+    publish_bundle(tmp_path, model=str(path), layers=None, max_seq_len=96)
+    pack_command(["--model", str(path), "--store", str(tmp_path)])
+    return path
+
+
+def _restored(root: Path, path: Path, **more: Any) -> Player:
+    options = _options(root, model=str(path), layers=None, max_seq_len=96, **more)
+    return restore(options, lib=PackGpu(root))
+
+
+def test_a_restored_run_takes_its_own_checkpoints_weights_and_reads_none_of_it(
+    tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packed = PackedWeights(Store(tmp_path).weights()[0])
+
+    def refuse(path: Path) -> str:
+        raise AssertionError(f"{path} was read")
+
+    monkeypatch.setattr("graphs.checkpoint_content.content_digest", refuse)
+    for weights in (None, str(packed.path)):
+        player = _restored(tmp_path, checkpoint, weights=weights)
+        assert _holds(player, packed)
+        player.close()
+
+
+def test_a_restored_run_refuses_given_weights_of_another_checkpoint(
+    tmp_path: Path, checkpoint: Path
+) -> None:
+    given = Store(tmp_path).weights()[0]
+    shard = checkpoint / "model.safetensors"
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1
+    shard.write_bytes(data)
+    with pytest.raises(FingerprintMismatch, match="another checkpoint"):
+        _restored(tmp_path, checkpoint, weights=str(given))
+    with pytest.raises(NotRestored, match="packed from other weights, or they have changed since"):
+        _restored(tmp_path, checkpoint)
+
+
+def test_damaged_weights_in_the_store_are_no_fault_of_the_bundle(
+    tmp_path: Path, checkpoint: Path
+) -> None:
+    packed = PackedWeights(Store(tmp_path).weights()[0])
+    with (packed.path / SHARED).open("r+b") as file:
+        file.seek(packed.shards[SHARED].offsets["head"])
+        file.write(b"\xa5" * 64)
+    with pytest.raises(NotRestored, match="damaged and not used") as raised:
+        _restored(tmp_path, checkpoint)
+    assert not raised.value.replace
+    (packed.path / SHARED).unlink()
+    with pytest.raises(NotRestored) as raised:
+        _restored(tmp_path, checkpoint)
+    assert not raised.value.replace

@@ -102,6 +102,10 @@ def test_what_is_there_is_kept_or_refused_or_replaced(tmp_path: Path) -> None:
     assert dict(PackedWeights(out).index.identity.fields)["seed"] == 1
     os.truncate(out / SHARED, (out / SHARED).stat().st_size - 4096)
     with pytest.raises(StoreError, match="--force"):
+        pack(model, source, out)  # what is damaged was of others
+    assert list(pack(model, source, out, seed=1).verify())  # made again: it was of these
+    os.truncate(out / INDEX, 100)
+    with pytest.raises(StoreError, match="--force"):
         pack(model, source, out, seed=1)
     other = tmp_path / "mine"
     other.mkdir()
