@@ -6,6 +6,7 @@ import ctypes
 from collections.abc import Mapping
 from importlib import resources
 
+from barriers.device_watch import STATE_AT, State
 from barriers.watch import Record
 from capture_cache.kernel import CompiledKernel, param_bytes
 from capture_cache.launch import LoadedKernel
@@ -13,22 +14,8 @@ from capture_cache.nvrtc import CudaModule, compile_cuda
 from capture_cache.restore_driver import Driver
 from capture_cache.store import Store
 
-STATE_AT = 3328  # of `State` in the control block
 BARRIER_PARAMS = ("ptr", "i64", "i32", "i32", "i32", "i32")  # of every kernel of barriers.cu
 _LAYOUT = ("STATE_AT", "STATE_BYTES", "RECORD_BYTES")
-
-
-class State(ctypes.Structure):
-    """`State` of cuda/barrier.cuh: what a rank's waits go by, in its device memory."""
-
-    _fields_ = (
-        ("step", ctypes.c_uint64),
-        ("record", ctypes.c_uint64),
-        ("deadline_ns", ctypes.c_uint64),
-        ("poison", ctypes.c_int32),
-        ("reserved", ctypes.c_int32),
-        ("own_step", ctypes.c_int64),
-    )
 
 
 def cuda_source(name: str) -> str:

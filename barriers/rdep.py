@@ -15,7 +15,8 @@ from typing import Any, Protocol
 
 import torch
 
-from barriers.device_code import STATE_AT, State, cuda_headers, cuda_source, load_kernels
+from barriers.device_code import cuda_headers, cuda_source, load_kernels
+from barriers.device_watch import STATE_AT, State
 from barriers.transport import (
     BufferSpec,
     Received,

@@ -9,8 +9,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from barriers.device_barrier import DeviceBarrier, DeviceWatch
+from barriers.device_barrier import DeviceBarrier
 from barriers.device_code import BARRIER_PARAMS, compile_barriers, load_kernels
+from barriers.device_watch import DeviceWatch
 from barriers.group import RankGroup
 from barriers.symmetric import CONTROL_BYTES
 from barriers.symmetric_device import DeviceMemory

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from barriers.device_barrier import DeviceWatch
+from barriers.device_watch import DeviceWatch
 from barriers.group import RankGroup
 from capture_cache.driver import check, cuda
 

@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from barriers.allgather import AllGather
 from barriers.deepep import DeepEpLowLatency, DeepEpNormal, check_sizes, load_buffer_class
-from barriers.device_barrier import DeviceWatch
+from barriers.device_watch import DeviceWatch
 from barriers.group import RankGroup
 from barriers.rdep import Rdep, RdepTuning, load_rdep, peer_layout, peer_views
 from barriers.rdep_ref import quantize_ref

@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 
-from barriers.device_barrier import DeviceBarrier, DeviceWatch
+from barriers.device_barrier import DeviceBarrier
+from barriers.device_watch import DeviceWatch
 from barriers.group import RankGroup
 from barriers.symmetric_device import DeviceMemory
 from capture_cache.driver import Device, wait_stream

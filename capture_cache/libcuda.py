@@ -59,6 +59,7 @@ QUICK: dict[str, tuple[Any, ...]] = {
     "cuGraphAddKernelNode_v2": (_P, _P, _P, ctypes.c_size_t, _P),
     "cuGraphAddMemcpyNode": (_P, _P, _P, ctypes.c_size_t, _P, _P),
     "cuGraphAddMemsetNode": (_P, _P, _P, ctypes.c_size_t, _P, _P),
+    "cuGraphAddNode_v2": (_P, _P, _P, _P, ctypes.c_size_t, _P),
     "cuGraphCreate": (_P, _U),
     "cuGraphGetEdges_v2": (_P, _P, _P, _P, _P),
     "cuGraphGetNodes": (_P, _P, _P),

@@ -25,6 +25,11 @@ KERNEL_PARAMS = np.dtype(
         "itemsize": 72,
     }
 )
+# CUgraphNodeParams: a type, and what that takes; of kernels type 0, and CUDA_KERNEL_NODE_PARAMS_v3,
+# whose layout is that of v2.
+NODE_PARAMS = np.dtype(
+    {"names": ["kernel"], "formats": [KERNEL_PARAMS], "offsets": [16], "itemsize": 256}
+)
 EDGE_DATA_BYTES = 8
 
 
@@ -51,8 +56,10 @@ class Prepared:
 
     Attributes:
         payload: uint8, 64-byte aligned: every node's parameters, with this process's addresses.
-        kernels: indices of the kernel nodes; params: of each, `KERNEL_PARAMS`.
+        kernels: indices of the kernel nodes; params: of each, `NODE_PARAMS`.
         pointers: what `params` points to, and that to `payload`.
+        edges: ordered by the node that they lead to.
+        edge_data: uint8 [edges, 8], CUgraphEdgeData of each.
     """
 
     graph: Graph
@@ -60,6 +67,8 @@ class Prepared:
     kernels: Table
     params: Table
     pointers: Table
+    edges: Table
+    edge_data: Table
 
 
 def prepare_graph(driver: Driver, code: Code, graph: Graph, symbols: Table) -> Prepared:
@@ -73,7 +82,11 @@ def prepare_graph(driver: Driver, code: Code, graph: Graph, symbols: Table) -> P
     payload = relocated(graph, symbols)
     kernels = np.flatnonzero(graph.nodes["kind"] == KERNEL)
     params, pointers = _kernel_params(driver, code, graph.nodes[kernels], payload)
-    return Prepared(graph, payload, kernels, params, pointers)
+    edges = graph.edges[np.argsort(graph.edges["to"], kind="stable")]
+    data = np.zeros((len(edges), EDGE_DATA_BYTES), np.uint8)
+    for column, field in enumerate(("from_port", "to_port", "type")):
+        data[:, column] = edges[field]
+    return Prepared(graph, payload, kernels, params, pointers, edges, data)
 
 
 def build_graph(driver: Driver, code: Code, prepared: Prepared, shown: str) -> int:
@@ -105,7 +118,9 @@ def add_graph(driver: Driver, code: Code, prepared: Prepared, shown: str, parts:
         nodes = _add_nodes(driver, code, prepared, handle, shown)
         parts.end("nodes")
         _set_attributes(driver, prepared.graph, nodes, shown)
-        _add_edges(driver, prepared.graph, nodes, handle, shown)
+        parts.end("attributes")
+        into = np.flatnonzero(prepared.graph.nodes["kind"][prepared.edges["to"]] != KERNEL)
+        _add_edges(driver, prepared, into, nodes, handle, shown)
         parts.end("edges")
     except BaseException:
         driver.drop_graph(handle)
@@ -125,21 +140,50 @@ def relocated(graph: Graph, symbols: Table) -> Table:
 
 
 def _add_nodes(driver: Driver, code: Code, prepared: Prepared, handle: int, shown: str) -> Table:
-    """Add every node, without edges; returns their handles."""
-    lib, graph, params = driver.lib, prepared.graph, prepared.params
-    nodes = graph.nodes
-    handles = np.zeros(len(nodes), np.uint64)
-    out = handles.ctypes.data
-    add = lib.cuGraphAddKernelNode_v2
-    first, size = params.ctypes.data, KERNEL_PARAMS.itemsize
-    # A loop that does nothing but the calls: it holds Python's lock for as long as it runs.
-    for into, at in zip(
-        (out + 8 * prepared.kernels).tolist(),
-        range(first, first + size * len(params), size),
+    """Add every node, kernels with the edges that lead to them; returns their handles."""
+    handles = np.zeros(len(prepared.graph.nodes), np.uint64)
+    _add_others(driver, prepared, handles, handle, shown)  # kernels may wait for them
+    _add_kernels(driver, code, prepared, handles, handle, shown)
+    return handles
+
+
+def _add_kernels(
+    driver: Driver, code: Code, prepared: Prepared, handles: Table, handle: int, shown: str
+) -> None:
+    """Add kernel nodes, each with the edges that lead to it, which are forward steps: a graph that
+    got its edges afterwards takes the driver longer to instantiate."""
+    edges, kernels = prepared.edges, prepared.kernels
+    out, data = handles.ctypes.data, prepared.edge_data.ctypes.data
+    before = edges["from"].astype(np.int64)
+    counts = np.bincount(edges["to"], minlength=len(handles))
+    first = (np.cumsum(counts) - counts)[kernels]
+    counts = counts[kernels]
+    # A node's predecessors lie side by side: one alone does where it is, several are gathered.
+    gathered = np.zeros(len(edges) + 1, np.uint64)
+    alone = out + 8 * np.append(before, 0)[first]
+    depends = np.where(counts > 1, gathered.ctypes.data + 8 * first, alone)
+    at, size = prepared.params.ctypes.data, NODE_PARAMS.itemsize
+    add = driver.lib.cuGraphAddNode_v2
+    # A loop that does little but the calls: it holds Python's lock for as long as it runs.
+    for into, depend, edge, count, params in zip(
+        (out + 8 * kernels).tolist(),
+        depends.tolist(),
+        first.tolist(),
+        counts.tolist(),
+        range(at, at + size * len(kernels), size),
         strict=True,
     ):
-        if status := add(into, handle, 0, 0, at):
-            _refuse(driver, status, code, graph, (into - out) // 8, shown)
+        if count > 1:
+            gathered[edge : edge + count] = handles[before[edge : edge + count]]
+        if status := add(into, handle, depend, data + 8 * edge, count, params):
+            _refuse(driver, status, code, prepared.graph, (into - out) // 8, shown)
+
+
+def _add_others(
+    driver: Driver, prepared: Prepared, handles: Table, handle: int, shown: str
+) -> None:
+    """Add the nodes that are no kernels, without edges."""
+    nodes, lib, out = prepared.graph.nodes, driver.lib, handles.ctypes.data
     base, context = prepared.payload.ctypes.data, driver.context
     for index in np.flatnonzero(nodes["kind"] != KERNEL).tolist():
         kind, start = int(nodes["kind"][index]), base + int(nodes["payload"][index])
@@ -151,7 +195,6 @@ def _add_nodes(driver: Driver, code: Code, prepared: Prepared, handle: int, show
             assert kind == EMPTY, kind
             status = lib.cuGraphAddEmptyNode(out + 8 * index, handle, 0, 0)
         driver.check(status, f"adding node {index} of {shown}")
-    return handles
 
 
 def _kernel_params(driver: Driver, code: Code, nodes: Table, payload: Table) -> tuple[Table, Table]:
@@ -165,12 +208,13 @@ def _kernel_params(driver: Driver, code: Code, nodes: Table, payload: Table) -> 
     starts = nodes["payload"].astype(np.uint64) + np.uint64(payload.ctypes.data)
     pointers = np.zeros(total + 1, np.uint64)  # one more: a kernel without parameters points here
     pointers[:total] = np.repeat(starts, counts) + code.offsets[which]
-    params = np.zeros(len(nodes), KERNEL_PARAMS)
-    params["grid"], params["block"] = nodes["grid"], nodes["block"]
-    params["shared"] = nodes["shared"]
-    params["params"] = first.astype(np.uint64) * 8 + np.uint64(pointers.ctypes.data)
-    params["kernel"] = code.kernels(functions)
-    params["context"] = driver.context
+    params = np.zeros(len(nodes), NODE_PARAMS)
+    kernel = params["kernel"]
+    kernel["grid"], kernel["block"] = nodes["grid"], nodes["block"]
+    kernel["shared"] = nodes["shared"]
+    kernel["params"] = first.astype(np.uint64) * 8 + np.uint64(pointers.ctypes.data)
+    kernel["kernel"] = code.kernels(functions)
+    kernel["context"] = driver.context
     return params, pointers
 
 
@@ -196,14 +240,14 @@ def _set_attributes(driver: Driver, graph: Graph, nodes: Table, shown: str) -> N
             driver.check(status, f"setting attribute {which} of node {node} of {shown}")
 
 
-def _add_edges(driver: Driver, graph: Graph, nodes: Table, handle: int, shown: str) -> None:
-    edges = graph.edges
+def _add_edges(
+    driver: Driver, prepared: Prepared, which: Table, nodes: Table, handle: int, shown: str
+) -> None:
+    """Add these of `prepared.edges`."""
+    edges, data = prepared.edges[which], np.ascontiguousarray(prepared.edge_data[which])
     if not len(edges):
         return
     first, last = nodes[edges["from"]], nodes[edges["to"]]
-    data = np.zeros((len(edges), EDGE_DATA_BYTES), np.uint8)
-    for column, field in enumerate(("from_port", "to_port", "type")):
-        data[:, column] = edges[field]
     status = driver.lib.cuGraphAddDependencies_v2(
         handle, first.ctypes.data, last.ctypes.data, data.ctypes.data, len(edges)
     )

@@ -18,7 +18,7 @@ from graphs.hopper_mla import HopperMla
 from graphs.model_config import ModelConfig
 from graphs.ops import Ops
 from graphs.step_config import StepConfig
-from kernels.triton.mla_absorb import MOST_PARTS, Parts
+from kernels.triton.mla_absorb import Parts, takes_parts
 
 Buffers = Mapping[str, torch.Tensor]
 
@@ -77,7 +77,7 @@ class PlannedAttention:
 
     def __init__(self, cfg: ModelConfig, config: StepConfig, ops: Ops) -> None:
         assert ops.launch is not None, "the CPU twin has no such kernels"
-        self._launch = ops.launch
+        self._launch, self._value_dim = ops.launch, cfg.v_head_dim
         self._mla = self.kernel(
             num_heads=cfg.num_heads,
             page_size=config.page_size,
@@ -102,8 +102,9 @@ class PlannedAttention:
         )
 
     def run(self, b: Buffers, kv_cache: torch.Tensor) -> Parts | None:
-        """A few splits are left as they are; more of them our merge takes, many loads at once."""
-        few = 1 < b["part_o"].shape[1] <= MOST_PARTS
+        """Splits are left to `absorb_v` where it takes so many, else our merge adds them."""
+        tokens, splits, _, dc = b["part_o"].shape
+        left = takes_parts(tokens, splits, dv=self._value_dim, dc=dc, act_bytes=2)
         self._mla.run(
             self._launch,
             b["q_latent"],
@@ -114,9 +115,9 @@ class PlannedAttention:
             part_o=b["part_o"],
             part_lse=b["part_lse"],
             out=b["o_latent"],
-            merges=not few,
+            merges=not left,
         )
-        return Parts(b["part_o"], b["part_lse"], self._mla.cut) if few else None
+        return Parts(b["part_o"], b["part_lse"], self._mla.cut) if left else None
 
 
 class FlashinferAttention(PlannedAttention):

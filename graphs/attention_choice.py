@@ -22,7 +22,7 @@ from graphs.step_config import StepConfig
 from graphs.timing import clearly_faster
 from kernels.triton.mla_decode import num_splits
 
-CUTS = (256, 512, 1024, 2048, 4096, 8192)
+CUTS = (128, 256, 512, 1024, 2048, 4096, 8192)
 MAX_SPLITS = 64
 
 
@@ -110,7 +110,7 @@ def cuts_for(max_seq_len: int, page_size: int) -> list[int]:
         for cut in CUTS
         if cut % page_size == 0
         and num_splits(whole, cut) <= MAX_SPLITS
-        and (cut < 2 * whole or cut == CUTS[2])
+        and (cut < 2 * whole or cut == CUTS[3])
     ]
 
 

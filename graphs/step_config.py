@@ -9,7 +9,7 @@ from kernels.triton.state import MailboxLayout
 MAX_STOPS = 16
 FULL_CHIP = 64  # work items of attention that fill a chip: a power of two just below 132 / 2
 ROW_TOKENS = 2048 + 128  # KV tokens of the rows that the default cut is made for
-MIN_CUT, CUT_STEP = 256, 64  # of the default; attention walks a split in tiles of 64
+MIN_CUT, CUT_STEP = 128, 64  # of the default; attention walks a split in tiles of 64
 FEW_SPLITS, LONE_SPLITS = 16, 32  # of a token, at most: among many rows, and of a row alone
 
 
@@ -71,16 +71,20 @@ class StepConfig:
 def default_cut(max_rows: int, max_seq_len: int, page_size: int = 64) -> int:
     """Attention cut in tokens: a function of what a runtime is compiled for, never of a step.
 
-    FA3 MLA runs a (token, split) of 128 heads on two SMs, so 66 fill a Hopper chip. Alone, a split
-    takes about 12 us, and 25 us more for 1024 tokens of KV. So the best cut gives every pair of SMs
-    one split: at most 64 splits in all, of rows as long as ROW_TOKENS, of as many tokens as that
-    needs. Fewer leave SMs without work, more make some pay the 12 us again. Measured on an H200
-    with rows of 2000 tokens, in us, at cuts of 256, 512, 1024 and 2048: 1 row 19, 24, 36, 63;
-    32 rows 68, 52, 43, 68; 64 rows 131, 98, 83, 72.
+    Attention runs a (token, split) of 128 heads on two SMs, so 66 fill a Hopper chip. Of our own
+    kernel a full chip takes 15.0 us for splits of 256 tokens, 34.8 for 1024 and 62.4 for 2048: some
+    8 us, and 1.7 more for each 64 tokens (h200_attention_kernel.json). So the best cut gives every
+    pair of SMs one split: at most 64 splits in all, of rows as long as ROW_TOKENS, of as many
+    tokens as that needs. Fewer leave SMs without work, more make some pay the 8 us again.
+
+    Measured in whole steps on an H200 with rows of 2000 tokens, attention's part of a layer in us
+    (a trial, in which `absorb_v` started beside attention; without it 82.5 at 128): 1 row at cuts
+    of 256, 128 and 64: 83.5, 82.3, 82.6; 8 rows at 320 and 192: 92.4, 98.2. From half of MIN_CUT on
+    the merge takes what a row alone gains by more splits.
 
     ROW_TOKENS is a prompt of 2048 tokens and some of its answer: at half of 2048 a row of 2049
-    would bring 32 rows a third split each, which took 9 us more; 64 tokens more in a split take
-    1.6. Rows that grow past it pay all the same.
+    would bring 32 rows a third split each, which took flashinfer's kernel 9 us more; 64
+    tokens more in a split take 1.6. Rows that grow past it pay all the same.
 
     Room for the splits of every step token is kept, prompts' included (16 of 128 heads are 2 MiB in
     bf16), so there are limits to them: rows that may be too long are cut at a power of two.

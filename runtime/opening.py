@@ -2,10 +2,16 @@
 
 A program that wants its first step soon makes an `Opening` before it imports anything heavier, and
 hands it to `Runtime.load`.
+
+Most of a context's time goes into its hardware queues, and more so where several processes make
+theirs at once. A step needs few: one for each branch of its graph. So whoever is first to open the
+driver here asks it for `CONNECTIONS` of them; what is set already stays.
 """
 
 from __future__ import annotations
 
+import ctypes
+import os
 import threading
 
 from capture_cache.errors import CudaError
@@ -14,6 +20,11 @@ from capture_cache.restore_driver import Driver
 TYPE_CHECKING = False  # as typing's, which would keep the driver waiting
 if TYPE_CHECKING:
     from typing import Any
+
+# Hardware queues to a device; the driver's own default is 8. A step's graph has at most two
+# branches.
+CONNECTIONS = 2
+CONNECTIONS_VARIABLE = "CUDA_DEVICE_MAX_CONNECTIONS"  # read by the driver as it is initialised
 
 
 class NotRestored(RuntimeError):
@@ -34,9 +45,14 @@ class Opening:
     Args:
         ordinal: of the device; with several ranks that of `RuntimeConfig.local_rank`.
         lib: driver functions; by default those of the machine.
+
+    Attributes:
+        connections: hardware queues that the driver was asked for, as the environment says it; None
+            where nobody asked before it was opened, and it has its default.
     """
 
     def __init__(self, ordinal: int = 0, lib: Any = None) -> None:
+        self.connections = _ask_for_connections(lib)  # not in the thread: it changes the process
         self._ordinal, self._lib = ordinal, lib
         self._driver: Driver | None = None
         self._failure: Exception | None = None
@@ -81,3 +97,22 @@ class Opening:
     def _check(self) -> None:
         if self._failure is not None:
             raise NotRestored(str(self._failure)) from self._failure
+
+
+def _ask_for_connections(lib: Any) -> str | None:
+    """Ask for `CONNECTIONS` where nobody has opened the driver, or asked; returns what holds."""
+    if not _is_initialised(lib):
+        os.environ.setdefault(CONNECTIONS_VARIABLE, str(CONNECTIONS))
+    return os.environ.get(CONNECTIONS_VARIABLE)
+
+
+def _is_initialised(lib: Any) -> bool:
+    """Whether somebody in this process has opened the driver: then it is too late to ask."""
+    if lib is None:
+        try:
+            lib = ctypes.CDLL("libcuda.so.1", os.RTLD_NOW | os.RTLD_NOLOAD)
+        except OSError:  # nobody has even loaded it
+            return False
+    count, call = ctypes.c_int(), lib.cuDeviceGetCount
+    call.argtypes = (ctypes.c_void_p,)
+    return bool(call(ctypes.addressof(count)) == 0)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from barriers.device_barrier import DeviceWatch
+from barriers.device_watch import DeviceWatch
 from barriers.group import RankGroup
 from barriers.symmetric_device import DeviceMemory
 from capture_cache.restore_driver import Driver

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from barriers.allgather import AllGather
 from barriers.config import GroupConfig
 from barriers.deepep import AFTER_LATE, DeepEpLowLatency, DeepEpNormal
-from barriers.device_barrier import DeviceWatch
+from barriers.device_watch import DeviceWatch
 from barriers.errors import RankError
 from barriers.group import RankGroup
 from barriers.host_meeting import HostMeeting

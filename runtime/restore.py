@@ -153,9 +153,9 @@ class _Restore:
         except NotRestored as e:
             failure = e
         if world > 1:
-            from runtime.player_ranks import PlayerRanks  # sockets and more, for ranks alone
-
             with self._stage("ranks"):
+                from runtime.player_ranks import PlayerRanks  # sockets and more, for ranks alone
+
                 ranks = PlayerRanks(options)
             self.resources.callback(ranks.close)
             self.ranks = ranks

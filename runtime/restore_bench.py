@@ -4,7 +4,8 @@ Every number is of a fresh process, from its start. A capture is made first wher
 then processes restore it, without and with weight bytes, and others capture live, without the
 proof: into an empty store ("cold") and then, with all kernels compiled there, once more ("warm").
 Under torchrun every rank has its process; times are from the start of the first to where the last
-one is done.
+one is done. Before each process that restores, one that only opens the driver (on every rank, all
+at once) shows the floor under its first step.
 """
 
 from __future__ import annotations
@@ -118,7 +119,10 @@ def _measure(
         count = repeats if kind in (NO_WEIGHTS, WEIGHTS) else 1
         found[kind] = []
         for _ in range(count):
-            found[kind].append(runs.process(chosen[kind]))
+            beside = {}
+            if kind in (NO_WEIGHTS, WEIGHTS):
+                beside["driver_alone"] = runs.bare_driver(chosen[kind])
+            found[kind].append(runs.process(chosen[kind]) | beside)
             bar(kind, count)
     return found
 
@@ -154,6 +158,7 @@ def _show(report: dict[str, Any]) -> None:
     console.print(table)
     for kind in (NO_WEIGHTS, WEIGHTS):
         if kind in report["runs"]:
+            _show_floor(report["runs"][kind])
             _show_keys(report["runs"][kind])
             break
     if "bundle_bytes" in report:
@@ -166,6 +171,20 @@ def _show(report: dict[str, Any]) -> None:
     for row in report["published"]:
         published.add_row(row["what"], row["time"], row["source"])
     console.print(published)
+
+
+def _show_floor(found: list[dict[str, Any]]) -> None:
+    """The driver alone, and what of the first step is not the driver's; medians."""
+    bare = [r["driver_alone"] for r in found]
+    ready = statistics.median(b["ready_ms"] for b in bare)
+    rest = statistics.median(
+        r["first_step_ms"] - b["ready_ms"] for r, b in zip(found, bare, strict=True)
+    )
+    middle = min(bare, key=lambda b: abs(b["ready_ms"] - ready))
+    spans = ", ".join(f"{k} {v:.0f}" for k, v in middle["spans_ms"].items())
+    asked = found[0]["connections"] or "as many as the driver likes"
+    console.print(f"driver     {ready:,.0f} ms by itself ({spans}; connections: {asked})")
+    console.print(f"the rest   {rest:,.0f} ms to the first step")
 
 
 def _show_keys(found: list[dict[str, Any]]) -> None:

@@ -62,6 +62,7 @@ def main(argv: list[str], lib: object = None) -> int:
         "ahead_ms": ahead,
         "bytecode": _has_bytecode(),
         "torch": "torch" in sys.modules or "triton" in sys.modules,
+        "connections": None if opening is None else opening.connections,
         "cuda_python": "cuda.bindings.driver" in sys.modules,
     }
     runtime.close()

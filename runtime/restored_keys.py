@@ -4,8 +4,10 @@
     maker     the next key: read, add its nodes and edges; drop the graph of the one before
 
 Instantiation is the driver's own time and lets Python's lock go: the maker's work falls into it,
-one key at a time, so that the builder hardly waits for that lock. A key that is wanted before the
-builder has come to it is built at once, by who wants it; no other key takes its place.
+one key at a time, so that the builder hardly waits for that lock. Where the maker is behind, the
+builder waits for the key that is being made: making it once more would take both longer. A key that
+is wanted before the builder has come to it is built at once, by who wants it; no other key takes
+its place.
 """
 
 from __future__ import annotations
@@ -61,6 +63,7 @@ class Keys:
         self._lock = threading.Lock()  # one graph is instantiated at a time
         self._next = threading.Lock()  # held by who waits for that one: the builder, too, queues
         self._dropping = threading.Lock()
+        self._begun: dict[GraphKey, threading.Event] = {}  # by whoever was first; set when made
         self._stop = threading.Event()
         self._turns = threading.Semaphore(0)  # keys that the maker may make
         self._threads: list[threading.Thread] = []
@@ -141,12 +144,29 @@ class Keys:
                 self._turns.acquire()
                 if self._stop.is_set():
                     return
-                if key not in self._graphs:
-                    self._made[key] = self._make(key, self.ahead)
+                begun = threading.Event()
+                if self._begun.setdefault(key, begun) is begun:
+                    try:
+                        self._made[key] = self._make(key, self.ahead)
+                    finally:
+                        begun.set()
                 self._drop_used(keep=1)  # the last one may just be instantiated
                 self.ahead.end("drop")
         except (CorruptBundle, CudaError):
             return  # who builds that key makes it again, and tells
+
+    def _take(self, key: GraphKey) -> int:
+        """The key's CUgraph: the maker's, if it has begun it and can; else made here."""
+        begun = threading.Event()
+        other = self._begun.setdefault(key, begun)
+        if other is not begun:
+            other.wait()
+            self.parts.end("wait for the maker")
+        try:
+            made = self._made.pop(key, None)
+            return self._make(key, self.parts) if made is None else made
+        finally:
+            begun.set()
 
     def _make(self, key: GraphKey, parts: Parts) -> int:
         """The key's CUgraph."""
@@ -169,9 +189,8 @@ class Keys:
             if graph is not None:  # the other thread was quicker
                 return graph
             start = time.perf_counter()
-            made = self._made.pop(key, None)
-            if made is None:
-                made = self._make(key, self.parts)
+            self.parts.start()
+            made = self._take(key)
             self._used.append(made)
             self.parts.start()
             self._turns.release()  # only the driver has work now, and Python's lock is about to go

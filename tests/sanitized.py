@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 
-from barriers.device_barrier import DeviceWatch
+from barriers.device_watch import DeviceWatch
 from barriers.rdep import Rdep, RdepTuning, compile_rdep, load_rdep
 from barriers.symmetric import CONTROL_BYTES
 from barriers.transport import Local, Transport, TransportConfig

@@ -8,15 +8,15 @@ on T.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
 from kernels.triton.activation import check_quantized, quantize_groups, quantize_ref
-from kernels.triton.launch import Launcher
-from kernels.triton.mla_decode import check_parts, merge_ref
+from kernels.triton.launch import Launcher, TensorMap
+from kernels.triton.mla_decode import check_parts, merge_ref, merge_splits
 from kernels.triton.mla_prep import rope_pair, rope_ref
 from kernels.triton.overlap import (
     await_inputs,
@@ -27,13 +27,18 @@ from kernels.triton.tiles import BUDGET_BYTES, einsum_rows
 MIN_TOKENS, MAX_TOKENS = 16, 64  # of one tile; the narrow side of a tensor-core instruction
 TILES_PER_CTA = 4  # token tiles that share one read of W_UK
 MOST_PARTS = 4  # splits of attention that `absorb_v` merges; of more there would be too few loads
+# Of so few tokens it merges more, for a program holds all of its weight and only waits for them.
+# The weight is 128 rows of at most so many columns: 128 KiB of shared memory.
+FEW_TOKENS, FEW_PARTS, FEW_COLUMNS = 8, 32, 512
+FEW_IN_FLIGHT = {1: 16, 2: 8, 4: 4, 8: 4}  # splits together, by tokens: what registers hold
 
 
 class Parts(NamedTuple):
     """What attention has left in splits of every token that is longer than `cut`.
 
     Attributes:
-        o: act [T, splits, H, dc], each split normalised by its own sum; 2 to MOST_PARTS splits.
+        o: act [T, splits, H, dc], each split normalised by its own sum; `takes_parts` says how
+            many splits there may be.
         lse: float32 [T, splits, H], log2 of each split's sum of 2**score.
         cut: tokens of a split; token t has ceil(kv_len[t] / cut) of them.
     """
@@ -154,6 +159,65 @@ def _plus_split(total, part, weight, mask):
 
 
 @triton.jit
+def _product(
+    w_at,
+    x_at,
+    c,  # i32 [BLOCK_C]
+    v_mask,
+    t_mask,
+    DC: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """fp32 [BLOCK_V, BLOCK_T] of tokens that are not in splits."""
+    acc = tl.zeros([v_mask.shape[0], t_mask.shape[0]], tl.float32)
+    for c0 in range(0, DC, BLOCK_C):
+        w = tl.load(w_at + c0, mask=v_mask[:, None] & (c[None, :] + c0 < DC), other=0.0)
+        inside = c[:, None] + c0 < DC
+        x = tl.load(x_at + c0, mask=t_mask[None, :] & inside, other=0.0)
+        acc = tl.dot(w, x, acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit
+def _merged_product(
+    w_at,
+    x_at,
+    part_o,
+    part_lse,
+    line,  # i64 [BLOCK_T]: of each token's first split
+    used,  # i32 [BLOCK_T]: splits of each token
+    c,  # i32 [BLOCK_C]
+    v_mask,
+    t_mask,
+    H: tl.constexpr,
+    DC: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """As `_product`, of tokens with up to four splits; with one split its bits, too."""
+    w_0, w_1, w_2, w_3, sum_of_weights = _split_weights(part_lse + line, used, H, SPLITS)
+    parts = part_o + line[None, :] * DC + c[:, None]
+    x_at = tl.where((used > 1)[None, :], parts, x_at)
+    acc = tl.zeros([v_mask.shape[0], t_mask.shape[0]], tl.float32)
+    for c0 in range(0, DC, BLOCK_C):
+        w = tl.load(w_at + c0, mask=v_mask[:, None] & (c[None, :] + c0 < DC), other=0.0)
+        inside = c[:, None] + c0 < DC
+        x = tl.load(x_at + c0, mask=t_mask[None, :] & inside, other=0.0)
+        at = parts + c0
+        merged = x.to(tl.float32) * w_0[None, :]
+        merged = _plus_split(merged, at + H * DC, w_1, (used > 1)[None, :] & inside)
+        if SPLITS > 2:
+            merged = _plus_split(merged, at + 2 * H * DC, w_2, (used > 2)[None, :] & inside)
+        if SPLITS > 3:
+            merged = _plus_split(merged, at + 3 * H * DC, w_3, (used > 3)[None, :] & inside)
+        x = (merged / sum_of_weights[None, :]).to(x.dtype)
+        acc = tl.dot(w, x, acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit
 def _absorb_v(
     o_latent,  # act [T, H, DC], row pitch o_pitch
     part_o,  # act [T, SPLITS, H, DC], or unused
@@ -179,6 +243,7 @@ def _absorb_v(
     H: tl.constexpr,
     SPLITS: tl.constexpr,  # 2 to 4 of tokens longer than CUT; 0: all tokens are in o_latent
     CUT: tl.constexpr,
+    LOOKS: tl.constexpr,  # whether any token is in splits, before it merges
     PDL: tl.constexpr,
 ):
     V_TILES: tl.constexpr = (DV + BLOCK_V - 1) // BLOCK_V
@@ -190,27 +255,23 @@ def _absorb_v(
     x_at = o_latent + head * DC + t.to(tl.int64)[None, :] * o_pitch + c[:, None]
     await_inputs(PDL)
     length = tl.load(kv_len + t, mask=t < T, other=0)
-    if SPLITS > 0:
+    v_mask, t_mask = v < DV, t < T
+    if SPLITS == 0:
+        acc = _product(w_at, x_at, c, v_mask, t_mask, DC, BLOCK_C, PRECISION)
+    else:
         used = (length + CUT - 1) // CUT
         line = t.to(tl.int64) * (SPLITS * H) + head
-        w_0, w_1, w_2, w_3, sum_of_weights = _split_weights(part_lse + line, used, H, SPLITS)
-        parts = part_o + line[None, :] * DC + c[:, None]
-        x_at = tl.where((used > 1)[None, :], parts, x_at)
-    acc = tl.zeros([BLOCK_V, BLOCK_T], tl.float32)
-    for c0 in range(0, DC, BLOCK_C):
-        w = tl.load(w_at + c0, mask=(v[:, None] < DV) & (c[None, :] + c0 < DC), other=0.0)
-        inside = c[:, None] + c0 < DC
-        x = tl.load(x_at + c0, mask=(t[None, :] < T) & inside, other=0.0)
-        if SPLITS > 0:
-            at = parts + c0
-            merged = x.to(tl.float32) * w_0[None, :]
-            merged = _plus_split(merged, at + H * DC, w_1, (used > 1)[None, :] & inside)
-            if SPLITS > 2:
-                merged = _plus_split(merged, at + 2 * H * DC, w_2, (used > 2)[None, :] & inside)
-            if SPLITS > 3:
-                merged = _plus_split(merged, at + 3 * H * DC, w_3, (used > 3)[None, :] & inside)
-            x = (merged / sum_of_weights[None, :]).to(x.dtype)
-        acc = tl.dot(w, x, acc, input_precision=PRECISION)
+        # The first is settled by the compiler, the second on the device.
+        whole = False
+        if LOOKS:
+            whole = tl.max(used, axis=0) <= 1
+        if whole:
+            acc = _product(w_at, x_at, c, v_mask, t_mask, DC, BLOCK_C, PRECISION)
+        else:
+            acc = _merged_product(
+                *(w_at, x_at, part_o, part_lse, line, used, c, v_mask, t_mask),
+                *(H, DC, SPLITS, BLOCK_C, PRECISION),
+            )
     # Attention may leave a padded token as it was.
     acc = tl.where((length > 0)[None, :], acc, 0.0)
     y = tl.trans(acc.to(o_latent.dtype.element_ty))
@@ -221,6 +282,74 @@ def _absorb_v(
         tl.store(out + row * out_pitch + col, y, mask=mask)
     if HAS_Q:
         # BLOCK_V is the FP8 group, and DV a multiple of it: this tile is one whole group a token.
+        quantized, scale = quantize_groups(y.to(tl.float32))
+        tl.store(out_q + row * out_q_pitch + col, quantized, mask=mask)
+        group = tl.program_id(0)
+        tl.store(out_scale + t.to(tl.int64) * scale_pitch + group, scale, mask=t < T)
+
+
+@triton.jit
+def _absorb_v_few(
+    o_latent,  # act [T, H, DC], row pitch o_pitch
+    part_o,  # act [T, SPLITS, H, DC], or unused
+    part_lse,  # f32 [T, SPLITS, H], base 2, or unused
+    kv_len,  # int32 [T]
+    w_uv,  # act [H*DV, DC], by tiles [BLOCK_V, DC]
+    out,  # act [T, H*DV], row pitch out_pitch, or unused
+    out_q,  # e4m3 [T, H*DV], row pitch out_q_pitch, or unused
+    out_scale,  # fp32 [T, H*DV/128], row pitch scale_pitch, or unused
+    T,
+    o_pitch,
+    out_pitch,
+    out_q_pitch,
+    scale_pitch,
+    DV: tl.constexpr,
+    DC: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    TOKENS: tl.constexpr,  # T, to a power of two
+    BLOCK_T: tl.constexpr,
+    HAS_OUT: tl.constexpr,
+    HAS_Q: tl.constexpr,
+    PRECISION: tl.constexpr,
+    H: tl.constexpr,
+    SPLITS: tl.constexpr,  # of tokens longer than CUT; 0: all tokens are in o_latent
+    SPLITS_POW2: tl.constexpr,
+    GROUP: tl.constexpr,
+    CUT: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """All of the weight is asked for first, the splits are merged while it comes."""
+    V_TILES: tl.constexpr = DV // BLOCK_V
+    head = tl.program_id(0) // V_TILES
+    c = tl.arange(0, DC)[None, :]
+    w = w_uv.load([tl.program_id(0) * BLOCK_V, 0])
+    await_inputs(PDL)
+    t = tl.arange(0, TOKENS).to(tl.int64)
+    length = tl.load(kv_len + t, mask=t < T, other=0)
+    used = (length + CUT - 1) // CUT
+    whole = used > 0 if SPLITS == 0 else used == 1
+    x_at = o_latent + head * DC + t[:, None] * o_pitch + c
+    x = tl.load(x_at, mask=whole[:, None], other=0.0)
+    if SPLITS > 0:  # noqa: SIM102 -- settled by the compiler, the second on the device
+        if tl.max(used, axis=0) > 1:
+            first = (t * (SPLITS * H) + head)[:, None]
+            many = tl.where(used > 1, used, 0)[:, None]
+            merged = merge_splits(
+                *(part_o, part_lse, first, many, c, many > 0), *(H, DC, SPLITS_POW2, GROUP, 0)
+            )
+            x = tl.where(many > 0, merged.to(x.dtype), x)
+    # Tokens to the width of an instruction, the same ones again.
+    COPIES: tl.constexpr = BLOCK_T // TOKENS
+    x = tl.reshape(tl.broadcast_to(x[None, :, :], [COPIES, TOKENS, DC]), [BLOCK_T, DC])
+    acc = tl.dot(w, tl.trans(x), input_precision=PRECISION)
+    y = tl.trans(acc.to(o_latent.dtype.element_ty))
+    t = tl.arange(0, BLOCK_T)
+    row = t.to(tl.int64)[:, None]
+    col = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)[None, :]
+    mask = t[:, None] < T
+    if HAS_OUT:
+        tl.store(out + row * out_pitch + col, y, mask=mask)
+    if HAS_Q:
         quantized, scale = quantize_groups(y.to(tl.float32))
         tl.store(out_q + row * out_q_pitch + col, quantized, mask=mask)
         group = tl.program_id(0)
@@ -339,20 +468,22 @@ def absorb_v(
     Source: DeepSeek-V2 report, section 2.1.2 (absorption of W_UV into W_O).
     """
     _check_v(o_latent, w_uv, out, out_q, out_scale)
-    _check_parts(o_latent, parts)
+    _check_parts(o_latent, w_uv, parts)
     tokens = o_latent.shape[0]
     num_heads, dv, dc = w_uv.shape
-    tile = _v_tile(w_uv)
-    block_t, splits = _token_tile(o_latent), 0 if parts is None else parts.o.shape[1]
-    step_bytes = (tile.rows + block_t * max(1, splits)) * tile.steps * w_uv.element_size()
+    act_bytes = w_uv.element_size()
+    tile, splits = _v_tile(dv, dc, act_bytes), 0 if parts is None else parts.o.shape[1]
+    few = _is_few(tokens, dv, dc, act_bytes)
+    block_t = _token_tile(o_latent)
+    cut = _cut_few(tokens, splits) if few else _cut(tile, block_t, splits, act_bytes)
     launch(
-        _absorb_v,
+        _absorb_v_few if few else _absorb_v,
         (num_heads * triton.cdiv(dv, tile.rows), triton.cdiv(tokens, block_t)),
         o_latent,
         o_latent if parts is None else parts.o,
         w_uv if parts is None else parts.lse,
         kv_len,
-        w_uv,
+        TensorMap(w_uv.view(-1, dc), (tile.rows, dc)) if few else w_uv,
         o_latent if out is None else out,
         o_latent if out_q is None else out_q,
         o_latent if out_scale is None else out_scale,
@@ -364,7 +495,6 @@ def absorb_v(
         DV=dv,
         DC=dc,
         BLOCK_V=tile.rows,
-        BLOCK_C=tile.steps,
         BLOCK_T=block_t,
         HAS_OUT=out is not None,
         HAS_Q=out_q is not None,
@@ -372,9 +502,7 @@ def absorb_v(
         H=num_heads,
         SPLITS=splits,
         CUT=1 if parts is None else parts.cut,
-        num_warps=4,
-        # Deep enough that one head's whole weight is in flight, where there is room.
-        num_stages=min(4, BUDGET_BYTES[1] // step_bytes),
+        **cut,
         **overlap(launch),
     )
 
@@ -391,7 +519,7 @@ def absorb_v_ref(
 ) -> None:
     """`absorb_v` in plain torch."""
     _check_v(o_latent, w_uv, out, out_q, out_scale)
-    _check_parts(o_latent, parts)
+    _check_parts(o_latent, w_uv, parts)
     o = o_latent
     if parts is not None:
         o = o.clone()
@@ -405,6 +533,31 @@ def absorb_v_ref(
         quantize_ref(flat, out_q=out_q, out_scale=out_scale)
 
 
+def takes_parts(tokens: int, splits: int, *, dv: int, dc: int, act_bytes: int) -> bool:
+    """Whether `absorb_v` merges so many splits of so many tokens itself.
+
+    Where it does not, `merge` comes before it: a token's bits are the same.
+    """
+    return 1 < splits <= _most_parts(tokens, dv, dc, act_bytes)
+
+
+def _most_parts(tokens: int, dv: int, dc: int, act_bytes: int) -> int:
+    return FEW_PARTS if _is_few(tokens, dv, dc, act_bytes) else MOST_PARTS
+
+
+def _is_few(tokens: int, dv: int, dc: int, act_bytes: int) -> bool:
+    """Whether programs take few tokens, and all of their weight at once, by bulk copies.
+
+    Not of fp32: its products are chains of additions, whose order would be another.
+    """
+    whole = dc % 64 == 0 and dc == _pow2(dc) and dv % _v_tile(dv, dc, act_bytes).rows == 0
+    return tokens <= FEW_TOKENS and act_bytes == 2 and whole and dc <= FEW_COLUMNS
+
+
+def _pow2(size: int) -> int:
+    return max(16, int(triton.next_power_of_2(size)))
+
+
 def _q_tile(w_uk: torch.Tensor) -> _Tile:
     _, dn, dc = w_uk.shape
     steps = max(16, triton.next_power_of_2(dn))
@@ -413,11 +566,29 @@ def _q_tile(w_uk: torch.Tensor) -> _Tile:
     return _Tile(rows, steps)
 
 
-def _v_tile(w_uv: torch.Tensor) -> _Tile:
-    _, dv, dc = w_uv.shape
-    rows = min(128, max(16, triton.next_power_of_2(dv)))
-    steps = min(128, max(16, triton.next_power_of_2(dc)))
-    return _Tile(rows, steps if w_uv.dtype.itemsize == 2 else min(steps, 32))
+def _v_tile(dv: int, dc: int, act_bytes: int) -> _Tile:
+    rows, steps = min(128, _pow2(dv)), min(128, _pow2(dc))
+    return _Tile(rows, steps if act_bytes == 2 else min(steps, 32))
+
+
+def _cut_few(tokens: int, splits: int) -> dict[str, Any]:
+    """How `_absorb_v_few` works through so many splits."""
+    pow2_tokens, pow2_splits = (int(triton.next_power_of_2(n)) for n in (tokens, max(1, splits)))
+    group = min(pow2_splits, FEW_IN_FLIGHT[pow2_tokens])
+    return {"TOKENS": pow2_tokens, "SPLITS_POW2": pow2_splits, "GROUP": group, "num_warps": 8}
+
+
+def _cut(tile: _Tile, block_t: int, splits: int, act_bytes: int) -> dict[str, Any]:
+    """How `_absorb_v` walks along the columns."""
+    step_bytes = (tile.rows + block_t * max(1, splits)) * tile.steps * act_bytes
+    return {
+        "BLOCK_C": tile.steps,
+        # Where rows may have two splits, most often none has.
+        "LOOKS": splits == 2 and block_t == MAX_TOKENS,
+        "num_warps": 4,
+        # Deep enough that one head's whole weight is in flight, where there is room.
+        "num_stages": min(4, BUDGET_BYTES[1] // step_bytes),
+    }
 
 
 def _token_tile(x: torch.Tensor) -> int:
@@ -481,13 +652,14 @@ def _check_v(
         check_quantized(tokens, num_heads * dv, out_q, out_scale)
 
 
-def _check_parts(o_latent: torch.Tensor, parts: Parts | None) -> None:
+def _check_parts(o_latent: torch.Tensor, w_uv: torch.Tensor, parts: Parts | None) -> None:
     if parts is None:
         return
     check_parts(parts.o, parts.lse, o_latent)
-    if not 2 <= parts.o.shape[1] <= MOST_PARTS or parts.o.dtype != o_latent.dtype:
-        got = f"{parts.o.shape[1]} of {parts.o.dtype}"
+    (tokens, splits), (_, dv, dc) = parts.o.shape[:2], w_uv.shape
+    most = _most_parts(tokens, dv, dc, o_latent.element_size())
+    if not 1 < splits <= most or parts.o.dtype != o_latent.dtype:
         raise ValueError(
-            f"parts must be 2 to {MOST_PARTS} splits of {o_latent.dtype}, got {got}; merge them "
-            "before"
+            f"parts of {tokens} tokens must be 2 to {most} splits of {o_latent.dtype}, got "
+            f"{splits} of {parts.o.dtype}; merge them before"
         )

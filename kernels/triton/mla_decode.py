@@ -17,6 +17,7 @@ from kernels.triton.launch import Launcher, TensorMap
 from kernels.triton.overlap import await_inputs, await_inputs_streaming, overlap
 
 MERGE_HEADS = 4  # heads of one merge CTA
+MERGE_BYTES = 16  # of one element's splits in flight: one after the other would take a latency each
 LONG_CUT = 2048  # tokens; from here on most rows have one split, and there is nothing to merge
 HOPPER = "sm_90"
 LOG2_E = 1.4426950408889634
@@ -144,29 +145,76 @@ def _mla_decode(
 
 
 @triton.jit
-def _load_split(
-    part_o,  # fp32 or act [T, SPLITS, H, DC]
-    part_lse,  # fp32 [T, SPLITS, H]
-    part,  # int64 [BLOCK_H, 1]: the split's lines
+def _load_splits(
+    part_o,
+    part_lse,
+    line,  # int64 [R, 1]: of the first of them
+    left,  # int32 [R, 1]: how many there are, from it on
     c,
-    inside,  # i1: whether the token has this split; where not, it weighs nothing
-    h_mask,
-    mask,
+    lines,
+    H: tl.constexpr,
     DC: tl.constexpr,
+    GROUP: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):
-    """fp32 ([BLOCK_H, 1], [BLOCK_H, BLOCK_C]): log2 of its sum, and its result."""
-    lse = tl.load(part_lse + part, mask=h_mask & inside, other=float("-inf"))
-    o = tl.load(part_o + part * DC + c, mask=mask & inside, other=0.0)
-    return lse, o.to(tl.float32)
+    """(fp32 [R, 1], fp32 or act [R, C]) of GROUP splits; what is not there weighs nothing.
+
+    All of them are asked for before the first is looked at.
+    """
+    lses, parts = tl.tuple([]), tl.tuple([])
+    for i in tl.static_range(GROUP):
+        at, mask = line + i * H, i < left
+        if i < AHEAD:
+            mask = lines
+        lses += (tl.load(part_lse + at, mask=mask, other=float("-inf")),)
+        parts += (tl.load(part_o + at * DC + c, mask=mask & (c < DC), other=0.0),)
+    return lses, parts
 
 
 @triton.jit
-def _add_split(high, total, acc, lse, o):
-    """The running maximum, sum of weights and weighted sum, with one more split."""
-    new_high = tl.maximum(high, lse)
-    decay = tl.exp2(high - new_high)
-    weight = tl.exp2(lse - new_high)
-    return new_high, total * decay + weight, acc * decay + o * weight
+def _add_splits(total, acc, high, lses, parts, left, GROUP: tl.constexpr, AHEAD: tl.constexpr):
+    """The sum of weights and the weighted sum, with GROUP more splits."""
+    for i in tl.static_range(GROUP):
+        weight, o = tl.exp2(lses[i] - high), parts[i].to(tl.float32)
+        if i < AHEAD:
+            weight, o = tl.where(i < left, weight, 0.0), tl.where(i < left, o, 0.0)
+        total += weight
+        acc = tl.fma(o, tl.broadcast_to(weight, acc.shape), acc)
+    return total, acc
+
+
+@triton.jit
+def merge_splits(
+    part_o,  # fp32 or act [T, SPLITS, H, DC]
+    part_lse,  # fp32 [T, SPLITS, H], base 2
+    first,  # int64 [R, 1]: lines of the first splits; a token's are H lines apart
+    used,  # int32 [R, 1]: splits to add, 0 where there is no line
+    c,  # [1, C]
+    lines,  # i1 [R, 1]: whether there is such a line
+    H: tl.constexpr,
+    DC: tl.constexpr,
+    SPLITS_POW2: tl.constexpr,
+    GROUP: tl.constexpr,  # splits that are in flight together
+    AHEAD: tl.constexpr,  # of them, such that are loaded before `used` is known
+):
+    """fp32 [R, C]: each line's splits by their weights, added in order; NaN where there are none.
+
+    Every element is a chain of fused steps of its own, so its bits depend neither on the lines
+    beside it nor on GROUP: two kernels that merge so come to the same.
+    """
+    lses, parts = _load_splits(part_o, part_lse, first, used, c, lines, H, DC, GROUP, AHEAD)
+    split = tl.arange(0, SPLITS_POW2)[None, :]
+    every = tl.load(part_lse + first + split * H, mask=split < used, other=float("-inf"))
+    high = tl.max(every, axis=1)[:, None]
+    total = tl.zeros(used.shape, tl.float32)
+    acc = tl.zeros([used.shape[0], c.shape[1]], tl.float32)
+    total, acc = _add_splits(total, acc, high, lses, parts, used, GROUP, AHEAD)
+    if SPLITS_POW2 > GROUP:
+        for s in tl.range(GROUP, tl.max(tl.max(used, axis=1), axis=0), GROUP):
+            line, left = first + s * H, used - s
+            lses, parts = _load_splits(part_o, part_lse, line, left, c, lines, H, DC, GROUP, 0)
+            total, acc = _add_splits(total, acc, high, lses, parts, left, GROUP, 0)
+    return acc / total
 
 
 @triton.jit
@@ -180,48 +228,26 @@ def _merge(
     DC: tl.constexpr,
     CUT: tl.constexpr,
     SPLITS: tl.constexpr,
+    SPLITS_POW2: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_C: tl.constexpr,
-    AHEAD: tl.constexpr,  # load two splits before it is known whether there are any
+    GROUP: tl.constexpr,
+    AHEAD: tl.constexpr,
     PDL: tl.constexpr,
 ):
     await_inputs(PDL)
     t = tl.program_id(0).to(tl.int64)
     used = (tl.load(kv_len + t) + CUT - 1) // CUT
     # The first is settled by the compiler, the second on the device.
-    if not AHEAD:  # noqa: SIM102
+    if AHEAD == 0:  # noqa: SIM102
         if used == 1:
             return
     h = (tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H))[:, None]
     c = tl.arange(0, BLOCK_C)[None, :]
-    mask = (h < H) & (c < DC)
-    # Where there are not as many, what the first two hold is dropped.
-    first = t * SPLITS * H + h
-    second = first + (H if SPLITS > 1 else 0)
-    lse_0 = tl.load(part_lse + first, mask=h < H, other=0.0)
-    lse_1 = tl.load(part_lse + second, mask=h < H, other=0.0)
-    o_0 = tl.load(part_o + first * DC + c, mask=mask, other=0.0).to(tl.float32)
-    o_1 = tl.load(part_o + second * DC + c, mask=mask, other=0.0).to(tl.float32)
-    if used == 1:
-        return
-    high = tl.maximum(lse_0, lse_1)
-    weight_0 = tl.exp2(lse_0 - high)
-    weight_1 = tl.exp2(lse_1 - high)
-    acc = o_0 * weight_0 + o_1 * weight_1
-    total = weight_0 + weight_1
-    # Four are loaded at a time: one after the other they would take a latency each.
-    for s in tl.range(2, used, 4):
-        at = first + s * H
-        l_a, o_a = _load_split(part_o, part_lse, at, c, s < used, h < H, mask, DC)
-        l_b, o_b = _load_split(part_o, part_lse, at + H, c, s + 1 < used, h < H, mask, DC)
-        l_c, o_c = _load_split(part_o, part_lse, at + 2 * H, c, s + 2 < used, h < H, mask, DC)
-        l_d, o_d = _load_split(part_o, part_lse, at + 3 * H, c, s + 3 < used, h < H, mask, DC)
-        high, total, acc = _add_split(high, total, acc, l_a, o_a)
-        high, total, acc = _add_split(high, total, acc, l_b, o_b)
-        high, total, acc = _add_split(high, total, acc, l_c, o_c)
-        high, total, acc = _add_split(high, total, acc, l_d, o_d)
-    o = tl.where(used > 0, acc / total, 0.0)
-    tl.store(out + t * out_pitch + h * DC + c, o, mask=mask)
+    first, used = t * (SPLITS * H) + h, tl.where(h < H, used, 0)
+    o = merge_splits(part_o, part_lse, first, used, c, h < H, H, DC, SPLITS_POW2, GROUP, AHEAD)
+    at = out + t * out_pitch + h * DC + c
+    tl.store(at, tl.where(used > 0, o, 0.0), mask=(h < H) & (c < DC) & (used != 1))
 
 
 def num_splits(max_seq_len: int, cut: int) -> int:
@@ -385,9 +411,11 @@ def merge(
         DC=dc,
         CUT=cut,
         SPLITS=part_o.shape[1],
+        SPLITS_POW2=int(triton.next_power_of_2(part_o.shape[1])),
         BLOCK_H=MERGE_HEADS,
         BLOCK_C=_pow2(dc),
-        AHEAD=cut < LONG_CUT,
+        GROUP=MERGE_BYTES // part_o.element_size(),
+        AHEAD=2 if part_o.shape[1] > 1 and cut < LONG_CUT else 0,
         num_warps=4,
         **overlap(launch),
     )

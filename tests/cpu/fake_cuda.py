@@ -18,7 +18,7 @@ import numpy as np
 
 from capture_cache.restore import KERNEL_PARAMS
 
-INVALID, OUT_OF_MEMORY, NOT_FOUND = 1, 2, 500
+INVALID, OUT_OF_MEMORY, NOT_INITIALISED, NOT_FOUND = 1, 2, 3, 500
 NAMES = {INVALID: b"CUDA_ERROR_INVALID_VALUE", OUT_OF_MEMORY: b"CUDA_ERROR_OUT_OF_MEMORY"}
 NAMES[NOT_FOUND] = b"CUDA_ERROR_NOT_FOUND"
 
@@ -94,6 +94,7 @@ class FakeCuda:
     ) -> None:
         self.code, self.devices, self.taken, self.on_launch = code or {}, devices, taken, on_launch
         self.calls: list[str] = []
+        self.initialised = False
         self.fail: dict[str, int] = {}
         self.graphs: dict[int, FakeGraph] = {}
         self.execs: dict[int, FakeGraph] = {}
@@ -122,7 +123,9 @@ class FakeCuda:
 
     # -- device and memory -------------------------------------------------------------------------
 
-    def cuInit(self, _: int) -> None: ...
+    def cuInit(self, _: int) -> None:
+        self.initialised = True
+
     def cuCtxGetCurrent(self, out: int) -> None:
         _word(out, 0xC0)
 
@@ -140,8 +143,9 @@ class FakeCuda:
     def cuDeviceGet(self, out: int, ordinal: int) -> None:
         _word(out, ordinal, ctypes.c_int)
 
-    def cuDeviceGetCount(self, out: int) -> None:
+    def cuDeviceGetCount(self, out: int) -> int:
         _word(out, self.devices, ctypes.c_int)
+        return 0 if self.initialised else NOT_INITIALISED
 
     def cuDeviceGetName(self, out: int, size: int, _: int) -> None:
         ctypes.memmove(out, b"Fake GPU\0", 9)
@@ -329,6 +333,21 @@ class FakeCuda:
         )
         shape = tuple(raw["grid"].tolist()), tuple(raw["block"].tolist()), int(raw["shared"])
         self._add(out, graph, FakeNode(0, kernel, *shape, values))
+        return 0
+
+    def cuGraphAddNode_v2(
+        self, out: int, graph: int, deps: int, data: int, count: int, params: int
+    ) -> int:
+        if ctypes.c_uint64.from_address(params).value:  # another type, or reserved words
+            return INVALID
+        if status := self.cuGraphAddKernelNode_v2(out, graph, 0, 0, params + 16):
+            return status
+        node, found = ctypes.c_uint64.from_address(out).value, self.graphs[graph]
+        before = (ctypes.c_uint64 * count).from_address(deps) if count else ()
+        for i, handle in enumerate(before):
+            if handle not in found.nodes:
+                return INVALID
+            found.edges.append((handle, node, ctypes.string_at(data + 8 * i, 8)))
         return 0
 
     def cuGraphAddMemcpyNode(

@@ -16,7 +16,8 @@ import pytest
 
 from barriers.config import GroupConfig
 from barriers.device_barrier import KINDS
-from barriers.device_code import BARRIER_PARAMS, STATE_AT, State, compile_barriers
+from barriers.device_code import BARRIER_PARAMS, compile_barriers
+from barriers.device_watch import STATE_AT, State
 from barriers.errors import BarrierAborted, BarrierTimeout, StepMismatch
 from barriers.group import RankGroup
 from barriers.host_barrier import HostBarrier

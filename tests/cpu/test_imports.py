@@ -127,6 +127,14 @@ def test_importing_everything_initialises_no_cuda() -> None:
     _import_in_fresh_process(PACKAGES, then)
 
 
+def test_the_ranks_of_a_restored_run_load_no_compiler() -> None:
+    code = "import sys, runtime.restore, runtime.player_ranks; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    loaded = set(done.stdout.split())
+    assert "barriers.device_watch" in loaded, done.stderr
+    assert not loaded & {"torch", "triton", "capture_cache.nvrtc", "importlib.resources"}
+
+
 def test_the_players_package_loads_neither_torch_nor_the_driver() -> None:
     then = """
 assert not {"torch", "triton"} & set(sys.modules), "torch or triton was imported"

@@ -15,7 +15,14 @@ import pytest
 import torch
 
 from kernels.triton.launch import JitLauncher
-from kernels.triton.mla_absorb import Parts, absorb_q, absorb_q_ref, absorb_v, absorb_v_ref
+from kernels.triton.mla_absorb import (
+    Parts,
+    absorb_q,
+    absorb_q_ref,
+    absorb_v,
+    absorb_v_ref,
+    takes_parts,
+)
 from kernels.triton.mla_decode import (
     LONG_CUT,
     merge,
@@ -240,9 +247,28 @@ def test_absorb_v_merges_what_attention_left_in_splits(splits: int) -> None:
         assert torch.equal(alone, got[one]), t
 
 
+@pytest.mark.parametrize("splits", [0, 2, 5, 13, 32])
+@pytest.mark.parametrize("tokens", [1, 3, 8])
+def test_absorb_v_of_few_tokens_merges_more_splits(tokens: int, splits: int) -> None:
+    """Of 16-bit weights that a program holds whole; what no token has is NaN."""
+    cut, heads, dv, dc = 64, 3, 32, 64
+    most = max(1, splits) * cut
+    lengths = [most, 0, cut + 1 if splits else 1, 1, cut, most - cut + 1, 5, most - 1][:tokens]
+    (o, kv_len, _), parts = _parts(lengths, splits or 1, cut, heads, dc)
+    w_uv = torch.randn(heads, dv, dc).half()
+    args = o.half(), kv_len, w_uv
+    some = Parts(parts.o.half(), parts.lse, cut) if splits else None
+    got, want = torch.full((2, tokens, heads * dv), 3.0, dtype=torch.float16)
+    absorb_v(LAUNCH, *args, out=got, parts=some)
+    absorb_v_ref(*args, out=want, parts=some)
+    torch.testing.assert_close(got, want, rtol=2**-8, atol=2**-6)
+    assert (got[kv_len == 0] == 0.0).all()
+    assert takes_parts(tokens, splits, dv=dv, dc=dc, act_bytes=2) == (splits > 1)
+
+
 def test_absorb_v_merges_a_few_splits_of_its_own_dtype() -> None:
     args, parts = _parts([5, 70], 5, 64, 3, 48)
-    with pytest.raises(ValueError, match="2 to 4 splits of torch.float32, got 5 of torch.float32"):
+    with pytest.raises(ValueError, match="of 2 tokens must be 2 to 4 splits of torch.float32, got"):
         absorb_v(LAUNCH, *args, out=torch.empty(2, 60), parts=parts)
     half = Parts(parts.o[:, :2].half().contiguous(), parts.lse[:, :2].contiguous(), 64)
     with pytest.raises(ValueError, match="got 2 of torch.float16; merge them"):
@@ -250,6 +276,19 @@ def test_absorb_v_merges_a_few_splits_of_its_own_dtype() -> None:
     short = Parts(parts.o[:1, :2].contiguous(), parts.lse[:1, :2].contiguous(), 64)
     with pytest.raises(ValueError, match="part_o and part_lse must be"):
         absorb_v_ref(*args, out=torch.empty(2, 60), parts=short)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "splits", "sizes", "inside"),
+    [
+        *((8, n, (128, 512, 2), 2 <= n <= 32) for n in (1, 2, 4, 5, 32, 33)),
+        *((9, n, (128, 512, 2), 2 <= n <= 4) for n in (1, 2, 4, 5, 32)),
+        *((1, 5, sizes, False) for sizes in ((128, 512, 4), (128, 576, 2), (128, 1024, 2))),
+    ],
+)
+def test_who_merges(tokens: int, splits: int, sizes: tuple[int, int, int], inside: bool) -> None:
+    dv, dc, act_bytes = sizes
+    assert takes_parts(tokens, splits, dv=dv, dc=dc, act_bytes=act_bytes) is inside
 
 
 def test_absorption_of_a_token_does_not_depend_on_the_others() -> None:
@@ -435,7 +474,8 @@ def test_kernels_compile_without_spills() -> None:
     assert run.returncode == 0, run.stderr
     built = json.loads(run.stdout.splitlines()[-1])
     assert {b["name"] for b in built} == {
-        *("_mla_prep", "_absorb_q", "_absorb_v", "_mla_decode", "_merge", "_mla_plan")
+        *("_mla_prep", "_absorb_q", "_absorb_v", "_absorb_v_few"),
+        *("_mla_decode", "_merge", "_mla_plan"),
     }
     # A chip's 227 KiB must hold every tile; decode on Blackwell spills a little outside its loop.
     assert not [b for b in built if b["shared_bytes"] > 227 * 1024]
@@ -480,6 +520,13 @@ def _launch_deepseek(launch: Any, tokens: int = 64, heads: int = 128) -> None:
         out_q=_meta(tokens, heads * 128, dtype=FP8),
         out_scale=_meta(tokens, heads, dtype=F32),
     )
+    for few, splits in ((1, 32), (8, 13), (32, 4), (64, 2)):
+        absorb_v(
+            *(launch, _meta(few, heads, 512), _meta(few, dtype=i32), _meta(heads, 128, 512)),
+            out_q=_meta(few, heads * 128, dtype=FP8),
+            out_scale=_meta(few, heads, dtype=F32),
+            parts=Parts(_meta(few, splits, heads, 512), _meta(few, splits, heads, dtype=F32), 128),
+        )
     layout = PlanLayout(tokens, 4, heads, launch.num_sms)
     ws = _meta(layout.words, dtype=i32)
     mla_plan(launch, row, length, max_pages=64, cut=1024, layout=layout, ws=ws)

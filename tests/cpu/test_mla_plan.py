@@ -205,8 +205,15 @@ def test_on_meta_tensors_only_our_kernels_are_launched(splits: int) -> None:
     assert launched == ["_mla_plan", *(["_merge"] if splits > 1 else [])]
 
 
-@pytest.mark.parametrize(("cut", "left"), [(4096, False), (2048, True), (1024, True), (512, False)])
-def test_a_few_splits_are_left_to_who_reads_them(cut: int, left: bool) -> None:
+@pytest.mark.parametrize(
+    ("rows", "cut", "left"),
+    [
+        *((8, cut, cut < 4096) for cut in (4096, 2048, 1024, 512, 128)),
+        *((16, cut, 512 < cut < 4096) for cut in (4096, 2048, 1024, 512, 128)),
+        (1, 64, False),
+    ],
+)
+def test_a_few_splits_are_left_to_who_reads_them(rows: int, cut: int, left: bool) -> None:
     """One split is none; more than `absorb_v` merges are merged by a kernel of their own."""
     launched: list[str] = []
 
@@ -216,14 +223,15 @@ def test_a_few_splits_are_left_to_who_reads_them(cut: int, left: bool) -> None:
         def __call__(self, kernel: Any, *_: Any, **__: Any) -> None:
             launched.append(kernel.fn.__name__)
 
-    chosen = {"model": "deepseek-v3", "layers": 1, "bs": 8, "ladder": "8", "attention": "auto"}
+    chosen = {"model": "deepseek-v3", "layers": 1, "attention": "auto"}
+    chosen |= {"bs": rows, "ladder": str(rows)}
     selection = choose(RuntimeConfig.of(**chosen), compile_only=True)
     step = replace(selection.step, attention="flashinfer", cut=cut)
     views = bind_views(None, replace(selection, step=step).layout, torch.device("meta"))
     attention = FlashinferAttention(selection.model, step, Ops(Lister()))
     parts = attention.run(views, views["kv.0"])
     assert (parts is not None) == left
-    assert launched == (["_merge"] if cut == 512 else [])
+    assert launched == ([] if left or cut == 4096 else ["_merge"])
     if parts is not None:
         assert (parts.o.shape[1], parts.cut) == (4096 // cut, cut)
 

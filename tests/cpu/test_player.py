@@ -17,7 +17,7 @@ import torch
 
 import runtime.load as load_module
 from capture_cache.arena import ARENA_BASE
-from capture_cache.errors import CudaError
+from capture_cache.errors import CorruptBundle, CudaError
 from capture_cache.restore import Parts
 from graphs.keys import GraphKey, Ladder, NotCaptured
 from kernels.triton.intake_rows import admit
@@ -274,6 +274,68 @@ def test_a_key_that_a_step_wants_is_the_next_to_be_built() -> None:
     keys.wait()
     keys.close()
     assert driver.order[:4] == ["1", "2", "9", "3"], driver.order
+
+
+class Slow(Unmade):
+    """The maker takes its time with key 2.
+
+    Attributes:
+        made: (key, whether by the maker).
+    """
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.made: list[tuple[int, bool]] = []
+        self.ready = threading.Event()
+
+    def _make(self, key: GraphKey, parts: Parts) -> int:
+        self.made.append((key.tokens, parts is self.ahead))
+        if key.tokens == 2:
+            self.ready.wait(20)
+            if self.fails and parts is self.ahead:
+                raise CorruptBundle("what the maker reads is damaged")
+        return key.tokens
+
+    fails = False
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_key_that_is_being_made_is_not_made_again_unless_that_fails(fails: bool) -> None:
+    nothing: Any = None
+    driver: Any = Gated()
+    ladder = Ladder([GraphKey(n, n) for n in range(2, 5)])
+    keys = Slow(driver, nothing, nothing, nothing, 0, ladder, {})
+    keys.fails = fails
+    maker = Aside(lambda: keys._make_ahead(ladder.keys))
+    keys._turns.release()
+    until(lambda: (2, True) in keys.made)
+    step = Aside(lambda: keys.exec_of(ladder.keys[0]))
+    until(keys._lock.locked)
+    time.sleep(0.1)
+    assert not driver.order, "it waits for the maker"
+    driver.gate.set()
+    keys.ready.set()
+    step.wait()
+    keys.close()
+    maker.wait()
+    assert driver.order == ["2"]
+    assert [by for key, by in keys.made if key == 2] == ([True, False] if fails else [True])
+
+
+def test_a_key_that_could_not_be_built_can_be_asked_for_again() -> None:
+    nothing: Any = None
+    driver: Any = Gated()
+    keys = Unmade(driver, nothing, nothing, nothing, 0, Ladder([GraphKey(1, 1)]), {})
+
+    def refuse(*_: object) -> None:
+        raise CudaError("no", "uploading", "nothing")
+
+    driver.upload_graph = refuse
+    with pytest.raises(CudaError):
+        keys.exec_of(GraphKey(1, 1))
+    driver.upload_graph = driver.ignore
+    assert keys.exec_of(GraphKey(1, 1)) == 2
+    keys.close()
 
 
 def test_neither_thread_begins_before_the_pause_is_over(tmp_path: Path) -> None:

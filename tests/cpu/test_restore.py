@@ -278,8 +278,7 @@ def test_a_signature_that_the_code_does_not_have_is_refused() -> None:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        ("cuGraphAddKernelNode_v2", "adding node 0 of the graph, kernel ours over"),
-        ("cuGraphAddDependencies_v2", "adding the edges of the graph"),
+        ("cuGraphAddNode_v2", "adding node 0 of the graph, kernel ours over"),
         ("cuGraphInstantiateWithFlags", "instantiating the graph"),
         ("cuLibraryLoadData", "loading the code of kernel ours"),
         ("cuGraphKernelNodeSetAttribute", "setting attribute 2 of node 1 of the graph"),
@@ -293,6 +292,49 @@ def test_a_driver_that_refuses_is_told(call: str, message: str) -> None:
     loaded = Code(driver, BundleFiles({"program": encode_program(program), **code}, "bundle"))
     symbols = symbol_table(program, HERE.__getitem__)
     with pytest.raises(CudaError, match=f"{message}.*OUT_OF_MEMORY"):
+        built(driver, loaded, graph, symbols)
+    assert not lib.graphs
+
+
+def with_a_fork() -> Captured:
+    """Kernels around an empty node; the last has three predecessors that lie apart."""
+    c = Captured()
+    a, b = c.ours(ARENA, 0), c.ours(ARENA + 8, 0)
+    out = ctypes.c_uint64()
+    c.lib.cuGraphAddEmptyNode(ctypes.addressof(out), c.graph, 0, 0)
+    d, e = c.ours(ARENA + 16, 0), c.ours(ARENA + 24, 0)
+    programmatic = bytes([1, 0, 1, 0, 0, 0, 0, 0])
+    c.edge(a, b, programmatic)
+    c.edge(a, out.value)
+    c.edge(out.value, d)
+    c.edge(a, e)
+    c.edge(b, e)
+    c.edge(d, e, programmatic)
+    return c
+
+
+def edges_by_what_they_join(graph: FakeGraph) -> list[tuple[object, object, bytes]]:
+    found = [(graph.nodes[a].seen, graph.nodes[b].seen, data) for a, b, data in graph.edges]
+    return sorted(found, key=repr)
+
+
+def test_kernels_get_the_edges_that_lead_to_them_and_other_nodes_theirs() -> None:
+    captured = with_a_fork()
+    made, lib = rebuilt(captured.extract(), HERE)
+    want = edges_by_what_they_join(captured.lib.graphs[captured.graph])
+    assert edges_by_what_they_join(made) == want
+    assert lib.calls.count("cuGraphAddNode_v2") == 4
+    assert lib.calls.count("cuGraphAddDependencies_v2") == 1, "that of the empty node"
+
+
+def test_a_driver_that_refuses_such_an_edge_is_told() -> None:
+    graph, program, code = with_a_fork().extract()
+    lib = FakeCuda(CODE)
+    lib.fail["cuGraphAddDependencies_v2"] = 2
+    driver = Driver(lib)
+    loaded = Code(driver, BundleFiles({"program": encode_program(program), **code}, "bundle"))
+    symbols = symbol_table(program, HERE.__getitem__)
+    with pytest.raises(CudaError, match="adding the edges of the graph.*OUT_OF_MEMORY"):
         built(driver, loaded, graph, symbols)
     assert not lib.graphs
 

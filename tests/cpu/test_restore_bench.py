@@ -13,10 +13,11 @@ from typing import Any
 import pytest
 
 from barriers.config import GroupConfig
-from runtime import restore_bench
+from runtime import bare_driver, restore_bench
 from runtime.cli import Bar
 from runtime.config import RuntimeConfig, child_environment
 from runtime.restore_runs import RunFailed, Runs
+from tests.cpu.fake_cuda import FakeCuda
 from tests.cpu.played import LADDER, OPTIONS, publish_bundle
 
 PEERS = {"base": 0x680000000000, "payload_bytes": 1 << 20, "words_at": 4096}
@@ -62,13 +63,17 @@ def test_a_run_is_timed_from_the_start_of_its_process(tmp_path: Path) -> None:
     options = OPTIONS | {"store": str(tmp_path)}
     ((code, told, err),) = results([start(options)])
     assert code == 0, err[-3000:]
-    (first, _), _ = told
+    (first, _), _, alone = told
     assert first["from"] == "bundle", first["reason"]
     assert not first["torch"]
     assert first["first_step_ms"] == pytest.approx(sum(first["spans_ms"].values()))
     assert first["all_keys_ms"] >= first["first_step_ms"]
     assert sorted(first["key_ms"]) == sorted(LADDER.split(","))
     assert "ranks" not in first
+    assert first["connections"] == "2", "asked for by whoever opens the driver first"
+    assert alone["ready_ms"] == pytest.approx(sum(alone["spans_ms"].values()))
+    assert list(alone["spans_ms"]) == ["interpreter", "library", "cuInit", "context"]
+    assert "ranks" not in alone
 
 
 def test_a_process_that_does_not_end_is_a_failure_like_any_other(tmp_path: Path) -> None:
@@ -95,7 +100,40 @@ def test_two_ranks_run_together_and_the_slowest_counts(tmp_path: Path) -> None:
             assert "ranks" in run["stages_ms"], "how long they took to meet"
             assert "peers" in run["stages_ms"], "and to map each other's memory"
             assert not any(r["torch"] or r["cuda_python"] for r in run["ranks"])
+        alone = told[2]
+        assert len(alone["ranks"]) == 2
+        assert alone["ready_ms"] == max(r["ready_ms"] for r in alone["ranks"])
+        assert min(r["started_after_ms"] for r in alone["ranks"]) == 0
     assert found[0][1] == found[1][1], "all ranks know the same"
+
+
+def test_the_bare_program_says_what_fails(capsys: pytest.CaptureFixture[str]) -> None:
+    gpu = FakeCuda()
+    gpu.fail["cuDevicePrimaryCtxRetain"] = 101
+    assert bare_driver.main(["0", "0"], lib=gpu) == 1
+    assert capsys.readouterr().err == "cuDevicePrimaryCtxRetain failed with CUDA error 101\n"
+
+
+def test_the_bare_program_imports_nothing_of_ours() -> None:
+    told = "print([m for m in sys.modules if m.split('.')[0] in ('runtime', 'numpy', 'json')])"
+    code = f"import runpy, sys; runpy.run_path({bare_driver.__file__!r}); {told}"
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True)
+    assert done.stdout == "[]\n", done.stderr
+
+
+def test_it_gets_the_gpus_and_connections_of_a_restoring_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CUDA_DEVICE_MAX_CONNECTIONS", raising=False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5")
+    seen = "[os.environ[n] for n in ('CUDA_DEVICE_MAX_CONNECTIONS', 'CUDA_VISIBLE_DEVICES')]"
+    tell = f"print('RESULT', json.dumps({{'ready_ms': 1.0, 'seen': {seen}}}))"
+    program = (sys.executable, "-c", f"import json, os; {tell}")
+    options = RuntimeConfig.of(**OPTIONS | {"store": str(tmp_path)})
+    with Runs(options.ranks, bare=program, own_gpu=True) as runs:
+        assert runs.bare_driver(options)["seen"] == ["2", "4"]
+        monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "7")
+        assert runs.bare_driver(options)["seen"] == ["7", "4"]
 
 
 def test_a_rank_that_fails_is_named_by_the_others(tmp_path: Path) -> None:
@@ -121,6 +159,8 @@ def run_of(**changes: Any) -> dict[str, Any]:
         "key_parts_ms": {"nodes": 3.0},
         "ahead_ms": {"decode": 1.0},
         "torch": False,
+        "connections": "2",
+        "driver_alone": {"ready_ms": 220.0, "spans_ms": {"cuInit": 150.0, "context": 70.0}},
     } | changes
 
 
@@ -138,6 +178,8 @@ def test_the_table_has_stages_keys_size_and_published_numbers(
     restore_bench._show(report)
     out = capsys.readouterr().out
     for text in ("4 rank(s)", "imports 100", "bundle 30", "9,000", "1 9.0, 2 8.0", "nodes 3"):
+        assert text in out
+    for text in ("220 ms by itself (cuInit 150, context 70; connections: 2)", "80 ms to the first"):
         assert text in out
     for text in ("decode 1", "900 to 1391", "20.0 MiB; page cache warm", "14 s", "github.com/x"):
         assert text in out
@@ -197,6 +239,9 @@ class Recorded(Runs):
         self.asked.append(options)
         return run_of()
 
+    def bare_driver(self, options: RuntimeConfig) -> dict[str, Any]:
+        return {"ready_ms": 1.0}
+
 
 def test_each_kind_loads_what_it_says(tmp_path: Path) -> None:
     options = RuntimeConfig.of(**(OPTIONS | {"store": str(tmp_path), "check_keys": "all"}))
@@ -205,6 +250,8 @@ def test_each_kind_loads_what_it_says(tmp_path: Path) -> None:
         found = restore_bench._measure(runs, options, kinds, 2, bar)
         bare, _, whole, _, cold, warm = runs.asked
         assert Path(str(cold.store)).is_dir()
+    restored = [r for kind in kinds[:2] for r in found[kind]]
+    assert all(r["driver_alone"] == {"ready_ms": 1.0} for r in restored)
     assert {kind: len(r) for kind, r in found.items()} == dict(
         zip(kinds, (2, 2, 1, 1), strict=True)
     )

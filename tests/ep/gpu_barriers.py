@@ -28,8 +28,9 @@ from pathlib import Path
 from typing import Any
 
 from barriers.config import GroupConfig
-from barriers.device_barrier import DeviceBarrier, DeviceWatch
+from barriers.device_barrier import DeviceBarrier
 from barriers.device_code import compile_barriers, load_kernels
+from barriers.device_watch import DeviceWatch
 from barriers.errors import RankError
 from barriers.group import RankGroup
 from barriers.symmetric import CONTROL_BYTES

@@ -12,7 +12,7 @@ import ctypes
 import numpy as np
 import torch
 
-from barriers.device_code import STATE_AT, State
+from barriers.device_watch import STATE_AT, State
 from barriers.rdep import TAG, Rdep, RdepTuning, load_rdep, peer_layout, peer_views
 from barriers.symmetric import CONTROL_BYTES
 from barriers.transport import TransportConfig

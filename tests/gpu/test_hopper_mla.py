@@ -27,6 +27,9 @@ LENGTHS = {
     "tails": (1024, [1, 63, 127, 128, 129, 1000, 0, 2000]),
     "around a cut": (1024, [2049, 1025, 1024, 1023, 0, 2048]),
     "many splits": (256, [4000, 255, 257]),
+    "a row over all of the chip": (64, [2049]),
+    "a block a split": (64, [63, 64, 65, 1, 0, 700]),
+    "two blocks a split": (128, [2000, 128, 129, 257, 1, 192, 63, 0, 512]),
     "more items than SMs": (512, [64 * (i % 9) + 7 * i + 1 for i in range(150)]),
 }
 
@@ -176,11 +179,12 @@ def test_a_captured_step_is_proved_and_compiles_nothing(load: Load) -> None:
         assert all(proof.replays == 21 for proof in runtime.engine.proofs.values())
 
 
-@pytest.mark.parametrize("max_seq_len", [1280, 256])
+@pytest.mark.parametrize("max_seq_len", [4096, 1280, 256])
 def test_a_requests_bits_do_not_depend_on_company_or_ladder(max_seq_len: int, load: Load) -> None:
-    """With several splits of a row, and where none can have a second."""
+    """With more splits than every key merges alike, with a few, and where no row has a second."""
     rng = np.random.default_rng(5)
-    requests = make_requests(rng, (1, 37, 64, 200, 100), 2048, (24,))
+    lengths = (1, 37, 64, 200, 100, *([1500] if max_seq_len > 1500 else []))
+    requests = make_requests(rng, lengths, 2048, (24,))
     want: list[str] = []
     for ladder in LADDERS[:2]:
         options = {"ladder": ladder, "max_seq_len": max_seq_len, "prefix_cache": False}
