@@ -5,9 +5,10 @@ And two threads that step: one is refused, and the runtime is none the worse.
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -16,8 +17,10 @@ import pytest
 
 import runtime as package
 from runtime import Runtime, SamplingParams, StepFailed, StepOutput
+from runtime.history import History
 from runtime.stepping import REHEARSE_SPINS
 from tests.cpu.twins import VOCAB, load_micro
+from tests.fake_device import FakeConfig, FakeDevice
 from tests.interrupts import Interrupt
 
 HERE = Path(package.__file__).parent
@@ -178,6 +181,30 @@ def test_a_call_from_inside_a_step_is_refused(checkpoint: Path) -> None:
         assert len(refusals) == 6
 
 
+def test_what_a_wait_writes_up_bears_an_interrupt_anywhere() -> None:
+    rows, steps = np.array([2, 0], np.intp), np.arange(10, dtype=np.int32).reshape(5, 2)
+    expected = np.zeros((3, 8), np.int32)
+    expected[rows, :5] = steps.T
+    at, met = 1, True
+    while met:
+        past = History(3, 8)
+        for step in steps[:2]:
+            past.append(rows, step)
+            past.watch(b"rows", rows, rows.astype(np.int64))
+        interrupt = Interrupt(at, HERE)
+        for step in steps[2:]:
+            past.append_again(step)
+        try:
+            with interrupt.armed():
+                past.write_up()
+        except KeyboardInterrupt:
+            pass
+        assert past.have.tolist() == [5, 0, 5], interrupt.where
+        assert np.array_equal(past.tokens, expected), interrupt.where
+        at, met = at + 1, bool(interrupt.where)
+    assert at > 5
+
+
 # ------------------------------------------------------------------ threads
 
 
@@ -239,6 +266,34 @@ def test_a_second_thread_that_steps_is_refused_and_does_no_harm(
     assert [tokens] == list(request.values())
 
 
+@pytest.fixture
+def hasty() -> Iterator[None]:
+    """Threads change at nearly every place where they can."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(interval)
+
+
+@pytest.mark.usefixtures("hasty")
+def test_every_request_has_its_own_id_whoever_submits_meanwhile() -> None:
+    runtime = Runtime(FakeDevice(FakeConfig(), "1,2,4,8,8+16"))
+    start, ids = threading.Barrier(4), list[int]()
+
+    def client() -> None:
+        start.wait(60)
+        ids.extend([runtime.submit([1, 2]) for _ in range(500)])
+
+    threads = [threading.Thread(target=client) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(ids) == list(range(2000))
+    assert runtime.num_running == runtime.num_waiting == 2000
+
+
+@pytest.mark.usefixtures("hasty")
 def test_requests_come_and_go_from_many_threads_beside_one_that_steps(checkpoint: Path) -> None:
     prompts = [[i, i + 1] for i in range(8)]
     params = SamplingParams(max_tokens=5)
