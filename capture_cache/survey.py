@@ -20,6 +20,7 @@ from capture_cache.fingerprint import differing as differing_fields
 from capture_cache.machine import here
 from capture_cache.manifest import Manifest
 from capture_cache.packed import PackedWeights
+from capture_cache.packed_index import INDEX
 from capture_cache.store import MANIFEST, Store, record_parts
 
 SHORT = 12  # hex digits that name an entry in a table
@@ -210,11 +211,16 @@ def _checked_record(store: Store, digest: str) -> tuple[str, int, Problem | None
 
 
 def verify_weights(path: Path) -> tuple[str, int, Problem | None]:
-    """Compare every sha256 of a directory of packed weights."""
+    """Compare every sha256 of a directory of packed weights; counts what was read until then."""
+    nbytes = 0
     try:
-        return str(path), sum(n for _, n in PackedWeights(path).verify()), None
+        packed = PackedWeights(path)
+        nbytes = (path / INDEX).stat().st_size + sum(r.nbytes for r in packed.index.small.values())
+        for _, read in packed.verify():
+            nbytes += read
     except (CorruptBundle, StoreError) as e:
-        return str(path), 0, Problem(str(path), str(e))
+        return str(path), nbytes, Problem(str(path), str(e))
+    return str(path), nbytes, None
 
 
 def _checked(

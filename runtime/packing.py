@@ -32,6 +32,7 @@ from capture_cache.packed import PackedWeights, is_packed
 from capture_cache.packed_index import (
     INDEX,
     PIECE_BYTES,
+    REMEDY,
     Index,
     PackedTensor,
     Shard,
@@ -125,7 +126,7 @@ def make_packed(
                     progress(f"check {shard}", done, standing.shards[shard].nbytes)
                 return Packing(standing, made=False)
         except CorruptBundle as e:
-            damage = str(e)
+            damage = str(e).removesuffix(f"; {REMEDY}")
             if not in_store and not _is_of(out, name):
                 raise StoreError(
                     f"{out}: expected nothing, or these weights, got {e}; give another --out, or "
