@@ -14,6 +14,8 @@ import torch
 
 from graphs.keys import Ladder
 from graphs.ops import Ops
+from kernels.triton.mla_absorb import takes_parts
+from kernels.triton.mla_decode import merge_ref
 from kernels.triton.rows import RowState
 from kernels.triton.state import DECODE
 from runtime import Runtime
@@ -79,7 +81,10 @@ class LongRows:
                 kv[slots] = values.to(kv.dtype)
 
     def replay(self, *, eagerly: bool = False) -> Tensors:
-        """One step from the state; all buffers as it left them, scratch of the last layer."""
+        """One step from the state; all buffers as it left them, scratch of the last layer.
+
+        Splits that attention left to `absorb_v` are merged in `o_latent`, by the oracle.
+        """
         graphs = self.engine.graphs
         self._wait()
         with graphs.backend.on_stream():
@@ -95,7 +100,26 @@ class LongRows:
         self._wait()
         found = self.buffers.for_key(self.key)
         assert int(found["fault"]) == 0
+        if self._leaves_splits(found["part_o"]):
+            found["o_latent"] = self._merged(found)
         return found
+
+    def _merged(self, found: Tensors) -> torch.Tensor:
+        """Token by token: the oracle's bits could depend on how many it is given."""
+        merged = found["o_latent"].clone()
+        names = ("kv_len", "part_o", "part_lse")
+        with self.device:  # oracles make their helpers on the default device
+            for t in range(len(merged)):
+                one = slice(t, t + 1)
+                merge_ref(*(found[n][one] for n in names), cut=self.config.cut, out=merged[one])
+        return merged
+
+    def _leaves_splits(self, part_o: torch.Tensor) -> bool:
+        """Whether `o_latent` has no result of rows that are longer than the cut."""
+        tokens, splits, _, dc = part_o.shape
+        dv = self.engine.graphs.step.cfg.v_head_dim
+        left = takes_parts(tokens, splits, dv=dv, dc=dc, act_bytes=2)
+        return left and self.config.attention != "triton"
 
     def _wait(self) -> None:
         """For every stream: tests write and read beside the one that replays."""

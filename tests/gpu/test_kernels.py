@@ -332,9 +332,11 @@ def test_a_slot_stays_whole_whenever_the_host_tells_of_a_launch(launcher: Launch
         torch.cuda.synchronize()
         torch.cuda._sleep(400_000)
         device.settle()
-        for _ in range(4000):  # longer than the sleep
-            told[0], told[0] = 2, 1
-        torch.cuda.synchronize()
+        settled = torch.cuda.Event()
+        settled.record()
+        while not settled.query():
+            for _ in range(50):
+                told[0], told[0] = 2, 1
         left = int((device.pending[at : at + rows] == turn).sum())
         published = int((device.ring[0, at : at + rows] == turn).sum())
         assert sorted((left, published)) == [0, rows], f"turn {turn}: {left} left, {published} not"
