@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         CorruptBundle,
         CudaError,
         FingerprintMismatch,
+        OtherVersion,
         StoreError,
     )
     from graphs.keys import NotCaptured
@@ -45,6 +46,7 @@ __all__ = [
     "CudaError",
     "FingerprintMismatch",
     "NotCaptured",
+    "OtherVersion",
     "OutOfPages",
     "OutOfRows",
     "RankError",
@@ -73,6 +75,7 @@ _HOME = {
     "CorruptBundle": _CACHE,
     "CudaError": _CACHE,
     "FingerprintMismatch": _CACHE,
+    "OtherVersion": _CACHE,
     "StoreError": _CACHE,
     "BarrierAborted": _RANKS,
     "BarrierTimeout": _RANKS,
