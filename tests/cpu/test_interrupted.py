@@ -11,14 +11,17 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 import runtime as package
 from barriers.errors import RankError
+from graphs.keys import GraphKey, Ladder
 from runtime import Runtime, SamplingParams, StepFailed, StepOutput
 from runtime.history import History
+from runtime.restored_keys import Keys
 from runtime.stepping import REHEARSE_SPINS
 from tests.cpu.twins import VOCAB, load_micro, micro_checkpoint
 from tests.fake_device import FakeConfig, FakeDevice
@@ -200,6 +203,26 @@ def test_an_interrupt_as_a_drain_begins_does_not_hold_the_queue(checkpoint: Path
         with pytest.raises(KeyboardInterrupt):
             runtime.drain()
         assert len(runtime.step()) == 1
+
+
+def test_a_key_whose_making_was_interrupted_is_not_waited_for() -> None:
+    class Begun(dict[GraphKey, threading.Event]):
+        def setdefault(self, *arguments: Any) -> Any:
+            super().setdefault(*arguments)
+            raise KeyboardInterrupt
+
+    anything: Any = None
+    ladder = Ladder.parse("1", 1)
+    keys = Keys(anything, anything, anything, anything, 0, ladder, {})
+    key, keys._begun = ladder.keys[0], Begun()
+    with pytest.raises(KeyboardInterrupt):
+        keys._take(key)
+    keys._begun, keys._made[key] = dict(keys._begun), 7
+    taken: list[int] = []
+    taker = threading.Thread(target=lambda: taken.append(keys._take(key)), daemon=True)
+    taker.start()
+    taker.join(10)
+    assert taken == [7]
 
 
 def test_a_call_from_inside_a_step_is_refused(checkpoint: Path) -> None:
