@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from barriers.errors import RankError, name_ranks
+from runtime.requests import Request
 from runtime.sampling import StepOutput
 from runtime.stepping import MAX_IN_FLIGHT
 from runtime.submission import Submission
@@ -76,12 +77,12 @@ class Control(Submission):
             raise TypeError(f"waiting must be True or False, got {waiting!r}")
         self._check_launch()
         scheduler = self._scheduler
-        scheduler.draining = not waiting
-        scheduler.look_at_queue()
         try:
+            scheduler.draining = not waiting
+            scheduler.look_at_queue()
             while self._next_step < self._drain_until or self._agree_on_steps(waiting):
                 if len(self._in_flight) == MAX_IN_FLIGHT:
-                    self._drained.append(self._collect())
+                    self._collect_one()
                 self._launch()
             self._collect_rest()
         finally:
@@ -96,8 +97,9 @@ class Control(Submission):
         if not alone:  # who meets others must know what its last steps ended
             self._collect_rest()
         elif len(self._in_flight) == MAX_IN_FLIGHT:
-            self._drained.append(self._collect())
-        need = self._scheduler.steps_to_drain(waiting=waiting)
+            self._collect_one()
+        with self.lock:
+            need = self._scheduler.steps_to_drain(waiting=waiting)
         told = min(need, 1 if alone else DRAIN_ROUND)
         steps = max(self._together("drain()", told, timeout_s=self.engine.deadline_s))
         self._drain_until = self._next_step + int(steps)
@@ -105,7 +107,11 @@ class Control(Submission):
 
     def _collect_rest(self) -> None:
         while self._in_flight:
-            self._drained.append(self._collect())
+            self._collect_one()
+
+    def _collect_one(self) -> None:
+        self._drained.append(self._collect())
+        self._amid = ""
 
     @stepping_call
     def update_weights(
@@ -133,7 +139,7 @@ class Control(Submission):
         """
         self._check_open()
         update, refusal = None, None
-        held: dict[int, int] = {}
+        held: dict[Request, int] = {}
         try:
             self._check_update(running)
             update = self.engine.prepare_weights(source)
@@ -152,7 +158,8 @@ class Control(Submission):
         except BaseException:
             if update is not None:
                 update.discard()
-            self._scheduler.keep_only(held)
+            with self.lock:
+                self._scheduler.keep_only(held)
             raise
         assert update is not None
         self._amid = "update_weights()"
@@ -192,10 +199,10 @@ class Control(Submission):
     def _forget_old_kv(self, running: str) -> None:
         self.pages.forget_all()
         for request in list(self._scheduler.running()):
-            if running == "recompute":
-                self._scheduler.restart(request)
-            else:
+            if running == "keep":
                 request.cacheable = False  # its KV is of the old weights
+            else:  # with "refuse", of another thread meanwhile: its prefix may have been cached
+                self._scheduler.restart(request)
 
     def _together(
         self,

@@ -158,11 +158,11 @@ class Keys:
     def _take(self, key: GraphKey) -> int:
         """The key's CUgraph: the maker's, if it has begun it and can; else made here."""
         begun = threading.Event()
-        other = self._begun.setdefault(key, begun)
-        if other is not begun:
-            other.wait()
-            self.parts.end("wait for the maker")
-        try:
+        try:  # from here on: an interrupt must leave no event that nobody sets
+            other = self._begun.setdefault(key, begun)
+            if other is not begun:
+                other.wait()
+                self.parts.end("wait for the maker")
             made = self._made.pop(key, None)
             return self._make(key, self.parts) if made is None else made
         finally:

@@ -272,29 +272,33 @@ class Scheduler:
         self.free_rows.append(row)
         self._may_admit = True
 
-    def reserve_restart(self) -> dict[int, int]:
+    def reserve_restart(self) -> dict[Request, int]:
         """Make sure that every row's tokens so far can be computed again in place.
 
         Returns:
-            By row, the pages that it held before: what `keep_only` needs to undo this.
+            By request, the pages that it held before: what `keep_only` needs to undo this.
 
         Raises:
             OutOfPages: a row needs another page and there is none; nothing was changed.
         """
-        held: dict[int, int] = {}
+        held: dict[Request, int] = {}
         try:
             for request in self.running():
-                held[request.row] = len(self.pages.held(request.row))
+                held[request] = len(self.pages.held(request.row))
                 self.pages.grow(request.row, int(self.have[request.row]))
         except OutOfPages:
             self.keep_only(held)
             raise
         return held
 
-    def keep_only(self, held: Mapping[int, int]) -> None:
-        """Take back what `reserve_restart` gave, where nothing is to start again after all."""
-        for row, count in held.items():
-            self.pages.shrink(row, count)
+    def keep_only(self, held: Mapping[Request, int]) -> None:
+        """Take back what `reserve_restart` gave, where nothing is to start again after all.
+
+        A request that has been cancelled meanwhile has given back all, and others may have its row.
+        """
+        for request, count in held.items():
+            if request.row >= 0:
+                self.pages.shrink(request.row, count)
 
     def restart(self, request: Request) -> None:
         """Compute a row's KV again, in place, from its first token on; see `reserve_restart`."""

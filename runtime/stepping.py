@@ -183,8 +183,7 @@ class Stepping(Turns):
                 self._scheduler.past.append_again(out.tokens)
                 self._counters.tokens_decoded += len(out.rows)
             self._counters.host_ns += time.perf_counter_ns() - began
-        self._amid = ""  # nothing is called from here on, so no interrupt can lose what is returned
-        return out
+        return out  # `_amid` stays until the caller has it: an interrupt cannot lose it unnoticed
 
     collect = stepping_call(_collect)
 
@@ -314,8 +313,12 @@ class Stepping(Turns):
         Raises:
             RuntimeError: another thread is in a call that steps.
         """
-        if self._stepper not in (0, get_ident()):
-            raise self._taken("close()")
+        me = get_ident()
+        # No thread gets its turn between this look and the store: who begins to step later finds
+        # the runtime closed.
+        stepper = self._stepper
+        if stepper not in (0, me):
+            raise self._taken("close()", stepper)
         if not self._closed:
             self._closed = True
             self.engine.close()

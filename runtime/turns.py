@@ -51,9 +51,13 @@ class Turns:
         if self._amid and self._stepper in (0, get_ident()):
             raise self._inside(call)
 
-    def _taken(self, call: str) -> RuntimeError:
-        """Why a call that steps cannot begin."""
-        if self._stepper in (0, get_ident()):
+    def _taken(self, call: str, stepper: int) -> RuntimeError:
+        """Why a call that steps cannot begin.
+
+        Args:
+            stepper: whom the caller found stepping, who may have ended since.
+        """
+        if stepper in (0, get_ident()):
             return self._inside(call)
         return RuntimeError(
             f"{call} was called while another thread is in a call that steps this runtime; nothing "
@@ -90,11 +94,14 @@ def stepping_call(
         me = get_ident()
         # Threads change, and signals come, where a function begins or a loop begins again: not
         # between this test and the store, nor between the store and what follows it.
-        if self._stepper or self._amid:
-            raise self._taken(name)
+        stepper = self._stepper
+        if stepper or self._amid:
+            raise self._taken(name, stepper)
         self._stepper = me
         try:
-            return call(self, *args, **kwargs)
+            out = call(self, *args, **kwargs)
+            self._amid = ""  # `collect` leaves it set: before Python 3.12 signals come here, too
+            return out
         except Exception:
             self._amid = ""  # it names what failed, and has left things whole or ended the runtime
             raise

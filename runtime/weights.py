@@ -189,9 +189,18 @@ def _check_content(packed: PackedWeights, source: ModelSource) -> None:
 
 
 def _is_as_read(packed: PackedWeights, source: ModelSource) -> bool:
-    """Whether the checkpoint's files are those that were packed, by path, sizes and times."""
-    index = packed.index
-    return (index.origin, index.made_from) == (origin_of(source), made_from(source))
+    """Whether the checkpoint's files are those that were packed, by path, sizes and times.
+
+    Who unpacks or copies files may give them any time of writing (an image of containers the same
+    one to all): so none may have come to its place, or been touched, after the packing.
+    """
+    index, path = packed.index, source.path
+    if (index.origin, index.made_from) != (origin_of(source), made_from(source)):
+        return False
+    if path is None:
+        return True
+    packed_ns = (packed.path / INDEX).stat().st_mtime_ns
+    return all((path / name).stat().st_ctime_ns <= packed_ns for name, _, _ in index.made_from)
 
 
 def _check_config(packed: PackedWeights, options: RuntimeConfig, model: ModelConfig) -> None:

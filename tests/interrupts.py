@@ -1,8 +1,8 @@
 """KeyboardInterrupts at chosen points of Python code, at each where CPython may deliver a signal.
 
 Signals are looked at where a function begins, a loop begins again or a call of C code has ended: at
-no other instruction. So a point is counted there alone, and an interrupt at the n-th is one that a
-Ctrl-C could have been.
+no other instruction. Before 3.12 a call with `*args` looks there whatever it called. So a point is
+counted there alone, and an interrupt at the n-th is one that a Ctrl-C could have been.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from types import FrameType
 from typing import Any
 
 _CALLS = {n for name, n in dis.opmap.items() if name in ("CALL", "CALL_KW", "CALL_FUNCTION_EX")}
+_STARRED = {dis.opmap["CALL_FUNCTION_EX"]} if sys.version_info < (3, 12) else set[int]()
 _LOOPS = {n for name, n in dis.opmap.items() if "JUMP_BACKWARD" in name}
 
 
@@ -61,7 +62,7 @@ class Interrupt:
             was_c = self._before.get(frame) == self._calls
             self._last[frame] = frame.f_code.co_code[frame.f_lasti]
             self._before[frame] = self._calls
-            if last in _LOOPS or (last in _CALLS and was_c):
+            if last in _LOOPS or last in _STARRED or (last in _CALLS and was_c):
                 self._point(frame)
         return self._inside
 

@@ -11,15 +11,19 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 import runtime as package
+from barriers.errors import RankError
+from graphs.keys import GraphKey, Ladder
 from runtime import Runtime, SamplingParams, StepFailed, StepOutput
 from runtime.history import History
+from runtime.restored_keys import Keys
 from runtime.stepping import REHEARSE_SPINS
-from tests.cpu.twins import VOCAB, load_micro
+from tests.cpu.twins import VOCAB, load_micro, micro_checkpoint
 from tests.fake_device import FakeConfig, FakeDevice
 from tests.interrupts import Interrupt
 
@@ -163,6 +167,64 @@ def test_an_interrupt_amid_a_launch_ends_the_runtime(
                 call()
 
 
+def test_a_collect_that_was_interrupted_has_not_lost_its_step() -> None:
+    at, failed = 0, 0
+    while True:
+        at += 1
+        runtime = Runtime(FakeDevice(FakeConfig(), "1,2,4,8,8+16"))
+        runtime.submit([1, 2], SamplingParams(max_tokens=4))
+        runtime.launch()
+        interrupt, out = Interrupt(at, HERE), None
+        try:
+            with interrupt.armed():
+                out = runtime.collect()
+        except KeyboardInterrupt:
+            pass
+        if not interrupt.where:
+            break
+        if out is None and not runtime.num_in_flight:
+            failed += 1
+            with pytest.raises(StepFailed, match=r"in the middle of collect\(\)"):
+                runtime.step()
+    assert out is not None
+    assert failed > 1
+
+
+def test_an_interrupt_as_a_drain_begins_does_not_hold_the_queue(checkpoint: Path) -> None:
+    with load_micro(checkpoint) as runtime:
+        runtime.submit([1, 2], SamplingParams(max_tokens=1))
+        look = runtime._scheduler.look_at_queue
+
+        def interrupt() -> None:
+            runtime._scheduler.look_at_queue = look  # type: ignore[method-assign]
+            raise KeyboardInterrupt
+
+        runtime._scheduler.look_at_queue = interrupt  # type: ignore[method-assign]
+        with pytest.raises(KeyboardInterrupt):
+            runtime.drain()
+        assert len(runtime.step()) == 1
+
+
+def test_a_key_whose_making_was_interrupted_is_not_waited_for() -> None:
+    class Begun(dict[GraphKey, threading.Event]):
+        def setdefault(self, *arguments: Any) -> Any:
+            super().setdefault(*arguments)
+            raise KeyboardInterrupt
+
+    anything: Any = None
+    ladder = Ladder.parse("1", 1)
+    keys = Keys(anything, anything, anything, anything, 0, ladder, {})
+    key, keys._begun = ladder.keys[0], Begun()
+    with pytest.raises(KeyboardInterrupt):
+        keys._take(key)
+    keys._begun, keys._made[key] = dict(keys._begun), 7
+    taken: list[int] = []
+    taker = threading.Thread(target=lambda: taken.append(keys._take(key)), daemon=True)
+    taker.start()
+    taker.join(10)
+    assert taken == [7]
+
+
 def test_a_call_from_inside_a_step_is_refused(checkpoint: Path) -> None:
     """As a signal handler may make one."""
     with load_micro(checkpoint) as runtime:
@@ -264,6 +326,110 @@ def test_a_second_thread_that_steps_is_refused_and_does_no_harm(
         request = {runtime.submit([1, 2], SamplingParams(max_tokens=4)): list[int]()}
         _go_on(runtime, request, _step)
     assert [tokens] == list(request.values())
+
+
+def _in_another_thread(call: Callable[[], object]) -> None:
+    thread = threading.Thread(target=call)
+    thread.start()
+    thread.join()
+
+
+def test_a_step_that_begins_as_close_looks_keeps_its_engine(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Threads may change as a call of C code ends: `get_ident` is one."""
+    with load_micro(checkpoint) as runtime:
+        runtime.submit([1, 2], SamplingParams(max_tokens=1))
+        inside, go_on, replay = threading.Event(), threading.Event(), runtime.engine.replay
+        outputs: list[StepOutput] = []
+        stepper = threading.Thread(target=lambda: outputs.append(runtime.step()))
+
+        def held(key: object) -> None:
+            inside.set()
+            assert go_on.wait(60)
+            replay(key)
+
+        def changing() -> int:
+            if threading.current_thread() is not stepper and not inside.is_set():
+                stepper.start()
+                assert inside.wait(60)
+            return threading.get_ident()
+
+        runtime.engine.replay = held
+        monkeypatch.setattr("runtime.stepping.get_ident", changing)
+        try:
+            with pytest.raises(RuntimeError, match=r"close\(\) was called while another thread"):
+                runtime.close()
+        finally:
+            go_on.set()
+            stepper.join()
+        assert len(outputs[0]) == 1
+
+
+def test_a_refusal_names_the_other_thread_though_it_has_ended(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with load_micro(checkpoint) as runtime:
+        taken = Runtime._taken
+
+        def late(self: Runtime, *arguments: object) -> RuntimeError:
+            self._stepper = 0
+            return taken(self, *arguments)  # type: ignore[arg-type]
+
+        monkeypatch.setattr(Runtime, "_taken", late)
+        runtime._stepper = -1
+        with pytest.raises(RuntimeError, match="while another thread is in a call") as refusal:
+            runtime.step()
+        assert not isinstance(refusal.value, StepFailed)
+
+
+def test_a_request_that_comes_while_weights_are_read_has_none_of_the_old_kv(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    new = micro_checkpoint(tmp_path / "new", seed=5)
+    prompt, params = list(range(40)), SamplingParams(max_tokens=5)
+
+    def rest(runtime: Runtime) -> list[int]:
+        tokens: list[int] = []
+        while runtime.num_running:
+            tokens += runtime.step().tokens.tolist()
+        return tokens
+
+    with load_micro(new) as runtime:
+        runtime.add(prompt, params)
+        expected = rest(runtime)
+    with load_micro(checkpoint) as runtime:
+        runtime.add(prompt, params)
+        assert rest(runtime) != expected  # and its prefix is cached now
+        prepare = runtime.engine.prepare_weights
+
+        def slowly(source: object) -> object:
+            update = prepare(source)
+            _in_another_thread(lambda: runtime.add(prompt, params))
+            return update
+
+        runtime.engine.prepare_weights = slowly
+        runtime.update_weights(new)
+        assert rest(runtime) == expected
+
+
+def test_what_a_refused_update_gives_back_is_not_of_a_rows_next_request(
+    checkpoint: Path,
+) -> None:
+    with load_micro(checkpoint) as runtime:
+        row = runtime.add([1, 2], SamplingParams(max_tokens=4))
+        runtime.step()
+
+        def changing(*_: object) -> None:
+            _in_another_thread(lambda: runtime.cancel(row))
+            _in_another_thread(lambda: runtime.add(list(range(40)), SamplingParams(max_tokens=40)))
+            raise RankError("refused")
+
+        runtime._together = changing  # type: ignore[assignment, method-assign]
+        with pytest.raises(RankError):
+            runtime.update_weights(checkpoint, running="recompute")
+        assert runtime.request_id(row) == 1
+        assert len(runtime.pages.held(row)) == 5
 
 
 @pytest.fixture

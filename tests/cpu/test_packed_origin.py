@@ -94,6 +94,22 @@ def test_a_copy_of_the_checkpoint_is_the_checkpoint(base: Path, tmp_path: Path) 
     assert _find(base, store).packed is not None
 
 
+def test_another_checkpoint_with_the_path_and_times_of_the_first_is_told(
+    base: Path, tuned: Path, tmp_path: Path
+) -> None:
+    """As images of containers put them: at one path, all files of one time."""
+    store = tmp_path / "s"
+    os.utime(base / SHARD, ns=(1, 1))
+    assert pack_command(["--model", str(base), "--store", str(store)]) == 0
+    assert _find(base, store).packed is not None
+    shutil.rmtree(base)
+    tuned.rename(base)
+    os.utime(base / SHARD, ns=(1, 1))
+    found = _find(base, store)
+    assert found.packed is None
+    assert "was packed from other weights" in found.note
+
+
 def test_the_store_holds_both_and_each_finds_its_own(
     base: Path, tuned: Path, tmp_path: Path
 ) -> None:
