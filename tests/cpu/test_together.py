@@ -104,10 +104,12 @@ def test_ranks_come_back_from_a_pause_together(results: Results) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("call", ["drain", "pause"])
 def test_calls_a_step_apart_are_named_on_both_ranks(old: str, call: str) -> None:
-    """The twin's step meets the others, so one rank waits for a step, the other in the call."""
+    """The twin's step meets the others, so one rank waits for a step, the other in the call:
+    equally long, so either may be the first to give up, and leave."""
     first, second = ranks(cases.apart, old, call)
     assert (first["type"], first["ranks"]) == ("RanksMissing", (1,))
-    assert f"during {call}()" in first["error"]
+    given_up = rf"waited 4\.0 s at {call}\(\): rank 1 is missing"
+    assert re.match(rf"rank 1 left during {call}\(\)|{given_up}", first["error"]), first["error"]
     assert (second["type"], second["ranks"]) == ("BarrierTimeout", (0,))
     assert max(first["s"], second["s"]) < 3 * cases.DEADLINE_S
 
