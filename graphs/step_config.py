@@ -78,13 +78,13 @@ def default_cut(max_rows: int, max_seq_len: int, page_size: int = 64) -> int:
     tokens as that needs. Fewer leave SMs without work, more make some pay the 8 us again.
 
     Measured in whole steps on an H200 with rows of 2000 tokens, attention's part of a layer in us
-    (a trial, in which `absorb_v` started beside attention; without it 82.5 at 128): 1 row at cuts
-    of 256, 128 and 64: 83.5, 82.3, 82.6; 8 rows at 320 and 192: 92.4, 98.2. From half of MIN_CUT on
+    (h200_few_rows.json; a trial, in which `absorb_v` started beside attention): 1 row at cuts of
+    256, 128 and 64: 83.8, 82.9, 83.1; 8 rows at 320 and 192: 92.9, 98.7. From half of MIN_CUT on
     the merge takes what a row alone gains by more splits.
 
     ROW_TOKENS is a prompt of 2048 tokens and some of its answer: at half of 2048 a row of 2049
-    would bring 32 rows a third split each, which took flashinfer's kernel 9 us more; 64
-    tokens more in a split take 1.6. Rows that grow past it pay all the same.
+    would bring 32 rows a third split each; 64 tokens more in a split take 1.7 us. Rows that grow
+    past it pay all the same.
 
     Room for the splits of every step token is kept, prompts' included (16 of 128 heads are 2 MiB in
     bf16), so there are limits to them: rows that may be too long are cut at a power of two.
