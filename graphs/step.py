@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from barriers.transport import Received, Transport
-from graphs.attention import Attention
+from graphs.attention import Attention, attend
 from graphs.branch import Branch
 from graphs.buffers import StaticBuffers, query_fuses
 from graphs.keys import GraphKey
@@ -243,15 +243,8 @@ class DecodeStep:
             **(q_norm.quantised_only if compressed else {}),
         )
         self._query(b, name, q_norm)
-        parts = self.attention.run(b, b[f"kv.{layer}"])
-        o, attended = Activation.of(b, "o"), (b["o_latent"], b["kv_len"], w[name + "w_uv"])
-        if o.plain is None:
-            self.ops.absorb_v(*attended, parts=parts, **o.quantised_only)
-        else:
-            self.ops.absorb_v(*attended, parts=parts, out=o.plain)
-            if o.q is not None:
-                self.ops.quantize(o.plain, out_q=o.q, out_scale=o.scale)
-        self._linear(b, name + "o", o, b["o_out"])
+        attend(self.attention, self.ops, b, b[f"kv.{layer}"], w[name + "w_uv"])
+        self._linear(b, name + "o", Activation.of(b, "o"), b["o_out"])
 
     def _query(self, b: Buffers, name: str, q_norm: Activation) -> None:
         """From the normed, compressed query to that of every head in the latent space."""
