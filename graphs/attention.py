@@ -18,7 +18,7 @@ from graphs.hopper_mla import HopperMla
 from graphs.model_config import ModelConfig
 from graphs.ops import Ops
 from graphs.step_config import StepConfig
-from kernels.triton.mla_absorb import Parts, takes_parts
+from kernels.triton.mla_absorb_v import Parts, takes_parts
 
 Buffers = Mapping[str, torch.Tensor]
 

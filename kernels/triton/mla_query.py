@@ -14,7 +14,7 @@ import triton.language as tl
 
 from kernels.triton.launch import Launcher, TensorMap
 from kernels.triton.linear import linear_fp8_ref
-from kernels.triton.mla_absorb import absorb_q_ref
+from kernels.triton.mla_absorb_q import absorb_q_ref
 from kernels.triton.mla_prep import rotated
 from kernels.triton.overlap import (
     OFF,
