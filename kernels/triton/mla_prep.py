@@ -87,26 +87,27 @@ def _mla_prep(
     HAS_Q: tl.constexpr,
     PDL: tl.constexpr,
 ):
+    # No load waits to know whether the token is real: that one would take a latency of its own.
     t = tl.program_id(0).to(tl.int64)
     row = qkv + t * qkv_pitch
     if tl.program_id(1) == 0:
         kv_col = tl.arange(0, KV_GROUPS)[:, None] * 128 + tl.arange(0, 128)[None, :]
         kv_w = _norm_weight(kv_norm_weight, kv_col, DC)
         await_inputs(PDL)
-        if tl.load(tok_row + t) >= 0:
-            slot = kv_cache + tl.load(kv_slot + t) * kv_pitch
-            at = row + kv_start + kv_col
-            latent = load_parts(at, kv_col < DC, part_stride, PARTS, kv_cache.dtype.element_ty)
-            tl.store(slot + kv_col, _rmsnorm(latent, kv_w, eps, DC), mask=kv_col < DC)
-            pair = tl.arange(0, PAIRS)
-            angles = rope_table + tl.load(tok_pos + t).to(tl.int64) * (2 * HALF)
-            key = row + kv_start + DC
-            first, second = rope_pair(
-                key, angles, pair, pair < HALF, part_stride, HALF, INTERLEAVE, PARTS,
-                kv_cache.dtype.element_ty,
-            )  # fmt: skip
-            tl.store(slot + DC + pair, first, mask=pair < HALF)
-            tl.store(slot + DC + HALF + pair, second, mask=pair < HALF)
+        real = tl.load(tok_row + t) >= 0
+        pos = tl.load(tok_pos + t)
+        slot = kv_cache + tl.load(kv_slot + t) * kv_pitch
+        at = row + kv_start + kv_col
+        latent = load_parts(at, kv_col < DC, part_stride, PARTS, kv_cache.dtype.element_ty)
+        pair = tl.arange(0, PAIRS)
+        angles = rope_table + tl.where(real, pos, 0).to(tl.int64) * (2 * HALF)
+        first, second = rope_pair(
+            row + kv_start + DC, angles, pair, pair < HALF, part_stride, HALF, INTERLEAVE, PARTS,
+            kv_cache.dtype.element_ty,
+        )  # fmt: skip
+        tl.store(slot + kv_col, _rmsnorm(latent, kv_w, eps, DC), mask=(kv_col < DC) & real)
+        tl.store(slot + DC + pair, first, mask=(pair < HALF) & real)
+        tl.store(slot + DC + HALF + pair, second, mask=(pair < HALF) & real)
     else:
         # A padded token's row may hold anything, NaN included; its query is zeros.
         group = tl.arange(0, Q_GROUPS)
@@ -115,7 +116,8 @@ def _mla_prep(
         await_inputs(PDL)
         real = tl.load(tok_row + t) >= 0
         act: tl.constexpr = kv_cache.dtype.element_ty
-        value = load_parts(row + col, (col < QW) & real, part_stride, PARTS, act)
+        value = load_parts(row + col, col < QW, part_stride, PARTS, act)
+        value = tl.where(real, value, 0.0).to(act)
         y = _rmsnorm(value, w, eps, QW)
         if HAS_OUT:
             tl.store(out + t * out_pitch + col, y, mask=col < QW)
