@@ -122,6 +122,7 @@ def _mla_prep(
     # No load waits for another, nor for whether the token is real: each would take a latency.
     t = tl.program_id(0).to(tl.int64)
     row = qkv + t * qkv_pitch
+    act: tl.constexpr = kv_cache.dtype.element_ty
     if tl.program_id(1) == 0:
         kv_col = tl.arange(0, KV_GROUPS)[:, None] * 128 + tl.arange(0, 128)[None, :]
         kv_w = _norm_weight(kv_norm_weight, kv_col, DC)
@@ -135,7 +136,6 @@ def _mla_prep(
         key = row + kv_start + DC
         a, b = ask_pair(key, pair, pair < HALF, part_stride, HALF, INTERLEAVE, PARTS)
         zero = hold_loads(PDL)
-        act: tl.constexpr = kv_cache.dtype.element_ty
         angles = rope_table + tl.where(real, pos, 0).to(tl.int64) * (2 * HALF)
         first, second = turn_pair(a, b, zero, angles, pair, pair < HALF, HALF, PARTS, act)
         latent = add_parts(latent, zero, PARTS, act)
@@ -149,7 +149,6 @@ def _mla_prep(
         w = _norm_weight(q_norm_weight, col, QW)
         await_inputs(PDL)
         real = tl.load(tok_row + t) >= 0
-        act: tl.constexpr = kv_cache.dtype.element_ty
         parts = ask_parts(row + col, col < QW, part_stride, PARTS)
         value = add_parts(parts, hold_loads(PDL), PARTS, act)
         value = tl.where(real, value, 0.0).to(act)

@@ -99,7 +99,7 @@ def load_parts(
 @triton.jit
 def ask_parts(at, mask, part_stride, PARTS: tl.constexpr):
     """The loads of `load_parts` alone: what `add_parts` takes, after `hold_loads`."""
-    parts = (tl.load(at, mask=mask, other=0.0),)
+    parts = tl.tuple([tl.load(at, mask=mask, other=0.0)])
     for part in tl.static_range(1, PARTS):
         parts += (tl.load(at + part * part_stride, mask=mask, other=0.0),)
     return parts
