@@ -25,6 +25,7 @@ from graphs.model_source import ModelSource, model_digest, resolve_model
 from graphs.random_weights import random_weights
 from graphs.safetensors_dir import CheckpointDir, CheckpointError, Stored, open_checkpoint
 from graphs.weights import check_views, local_experts
+from kernels.triton.weight_tiles import put_rows
 
 __all__ = [
     "CheckpointError",
@@ -218,7 +219,7 @@ class Loader:
                 x, blocks = quantise_blocks(x)
                 at = part.scale_row + begin // FP8_BLOCK
                 scale[at : at + len(blocks)].copy_(blocks)
-            target[part.row + begin : part.row + begin + len(x)].copy_(x)
+            put_rows(target, part.row + begin, x)
         if not quantised_here:
             blocks = self._scales(part, target.device)
             scale[part.scale_row : part.scale_row + len(blocks)].copy_(blocks)

@@ -2,9 +2,10 @@
 
 A pure function of the model and the expert-parallel size, so the arena can be laid out before a
 byte is read. Matrices are [out, in], row-major; parts that one kernel reads together are stacked
-by rows. In FP8 every linear `name` has `name_scale`, float32, one element per 128x128 block, and a
-part that another follows is padded with zero rows to whole blocks (`ModelConfig.padded`), routed
-experts excepted: there the scale rows alone are padded, and gate's come before up's.
+by rows. In FP8 the big ones of whole blocks lie in tiles (`kernels.triton.weight_tiles`), every
+linear `name` has `name_scale`, float32, one element per 128x128 block, and a part that another
+follows is padded with zero rows to whole blocks (`ModelConfig.padded`), routed experts excepted:
+there the scale rows alone are padded, and gate's come before up's.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from graphs.model_config import FP8_BLOCK, ModelConfig
+from kernels.triton.weight_tiles import extents, tiled_shape
 
 if TYPE_CHECKING:
     import torch
@@ -24,10 +26,16 @@ ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "float8_e4m3fn": 1}
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """A dense row-major tensor; `dtype` is torch's name for it."""
+    """A dense row-major tensor; `dtype` is torch's name for it. One of rank 4 or 5 is a matrix, or
+    one an expert, in tiles."""
 
     shape: tuple[int, ...]
     dtype: str
+
+    @property
+    def extents(self) -> tuple[int, ...]:
+        """([experts,] rows, columns) of a matrix, however it lies."""
+        return extents(self.shape)
 
     @property
     def nbytes(self) -> int:
@@ -143,7 +151,7 @@ def _attention(cfg: ModelConfig) -> dict[str, TensorSpec]:
         "w_uk": TensorSpec((heads, cfg.qk_nope_head_dim, dc), act),
         "w_uv": TensorSpec((heads, cfg.v_head_dim, dc), act),
     }
-    return parts | _linear(cfg, "o", cfg.hidden_size, heads * cfg.v_head_dim)
+    return parts | _linear(cfg, "o", cfg.hidden_size, heads * cfg.v_head_dim, tiled=True)
 
 
 def _experts(cfg: ModelConfig, num_local: int) -> dict[str, TensorSpec]:
@@ -153,10 +161,13 @@ def _experts(cfg: ModelConfig, num_local: int) -> dict[str, TensorSpec]:
         parts["router_bias"] = TensorSpec((E,), "float32")
     weight = "float8_e4m3fn" if cfg.is_fp8 else cfg.act_dtype
     h, w = num_blocks(H), num_blocks(width)
-    parts["experts_gate_up"] = TensorSpec((num_local, 2 * width, H), weight)
+    gate_up, down = _matrix(2 * width, H, weight), _matrix(H, width, weight)
+    if width % FP8_BLOCK:
+        gate_up = (2 * width, H)  # up does not begin a tile
+    parts["experts_gate_up"] = TensorSpec((num_local, *gate_up), weight)
     if cfg.is_fp8:
         parts["experts_gate_up_scale"] = TensorSpec((num_local, 2 * w, h), "float32")
-    parts["experts_down"] = TensorSpec((num_local, H, width), weight)
+    parts["experts_down"] = TensorSpec((num_local, *down), weight)
     if cfg.is_fp8:
         parts["experts_down_scale"] = TensorSpec((num_local, h, w), "float32")
     if cfg.num_shared_experts:
@@ -165,14 +176,26 @@ def _experts(cfg: ModelConfig, num_local: int) -> dict[str, TensorSpec]:
 
 
 def _mlp(cfg: ModelConfig, prefix: str, width: int) -> dict[str, TensorSpec]:
-    gate_up = _linear(cfg, f"{prefix}gate_up", 2 * cfg.padded(width), cfg.hidden_size)
-    return gate_up | _linear(cfg, f"{prefix}down", cfg.hidden_size, width)
+    whole = width % FP8_BLOCK == 0  # else a part ends within a tile
+    rows = 2 * cfg.padded(width)
+    gate_up = _linear(cfg, f"{prefix}gate_up", rows, cfg.hidden_size, tiled=whole)
+    return gate_up | _linear(cfg, f"{prefix}down", cfg.hidden_size, width, tiled=True)
 
 
-def _linear(cfg: ModelConfig, name: str, rows: int, cols: int) -> dict[str, TensorSpec]:
+def _matrix(rows: int, cols: int, dtype: str) -> tuple[int, ...]:
+    """In tiles where it is FP8 and of whole ones."""
+    if ITEM_BYTES[dtype] > 1 or rows % FP8_BLOCK or cols % FP8_BLOCK:
+        return (rows, cols)
+    return tiled_shape(rows, cols, ITEM_BYTES[dtype])
+
+
+def _linear(
+    cfg: ModelConfig, name: str, rows: int, cols: int, *, tiled: bool = False
+) -> dict[str, TensorSpec]:
     if not cfg.is_fp8:
         return {name: TensorSpec((rows, cols), cfg.act_dtype)}
+    weight = "float8_e4m3fn"
     return {
-        name: TensorSpec((rows, cols), "float8_e4m3fn"),
+        name: TensorSpec(_matrix(rows, cols, weight) if tiled else (rows, cols), weight),
         f"{name}_scale": TensorSpec((num_blocks(rows), num_blocks(cols)), "float32"),
     }
