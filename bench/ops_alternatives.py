@@ -64,7 +64,7 @@ def _outputs(call: Call, y: Tensor, rounded: torch.dtype | None = None) -> list[
 
 def _linear(call: Call) -> list[Result]:
     x, w = call.args
-    return _outputs(call, torch.einsum("tk,nk->tn", x.double(), w.double()))
+    return _outputs(call, torch.einsum("tk,nk->tn", x.double(), as_rows(w).double()))
 
 
 def _linear_fp8(call: Call) -> list[Result]:

@@ -124,7 +124,7 @@ def _bind_attention(ops: Ops, model: ModelConfig, choice: AttentionCut, call: Ca
 
 
 def _mm(call: Call) -> Run:
-    x, w, out = call.args[0], call.args[1], call.kwargs["out"]
+    x, w, out = call.args[0], as_rows(call.args[1]), call.kwargs["out"]
     if w.dtype != x.dtype:
         raise Unable(f"torch.mm takes one dtype, not {x.dtype} and {w.dtype}")
     if out.dtype == x.dtype:

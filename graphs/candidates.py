@@ -19,7 +19,7 @@ from kernels.triton.grouped_plan import DOWN_PLAN, GATE_UP_PLAN, GroupedPlan
 from kernels.triton.linear_plan import LinearPlan, linear_plan
 from kernels.triton.router import RouterPlan, router_plan
 from kernels.triton.tiles import FP8_GROUP
-from kernels.triton.weight_tiles import extents
+from kernels.triton.weight_tiles import extents, in_tiles
 
 Plan = LinearPlan | GroupedPlan | RouterPlan
 PLANS: dict[str, type[Plan]] = {
@@ -211,8 +211,9 @@ def _fits(plan: GroupedPlan, call: Call) -> bool:
 
 
 def _libraries(call: Call) -> list[Candidate]:
-    """cuBLAS picks its order of additions by the number of tokens."""
-    if call.op != "linear" or call.args[1].dtype != call.args[0].dtype:
+    """cuBLAS picks its order of additions by the number of tokens, and knows no tiles."""
+    w = call.args[1]
+    if call.op != "linear" or w.dtype != call.args[0].dtype or in_tiles(w):
         return []
     return [Candidate(TORCH_MM, exact=False, other=_mm)]
 

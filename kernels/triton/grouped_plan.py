@@ -18,7 +18,7 @@ from kernels.triton.tiles import (
     pipeline_stages,
     tile_source,
 )
-from kernels.triton.weight_tiles import TILE_BYTES, TILE_ROWS, extents, in_tiles
+from kernels.triton.weight_tiles import check_tiles, extents, in_tiles
 
 BLOCK_N = 128  # weight rows of a tile; one quantisation group of the experts' hidden activation
 PAIR_BLOCKS = (16, 32, 64)  # pairs of a tile; an expert's own count chooses, on the device
@@ -53,11 +53,10 @@ class GroupedPlan:
             raise ValueError(f"expected a number of experts to chain, 0 for none, got {self}")
 
 
-# Whole steps on an H200 became 1 to 2 % faster at 32 tokens when down began to chain; no record of
-# it is kept. Why 5: so many experts of DeepSeek-V3 have their programs, 56 each, on the chip at
-# once, two an SM.
+# Measured in whole steps on an H200 (h200_weight_tiles.json of bench/results). Why 8: so many
+# experts of DeepSeek-V3 have their programs, 56 each, on the chip at once, three an SM.
 GATE_UP_PLAN = GroupedPlan(chain=1)
-DOWN_PLAN = GroupedPlan(prefetch=1, chain=5)
+DOWN_PLAN = GroupedPlan(per_sm=3, prefetch=1, chain=8)
 
 
 @dataclass(frozen=True)
@@ -159,11 +158,7 @@ def check_weight(w: torch.Tensor, x: torch.Tensor) -> tuple[int, int, int]:
             f"weights must be contiguous and of the activations' {x.dtype}, got {w.dtype}"
             f" with strides {list(w.stride())}"
         )
-    if in_tiles(w) and (w.shape[-2:] != (TILE_ROWS, TILE_BYTES // w.element_size())):
-        raise ValueError(
-            f"tiles must be {TILE_ROWS} rows of {TILE_BYTES} bytes, got weights {list(w.shape)} of "
-            f"{w.dtype}"
-        )
+    check_tiles(w)
     return num_experts, rows, k
 
 

@@ -41,7 +41,7 @@ from kernels.triton.tiles import (
     store_tokens_major,
     tile_source,
 )
-from kernels.triton.weight_tiles import as_rows, extents, in_tiles
+from kernels.triton.weight_tiles import as_rows, check_tiles, extents, in_tiles
 
 TOKEN_BLOCKS = (16, 32, 64, 128)
 FP32_TOKEN_BLOCKS = (16, 32)
@@ -75,6 +75,7 @@ def _linear_kernel(
     W_TMA: tl.constexpr,
     EVEN_N: tl.constexpr,
     EVEN_K: tl.constexpr,
+    TILED: tl.constexpr,  # w lies in tiles: `weight_tiles`
     STAGES: tl.constexpr,
     PREFETCH: tl.constexpr,
     PDL: tl.constexpr,
@@ -85,12 +86,13 @@ def _linear_kernel(
     blocks: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
     begin, end = _split_range(split, blocks, SPLITS)
     if PREFETCH > 0:
-        prefetch_rows(w_rows, n0, begin * BLOCK_K, N, K, W_PITCH, BLOCK_N, PREFETCH * BLOCK_K)
+        span: tl.constexpr = PREFETCH * BLOCK_K
+        prefetch_weight(w_rows, n0, begin * BLOCK_K, N, K, W_PITCH, BLOCK_N, span, BLOCK_K, TILED)
     await_inputs_streaming(PDL)
     acc = tl.zeros([BLOCK_N, BLOCK_T], tl.float32)
     for kb in tl.range(begin, end, num_stages=STAGES):
         k = kb * BLOCK_K
-        wt = load_tile(w, n0, k, N, K, W_PITCH, BLOCK_N, BLOCK_K, W_TMA, EVEN_N, EVEN_K)
+        wt = load_tile(w, n0, k, N, K, W_PITCH, BLOCK_N, BLOCK_K, W_TMA, EVEN_N, EVEN_K, TILED)
         xt = load_tile(x, t0, k, num_tokens, K, X_PITCH, BLOCK_T, BLOCK_K, X_TMA, False, EVEN_K)
         acc = tl.dot(wt, tl.trans(xt), acc)
     release_dependents(PDL)
@@ -226,7 +228,8 @@ def linear(
 
     Args:
         x: act dtype [T, K]; the row pitch may exceed K.
-        w: [N, K] of x's dtype, or fp32: then x is widened and the product is IEEE fp32.
+        w: [N, K] of x's dtype, which may lie in tiles (`weight_tiles`), or fp32: then x is widened
+            and the product is IEEE fp32.
         out: act dtype or fp32 [T, N]; or fp32 [splits, T, N], then the K splits are left for the
             reader to add up in order (`tiles.load_parts`).
         workspace: fp32, at least `linear_workspace_elems` elements; its contents are lost.
@@ -238,20 +241,20 @@ def linear(
     _check_product(x, w, out)
     if w.dtype not in (x.dtype, torch.float32) or x.element_size() == 1:
         raise ValueError(f"linear takes w of x's dtype {x.dtype} or float32, got {w.dtype}")
-    plan = plan or linear_plan(w.shape[0], w.shape[1], elem_bytes=w.element_size())
+    plan = plan or linear_plan(*extents(tuple(w.shape)), elem_bytes=w.element_size())
     if w.dtype == torch.float32:
         tiles = _Tiles.of(x, w, plan, token_blocks=FP32_TOKEN_BLOCKS, bulk=False)
         kernel, sources = _linear_fp32_kernel, {}
     else:
         tiles = _Tiles.of(x, w, plan)
-        kernel, sources = _linear_kernel, tiles.sources
+        kernel, sources = _linear_kernel, tiles.sources | {"TILED": in_tiles(w)}
     dst = tiles.destination(out, workspace)
     launch(
         kernel,
         tiles.grid,
         tiles.x,
         tiles.w,
-        w,
+        w.view(-1, w.shape[-1]),
         dst,
         x.shape[0],
         **tiles.constexprs(dst, launch),
@@ -433,6 +436,7 @@ class _Tiles:
 
 
 def _check_product(x: torch.Tensor, w: torch.Tensor, out: torch.Tensor) -> None:
+    check_tiles(w)
     size = extents(tuple(w.shape))
     if x.ndim != 2 or len(size) != 2 or x.shape[1] != size[1]:
         raise ValueError(f"x [T, K] and w [N, K] expected, got {list(x.shape)}, {list(w.shape)}")
@@ -457,7 +461,7 @@ def linear_ref(
 ) -> None:
     """Oracle of `linear`: fp32 product, one rounding."""
     _check_product(x, w, out)
-    _store_ref(out, matmul_rows(x.float(), w.float()))
+    _store_ref(out, matmul_rows(x.float(), as_rows(w).float()))
 
 
 def linear_fp8_ref(

@@ -40,6 +40,16 @@ def in_tiles(weight: torch.Tensor) -> bool:
     return weight.ndim >= 4
 
 
+def check_tiles(weight: torch.Tensor) -> None:
+    """Refuse other tiles than those of this module; rows are fine."""
+    size = weight.element_size()
+    if in_tiles(weight) and (size > 2 or weight.shape[-2:] != (TILE_ROWS, TILE_BYTES // size)):
+        raise ValueError(
+            f"tiles must be {TILE_ROWS} rows of {TILE_BYTES} bytes, 1 or 2 bytes an element, got "
+            f"weights {list(weight.shape)} of {weight.dtype}"
+        )
+
+
 def extents(shape: tuple[int, ...]) -> tuple[int, ...]:
     """([experts,] rows, cols) of a weight of this shape, however it lies."""
     if len(shape) < 4:
