@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 
@@ -14,7 +12,7 @@ from kernels.triton.grouped_down import grouped_down, grouped_down_ref
 from kernels.triton.grouped_gate_up import grouped_gate_up, grouped_gate_up_ref
 from kernels.triton.grouped_plan import GroupedPlan
 from kernels.triton.launch import JitLauncher, TensorMap
-from kernels.triton.linear import linear_fp8, linear_fp8_ref
+from kernels.triton.linear import linear, linear_fp8, linear_fp8_ref, linear_ref
 from kernels.triton.linear_plan import LinearPlan
 from kernels.triton.random_init import fill_random, fill_random_ref
 from kernels.triton.tiles import tile_source
@@ -30,7 +28,10 @@ from kernels.triton.weight_tiles import (
 FP8, F32, I32 = torch.float8_e4m3fn, torch.float32, torch.int32
 LAUNCH = JitLauncher()
 HIDDEN, INTER, EXPERTS, TOKENS, TOP_K = 256, 128, 3, 20, 2
-TILED = ("o", "gate_up", "down", "shared_gate_up", "shared_down")
+TILED = {
+    *("o", "gate_up", "down", "shared_gate_up", "shared_down"),
+    *("experts_gate_up", "experts_down", "head"),
+}
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 
@@ -115,6 +116,20 @@ def test_a_product_has_the_bits_that_it_has_in_rows(tokens: int, plan: LinearPla
     assert torch.equal(found[0], found[2])
 
 
+@pytest.mark.parametrize("aligned", [True, False])
+def test_a_16_bit_product_has_the_bits_that_it_has_in_rows(aligned: bool) -> None:
+    tokens, n, k = 20, 256, 320
+    x, w = (_codes(rows, k, seed=rows).to(torch.float16) for rows in (tokens, n))
+    found, want = [], torch.empty(tokens, n)
+    for weight in (w, _tiled(w, aligned=aligned)):
+        out = torch.full((tokens, n), 7.0)
+        linear(LAUNCH, x, weight, out=out, workspace=torch.zeros(8 * tokens * n))
+        linear_ref(x, weight, out=want)
+        torch.testing.assert_close(out, want, rtol=1e-5, atol=1e-2)
+        found.append(out)
+    assert torch.equal(*found) == aligned or torch.allclose(*found)
+
+
 @pytest.mark.parametrize("counts", [(0, 20, 20), (3, 0, 1)])
 @pytest.mark.parametrize("aligned", [True, False])
 def test_experts_have_the_bits_that_they_have_in_rows(
@@ -165,6 +180,8 @@ def test_other_tiles_than_ours_are_refused() -> None:
             *(LAUNCH, _codes(2, 256), _scales(2, 2), w, _scales(1, 1, 2), *lists),
             out=torch.zeros(2, 128),
         )
+    with pytest.raises(ValueError, match="1 or 2 bytes an element, got .* of torch.float32"):
+        linear(LAUNCH, torch.zeros(1, 64), torch.zeros(1, 2, 128, 32), out=torch.zeros(1, 128))
 
 
 @pytest.mark.parametrize("shape", [(384, 256), (3, 128, 384)])
@@ -177,37 +194,32 @@ def test_random_weights_are_the_same_in_tiles(shape: tuple[int, ...]) -> None:
         assert torch.equal(_bytes(as_rows(tiles)), _bytes(rows))
 
 
-def _tables() -> dict[str, TensorSpec]:
-    return weight_table(ModelConfig.from_hf(PRESETS["deepseek-v3"]))
+def _leaves(preset: str, **overrides: object) -> dict[str, TensorSpec]:
+    """The last layer of each kind and what lies outside of layers."""
+    table = weight_table(ModelConfig.from_hf(PRESETS[preset], overrides=overrides))
+    return {name.split(".", 2)[-1]: spec for name, spec in table.items()}
 
 
-def test_what_lies_in_tiles() -> None:
-    table = _tables()
-    leaves = {n.split(".", 2)[-1]: spec for n, spec in table.items()}
-    tiled = {leaf for leaf, spec in leaves.items() if len(spec.shape) >= 4}
-    assert tiled == {*TILED, "experts_gate_up", "experts_down"}
-    assert leaves["experts_down"].shape == (256, 56, 16, 128, 128)
+@pytest.mark.parametrize("quantization", ["fp8", "none"])
+def test_what_lies_in_tiles(quantization: str) -> None:
+    leaves = _leaves("deepseek-v3", quantization=quantization)
+    assert {leaf for leaf, spec in leaves.items() if len(spec.shape) >= 4} == TILED
+    cols = 128 if quantization == "fp8" else 64
+    assert leaves["experts_down"].shape == (256, 56, 2048 // cols, 128, cols)
     assert leaves["experts_down"].extents == (256, 7168, 2048)
-    assert leaves["o"].shape == (56, 128, 128, 128)
-    rows = weight_table(
-        ModelConfig.from_hf(
-            PRESETS["deepseek-v3"], overrides={"dtype": "bfloat16", "quantization": "none"}
-        )
-    )
-    assert all(len(spec.shape) < 4 for spec in rows.values())
-    assert [math.prod(s.shape) for s in rows.values() if len(s.extents) > 1] == [
-        math.prod(s.shape) for n, s in table.items() if len(s.extents) > 1 and "_scale" not in n
-    ]
+    assert leaves["o"].shape == (56, 16384 // cols, 128, cols)
+    assert leaves["head"].shape == (1010, 112, 128, 64)  # never quantised
 
 
-def test_parts_that_end_within_a_tile_keep_a_matrix_in_rows() -> None:
-    sizes = {"quantization": "fp8", "hidden_size": 256, "num_hidden_layers": 2}
-    table = weight_table(
-        ModelConfig.from_hf(
-            PRESETS["tiny"],
-            overrides={**sizes, "intermediate_size": 192, "moe_intermediate_size": 192},
-        )
-    )
-    narrow = {n: s for n, s in table.items() if n.endswith(("gate_up", "down"))}
-    assert narrow
-    assert all(len(spec.shape) < 4 for spec in narrow.values()), narrow
+def test_what_does_not_fit_tiles_stays_in_rows() -> None:
+    wide = _leaves("tiny", quantization="fp8", hidden_size=256)
+    assert {n for n, s in wide.items() if len(s.shape) >= 4} >= {"experts_gate_up", "experts_down"}
+    width = {"intermediate_size": 192, "moe_intermediate_size": 192}
+    # 192 rows of gate end within a tile, as 192 columns of down do in FP8: 16-bit tiles have 64.
+    narrow = _leaves("tiny", quantization="fp8", hidden_size=256, **width)
+    assert all(len(s.shape) < 4 for n, s in narrow.items() if n.endswith(("gate_up", "down")))
+    plain = _leaves("tiny", quantization="none", hidden_size=256, **width)
+    assert len(plain["experts_gate_up"].shape) == 3
+    assert plain["experts_down"].shape[1:] == (2, 3, 128, 64)
+    assert len(_leaves("tiny", quantization="none", dtype="float32")["o"].shape) == 2
+    assert len(_leaves("tiny", vocab_size=1000)["head"].shape) == 2

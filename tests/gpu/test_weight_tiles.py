@@ -9,7 +9,7 @@ from kernels.triton.expert_lists import align
 from kernels.triton.grouped_down import grouped_down
 from kernels.triton.grouped_gate_up import grouped_gate_up
 from kernels.triton.launch import Launcher
-from kernels.triton.linear import linear_fp8
+from kernels.triton.linear import linear, linear_fp8
 from kernels.triton.linear_plan import linear_plan
 from kernels.triton.random_init import fill_random
 from kernels.triton.weight_tiles import as_rows, tiled_shape
@@ -47,15 +47,37 @@ def test_a_product_has_the_bits_that_it_has_in_rows(n: int, k: int, launcher: La
         assert torch.equal(found[0].view(torch.uint8), found[1].view(torch.uint8)), tokens
 
 
+def test_the_head_has_the_bits_that_it_has_in_rows(launcher: Launcher) -> None:
+    torch.manual_seed(2)
+    w = torch.randn(16 * 1010, HIDDEN, dtype=BF16, device=DEVICE)
+    tiles = as_tiles(w)
+    for tokens in (1, 33, 130):
+        x, found = torch.randn(tokens, HIDDEN, dtype=BF16, device=DEVICE), []
+        for weight in (w, tiles):
+            out = torch.full((tokens, w.shape[0]), float("nan"), device=DEVICE)
+            linear(launcher, x, weight, out=out, workspace=torch.empty(1, device=DEVICE))
+            found.append(out)
+        assert not found[0].isnan().any()
+        assert torch.equal(*found), tokens
+
+
 @pytest.mark.parametrize("tokens", [1, 24, 150])
-def test_experts_have_the_bits_that_they_have_in_rows(tokens: int, launcher: Launcher) -> None:
+@pytest.mark.parametrize("dtype", [FP8, BF16])
+def test_experts_have_the_bits_that_they_have_in_rows(
+    tokens: int, dtype: torch.dtype, launcher: Launcher
+) -> None:
     torch.manual_seed(1)
-    gate_up, down = _codes(EXPERTS, 2 * INTER, HIDDEN), _codes(EXPERTS, HIDDEN, INTER)
-    scales = (
-        _scales(EXPERTS, 2 * INTER // 128, HIDDEN // 128) / HIDDEN,
-        _scales(EXPERTS, HIDDEN // 128, INTER // 128) / INTER,
+    fp8 = dtype == FP8
+    gate_up, down = (
+        (torch.randn(EXPERTS, n, k, device=DEVICE) / (1 if fp8 else k**0.5)).to(dtype)
+        for n, k in ((2 * INTER, HIDDEN), (HIDDEN, INTER))
     )
-    x, xs = _codes(tokens, HIDDEN), _scales(tokens, HIDDEN // 128)
+    scales = (
+        _scales(EXPERTS, 2 * INTER // 128, HIDDEN // 128) / HIDDEN if fp8 else None,
+        _scales(EXPERTS, HIDDEN // 128, INTER // 128) / INTER if fp8 else None,
+    )
+    x = torch.randn(tokens, HIDDEN, device=DEVICE).to(dtype)
+    xs = _scales(tokens, HIDDEN // 128) if fp8 else None
     ids = torch.randint(0, EXPERTS, (tokens, TOP_K), dtype=I32, device=DEVICE)
     rows, found = tokens * TOP_K, []
     for first, second in ((gate_up, down), (as_tiles(gate_up), as_tiles(down))):
@@ -65,14 +87,14 @@ def test_experts_have_the_bits_that_they_have_in_rows(tokens: int, launcher: Lau
             "pairs": torch.zeros(rows, dtype=I32, device=DEVICE),
         }
         align(launcher, ids, expert_start=0, ready=ready, **lists)
-        h = torch.zeros(rows, INTER, device=DEVICE).to(FP8)
-        hs = torch.zeros(rows, INTER // 128, device=DEVICE)
+        h = torch.zeros(rows, INTER, device=DEVICE).to(dtype)
+        hs = torch.zeros(rows, INTER // 128, device=DEVICE) if fp8 else None
         y = torch.full((rows, HIDDEN), float("nan"), dtype=BF16, device=DEVICE)
         common = {**lists, "top_k": TOP_K, "ready": ready}
         grouped_gate_up(launcher, x, xs, first, scales[0], **common, out=h, out_scale=hs)
         grouped_down(launcher, h, hs, second, scales[1], **common, out=y)
-        found.append((h, hs, y))
-    assert not found[0][2].isnan().any()
+        found.append((h, *([hs] if hs is not None else []), y))
+    assert not found[0][-1].isnan().any()
     for in_rows, in_tiles in zip(*found, strict=True):
         assert torch.equal(in_rows.view(torch.uint8), in_tiles.view(torch.uint8))
 
