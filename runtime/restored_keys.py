@@ -30,7 +30,7 @@ from graphs.keys import GraphKey, Ladder, NotCaptured
 
 # Before the builder begins: a step that follows the load at once is not disturbed.
 PAUSE_S = 0.03
-MAKER_PAUSE = 2 / 3  # of that, before the maker does: its first key is ready when the builder begins
+MAKER_PAUSE = 2 / 3  # of it, before the maker does, whose first key is ready then
 
 
 class Keys:
@@ -87,7 +87,7 @@ class Keys:
         return self._files.golden_of(key.tokens, key.rows)
 
     def build_rest(self, pause_s: float = PAUSE_S) -> None:
-        """Build what is missing in threads, which pause first: the builder for `pause_s` seconds."""
+        """Build what is missing in threads, which pause first, the builder for `pause_s` s."""
         missing = [key for key in self._ladder.keys if key not in self._graphs]
         # One for the first key. Those that earlier keys gave are void: the maker would run ahead.
         self._turns = threading.Semaphore(1)
