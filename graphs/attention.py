@@ -18,7 +18,7 @@ from graphs.hopper_mla import HopperMla
 from graphs.model_config import ModelConfig
 from graphs.ops import Ops
 from graphs.step_config import StepConfig
-from kernels.triton.mla_absorb import Parts, takes_parts
+from kernels.triton.mla_absorb_v import Parts, takes_parts
 
 Buffers = Mapping[str, torch.Tensor]
 
@@ -130,6 +130,28 @@ class HopperAttention(PlannedAttention):
     """Our own kernel for Hopper."""
 
     kernel = HopperMla
+
+
+def attend(
+    attention: Attention, ops: Ops, b: Buffers, kv_cache: torch.Tensor, w_uv: torch.Tensor
+) -> None:
+    """A layer's attention, from the absorbed query to the input of the product by W_O.
+
+    Every layer of a step runs it, and a choice of attention is timed by it.
+
+    Args:
+        b: buffers of a key; "o" is written as it is there: plain, quantised or both.
+        kv_cache: act [num_slots, dc+dr], of the layer.
+        w_uv: act [H, dv, dc], of the layer.
+    """
+    parts = attention.run(b, kv_cache)
+    attended, plain = (b["o_latent"], b["kv_len"], w_uv), b.get("o")
+    if plain is None:
+        ops.absorb_v(*attended, parts=parts, out_q=b["o_q"], out_scale=b["o_s"])
+        return
+    ops.absorb_v(*attended, parts=parts, out=plain)
+    if "o_q" in b:
+        ops.quantize(plain, out_q=b["o_q"], out_scale=b["o_s"])
 
 
 ATTENTION: Mapping[str, Callable[[ModelConfig, StepConfig, Ops], Attention]] = {

@@ -6,7 +6,6 @@ depend on the choice; times on the lengths and on how many rows there are.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import fmean
@@ -18,7 +17,6 @@ from graphs.flashinfer_mla import FlashinferMla
 from graphs.hopper_mla import HopperMla
 from graphs.model_config import ModelConfig
 from graphs.ops import Ops
-from graphs.step_config import StepConfig
 from graphs.timing import clearly_faster
 from kernels.triton.mla_decode import num_splits
 
@@ -137,45 +135,6 @@ def points_for(max_rows: int, max_seq_len: int) -> list[tuple[int, int]]:
     if longest > 8192:
         found += [(1, min(longest, 131072)), (min(8, max_rows), min(longest, 32768))]
     return found
-
-
-def example(
-    model: ModelConfig, step: StepConfig, rows: int, context: int, device: torch.device, copies: int
-) -> list[Call]:
-    """Recorded-like calls of `mla_decode`: so many times other pages of one random cache."""
-    dtype = getattr(torch, model.act_dtype)
-    heads, dc, width = model.num_heads, model.kv_lora_rank, model.latent_dim
-    used = -(-context // step.page_size)
-    num_pages = rows * copies * used + 1
-    cache = torch.empty((num_pages * step.page_size, width), dtype=dtype, device=device)
-    q = torch.empty((rows, heads, width), dtype=dtype, device=device)
-    table = torch.zeros((rows * copies, step.max_pages), dtype=torch.int32, device=device)
-    if device.type != "meta":
-        cache.normal_()
-        q.normal_()
-        pages = torch.arange(1, num_pages, dtype=torch.int32, device=device)
-        table[:, :used] = pages.view(rows * copies, used)
-    calls = []
-    for i in range(copies):
-        row = torch.arange(i * rows, (i + 1) * rows, dtype=torch.int32, device=device)
-        args = (q, cache, table, row, torch.full_like(row, context))
-        kwargs = {
-            "page_size": step.page_size,
-            "softmax_scale": model.softmax_scale,
-            "cut": step.cut,
-            "out": torch.empty((rows, heads, dc), dtype=dtype, device=device),
-            "part_o": None,
-            "part_lse": None,
-        }
-        calls.append(Call("mla_decode", args, kwargs))
-    return calls
-
-
-def copies_for(model: ModelConfig, rows: int, context: int, cache_bytes: int) -> int:
-    """Copies of the KV that no cache holds together."""
-    itemsize = torch.empty((), dtype=getattr(torch, model.act_dtype)).element_size()
-    kv_bytes = rows * context * model.latent_dim * itemsize
-    return max(1, min(32, math.ceil(2 * cache_bytes / kv_bytes)))
 
 
 def choose_attention(

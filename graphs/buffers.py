@@ -62,6 +62,12 @@ def arena_layout(cfg: ModelConfig, step: StepConfig, ladder: Ladder) -> ArenaLay
     )
 
 
+def attention_scratch(cfg: ModelConfig, step: StepConfig, tokens: int) -> Iterator[Entry]:
+    """The buffers between the absorbed query and the product by W_O, of so many step tokens."""
+    names = ("q_latent", "o_latent", "mla_plan", "part_o", "part_lse", "o", "o_q", "o_s")
+    return (e for e in _scratch(cfg, step, tokens, 1, tokens) if e.name in names)
+
+
 def scratch_bytes(cfg: ModelConfig, step: StepConfig, key: GraphKey) -> int:
     """Bytes of scratch that a ladder ending at `key` would need."""
     return sum(e.nbytes for e in _scratch(cfg, step, key.tokens, key.rows, key.tokens))

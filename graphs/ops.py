@@ -20,7 +20,8 @@ from kernels.triton import (
     intake,
     linear,
     logits_counts,
-    mla_absorb,
+    mla_absorb_q,
+    mla_absorb_v,
     mla_decode,
     mla_prep,
     mla_query,
@@ -58,8 +59,8 @@ class Ops:
         self.linear_fp8 = bind(linear.linear_fp8, linear.linear_fp8_ref)
         self.mla_prep = bind(mla_prep.mla_prep, mla_prep.mla_prep_ref)
         self.latent_query = bind(mla_query.latent_query, mla_query.latent_query_ref)
-        self.absorb_q = bind(mla_absorb.absorb_q, mla_absorb.absorb_q_ref)
-        self.absorb_v = bind(mla_absorb.absorb_v, mla_absorb.absorb_v_ref)
+        self.absorb_q = bind(mla_absorb_q.absorb_q, mla_absorb_q.absorb_q_ref)
+        self.absorb_v = bind(mla_absorb_v.absorb_v, mla_absorb_v.absorb_v_ref)
         self.mla_decode = bind(mla_decode.mla_decode, mla_decode.mla_decode_ref)
         self.router = bind(router.router, router.router_ref)
         self.route = bind(routing.route, routing.route_ref)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from barriers.transport import Received, Transport
-from graphs.attention import Attention
+from graphs.attention import Attention, attend
 from graphs.branch import Branch
 from graphs.buffers import StaticBuffers, query_fuses
 from graphs.keys import GraphKey
@@ -21,6 +21,8 @@ from graphs.model_config import ModelConfig
 from graphs.ops import Ops
 from graphs.step_config import StepConfig
 from graphs.weights import shared_joins
+from kernels.triton.expert_lists import ExpertLists
+from kernels.triton.routing import makes_lists
 from kernels.triton.rows import RowState
 
 Buffers = Mapping[str, torch.Tensor]
@@ -243,15 +245,8 @@ class DecodeStep:
             **(q_norm.quantised_only if compressed else {}),
         )
         self._query(b, name, q_norm)
-        parts = self.attention.run(b, b[f"kv.{layer}"])
-        o, attended = Activation.of(b, "o"), (b["o_latent"], b["kv_len"], w[name + "w_uv"])
-        if o.plain is None:
-            self.ops.absorb_v(*attended, parts=parts, **o.quantised_only)
-        else:
-            self.ops.absorb_v(*attended, parts=parts, out=o.plain)
-            if o.q is not None:
-                self.ops.quantize(o.plain, out_q=o.q, out_scale=o.scale)
-        self._linear(b, name + "o", o, b["o_out"])
+        attend(self.attention, self.ops, b, b[f"kv.{layer}"], w[name + "w_uv"])
+        self._linear(b, name + "o", Activation.of(b, "o"), b["o_out"])
 
     def _query(self, b: Buffers, name: str, q_norm: Activation) -> None:
         """From the normed, compressed query to that of every head in the latent space."""
@@ -339,8 +334,17 @@ class DecodeStep:
             shared_id=cfg.num_experts if self.shared_joins else None,
             out_ids=b["topk_ids"],
             out_weights=b["topk_weights"],
+            lists=self._lists(b) if self._lists_early(b) else None,
         )
         return x
+
+    def _lists(self, b: Buffers) -> ExpertLists:
+        """The pairs of each of this rank's experts."""
+        return ExpertLists(b["offsets"], b["pairs"], b["ready"])
+
+    def _lists_early(self, b: Buffers) -> bool:
+        """Whether the router's choice is listed at once: of few tokens that stay where they are."""
+        return self.config.transport == "local" and makes_lists(b["topk_ids"].shape[0])
 
     def _shared(self, b: Buffers, name: str, x: Activation, *, ops: Ops, workspace: str) -> None:
         name += "shared_"
@@ -363,8 +367,8 @@ class DecodeStep:
         """This rank's experts over the received rows; `expert_y` gets a line per (row, choice)."""
         w, h = self.weights, Activation.of(b, "expert_h")
         name += "all_" if self.shared_joins else "experts_"
-        lists = {field: b[field] for field in ("offsets", "pairs", "ready")}
-        self.ops.align(received.ids, expert_start=0, **lists)
+        if not self._lists_early(b):
+            self.ops.align(received.ids, expert_start=0, **self._lists(b)._asdict())
         hidden = h.plain if h.q is None else h.q
         self.ops.grouped_gate_up(
             received.x,

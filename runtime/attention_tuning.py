@@ -1,5 +1,6 @@
 """The choice of decode attention, measured before there is an arena, whose layout follows from it.
 
+What is timed is attention with W_UV after it, as a step launches them: `graphs.attention_timing`.
 Kept in the store by model, number and length of rows, so that another ladder cannot come to other
 bits.
 """
@@ -16,20 +17,14 @@ from capture_cache.errors import CorruptBundle
 from capture_cache.machine import here
 from capture_cache.store import Store
 from graphs.aot import AotLauncher
-from graphs.attention_choice import (
-    AttentionCut,
-    choose_attention,
-    copies_for,
-    cuts_for,
-    example,
-    points_for,
-)
+from graphs.attention_choice import AttentionCut, choose_attention, cuts_for, points_for
+from graphs.attention_timing import TIMED, LayerTimes
 from graphs.capture import GraphBackend
 from graphs.compile import RecordingLauncher, compile_all
 from graphs.flashinfer_mla import FlashinferMla
 from graphs.hopper_mla import HopperMla
 from graphs.ops import Ops
-from graphs.timing import Timer
+from graphs.timing import HostTimer, Timer
 from runtime.config import RuntimeConfig
 from runtime.selection import Selection
 
@@ -51,9 +46,13 @@ class AttentionTuner:
     ) -> None:
         self._model, self._step = selection.model, selection.step
         self._options, self._store = options, store
-        self._launcher, self._backend, self._timer = launcher, backend, timer
-        self._ops, self._progress = Ops(launcher), progress
-        self._device = torch.device("cuda", torch.cuda.current_device())
+        self._launcher, self._backend, self._progress = launcher, backend, progress
+        device = torch.device("cuda", torch.cuda.current_device())
+        self._times = LayerTimes(
+            *(Ops(launcher), self._model, self._step, timer),
+            device=device,
+            cache_bytes=int(torch.cuda.get_device_properties(device).L2_cache_size),
+        )
 
     def stored(self) -> AttentionCut | None:
         """What was measured here before, if anything."""
@@ -73,7 +72,12 @@ class AttentionTuner:
         points = points_for(self._step.max_rows, self._step.max_seq_len)
         self._compile(points)
         choice, times = choose_attention(found, points, self._measure)
-        record = {"choice": str(choice), "points": [list(p) for p in points], "us": times}
+        record = {
+            "choice": str(choice),
+            "timed": list(TIMED),
+            "points": [list(p) for p in points],
+            "us": times,
+        }
         self._store.publish_record(digest, record)
         return choice
 
@@ -110,10 +114,14 @@ class AttentionTuner:
         recorder = RecordingLauncher(
             self._launcher.arch, num_sms=self._launcher.num_sms, pdl=self._launcher.pdl
         )
+        listed = LayerTimes(
+            *(Ops(recorder), self._model, self._step, HostTimer()),
+            device=torch.device("meta"),
+            cache_bytes=0,
+        )
         for rows, context in points:
-            call = example(self._model, self._step, rows, context, torch.device("meta"), 1)[0]
             for choice in self._found():
-                choice.bind(Ops(recorder), self._model, call)()
+                listed(choice, rows, context)
         compile_all(
             recorder.requests,
             self._launcher.compiler,
@@ -121,10 +129,7 @@ class AttentionTuner:
         )
 
     def _measure(self, choice: AttentionCut, rows: int, context: int) -> float:
-        cache_bytes = int(torch.cuda.get_device_properties(self._device).L2_cache_size)
         with self._backend.on_stream():
-            copies = copies_for(self._model, rows, context, cache_bytes)
-            calls = example(self._model, self._step, rows, context, self._device, copies)
-            us = self._timer([choice.bind(self._ops, self._model, c) for c in calls]).us
+            us = self._times(choice, rows, context)
         torch.cuda.empty_cache()
         return us

@@ -17,7 +17,7 @@ from kernels.triton.overlap import (
     await_inputs,
     overlap,
 )
-from kernels.triton.tiles import load_parts, num_parts, sum_parts
+from kernels.triton.tiles import add_parts, ask_parts, hold_loads, num_parts, sum_parts
 
 
 @triton.jit
@@ -33,12 +33,44 @@ def rope_pair(
     act: tl.constexpr,
 ):
     """fp32 elements of each rotated pair; they go to columns `pair` and `pair + HALF`."""
+    a, b = ask_pair(x, pair, mask, part_stride, HALF, INTERLEAVE, PARTS)
+    return turn_pair(a, b, 0.0, table, pair, mask, HALF, PARTS, act)
+
+
+@triton.jit
+def ask_pair(
+    x,
+    pair,
+    mask,
+    part_stride,
+    HALF: tl.constexpr,
+    INTERLEAVE: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    """The parts of both elements of each pair, for `turn_pair`; arguments as of `rope_pair`."""
     if INTERLEAVE:
-        a = load_parts(x + 2 * pair, mask, part_stride, PARTS, act).to(tl.float32)
-        b = load_parts(x + 2 * pair + 1, mask, part_stride, PARTS, act).to(tl.float32)
+        first, second = x + 2 * pair, x + 2 * pair + 1
     else:
-        a = load_parts(x + pair, mask, part_stride, PARTS, act).to(tl.float32)
-        b = load_parts(x + HALF + pair, mask, part_stride, PARTS, act).to(tl.float32)
+        first, second = x + pair, x + HALF + pair
+    a = ask_parts(first, mask, part_stride, PARTS)
+    return a, ask_parts(second, mask, part_stride, PARTS)
+
+
+@triton.jit
+def turn_pair(
+    a,
+    b,
+    zero,
+    table,
+    pair,
+    mask,
+    HALF: tl.constexpr,
+    PARTS: tl.constexpr,
+    act: tl.constexpr,
+):
+    """What `rope_pair` gives, from the parts that `ask_pair` asked for."""
+    a = add_parts(a, zero, PARTS, act).to(tl.float32)
+    b = add_parts(b, zero, PARTS, act).to(tl.float32)
     cos = tl.load(table + pair, mask=mask, other=0.0)
     sin = tl.load(table + HALF + pair, mask=mask, other=0.0)
     return rotated(a, b, cos, sin)
@@ -87,26 +119,29 @@ def _mla_prep(
     HAS_Q: tl.constexpr,
     PDL: tl.constexpr,
 ):
+    # No load waits for another, nor for whether the token is real: each would take a latency.
     t = tl.program_id(0).to(tl.int64)
     row = qkv + t * qkv_pitch
+    act: tl.constexpr = kv_cache.dtype.element_ty
     if tl.program_id(1) == 0:
         kv_col = tl.arange(0, KV_GROUPS)[:, None] * 128 + tl.arange(0, 128)[None, :]
         kv_w = _norm_weight(kv_norm_weight, kv_col, DC)
         await_inputs(PDL)
-        if tl.load(tok_row + t) >= 0:
-            slot = kv_cache + tl.load(kv_slot + t) * kv_pitch
-            at = row + kv_start + kv_col
-            latent = load_parts(at, kv_col < DC, part_stride, PARTS, kv_cache.dtype.element_ty)
-            tl.store(slot + kv_col, _rmsnorm(latent, kv_w, eps, DC), mask=kv_col < DC)
-            pair = tl.arange(0, PAIRS)
-            angles = rope_table + tl.load(tok_pos + t).to(tl.int64) * (2 * HALF)
-            key = row + kv_start + DC
-            first, second = rope_pair(
-                key, angles, pair, pair < HALF, part_stride, HALF, INTERLEAVE, PARTS,
-                kv_cache.dtype.element_ty,
-            )  # fmt: skip
-            tl.store(slot + DC + pair, first, mask=pair < HALF)
-            tl.store(slot + DC + HALF + pair, second, mask=pair < HALF)
+        real = tl.load(tok_row + t) >= 0
+        pos = tl.load(tok_pos + t)
+        slot = kv_cache + tl.load(kv_slot + t) * kv_pitch
+        at = row + kv_start + kv_col
+        latent = ask_parts(at, kv_col < DC, part_stride, PARTS)
+        pair = tl.arange(0, PAIRS)
+        key = row + kv_start + DC
+        a, b = ask_pair(key, pair, pair < HALF, part_stride, HALF, INTERLEAVE, PARTS)
+        zero = hold_loads(PDL)
+        angles = rope_table + tl.where(real, pos, 0).to(tl.int64) * (2 * HALF)
+        first, second = turn_pair(a, b, zero, angles, pair, pair < HALF, HALF, PARTS, act)
+        latent = add_parts(latent, zero, PARTS, act)
+        tl.store(slot + kv_col, _rmsnorm(latent, kv_w, eps, DC), mask=(kv_col < DC) & real)
+        tl.store(slot + DC + pair, first, mask=(pair < HALF) & real)
+        tl.store(slot + DC + HALF + pair, second, mask=(pair < HALF) & real)
     else:
         # A padded token's row may hold anything, NaN included; its query is zeros.
         group = tl.arange(0, Q_GROUPS)
@@ -114,8 +149,9 @@ def _mla_prep(
         w = _norm_weight(q_norm_weight, col, QW)
         await_inputs(PDL)
         real = tl.load(tok_row + t) >= 0
-        act: tl.constexpr = kv_cache.dtype.element_ty
-        value = load_parts(row + col, (col < QW) & real, part_stride, PARTS, act)
+        parts = ask_parts(row + col, col < QW, part_stride, PARTS)
+        value = add_parts(parts, hold_loads(PDL), PARTS, act)
+        value = tl.where(real, value, 0.0).to(act)
         y = _rmsnorm(value, w, eps, QW)
         if HAS_OUT:
             tl.store(out + t * out_pitch + col, y, mask=col < QW)

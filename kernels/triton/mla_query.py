@@ -14,7 +14,7 @@ import triton.language as tl
 
 from kernels.triton.launch import Launcher, TensorMap
 from kernels.triton.linear import linear_fp8_ref
-from kernels.triton.mla_absorb import absorb_q_ref
+from kernels.triton.mla_absorb_q import absorb_q_ref
 from kernels.triton.mla_prep import rotated
 from kernels.triton.overlap import (
     OFF,
@@ -51,17 +51,14 @@ def _row_scale(w_scale, row, kb, BLOCKS: tl.constexpr, ROWS: tl.constexpr):
 
 
 @triton.jit
-def _rotate(x, angles, PAIRS: tl.constexpr, INTERLEAVE: tl.constexpr):
+def _rotate(x, cos, sin, PAIRS: tl.constexpr, INTERLEAVE: tl.constexpr):
     """fp32 ([T, PAIRS], [T, PAIRS]): first and second elements of the rotated pairs of x
-    [T, 2*PAIRS]; `angles` points at each token's row of the rope table, [T, 1]."""
+    [T, 2*PAIRS], by their angles' cos and sin [T, PAIRS]."""
     T: tl.constexpr = x.shape[0]
     if INTERLEAVE:
         a, b = tl.split(tl.reshape(x, [T, PAIRS, 2]))
     else:
         a, b = tl.split(tl.permute(tl.reshape(x, [T, 2, PAIRS]), (0, 2, 1)))
-    pair = tl.arange(0, PAIRS)[None, :]
-    cos = tl.load(angles + pair)
-    sin = tl.load(angles + PAIRS + pair)
     return rotated(a, b, cos, sin)
 
 
@@ -108,6 +105,7 @@ def _latent_query(
     await_inputs_streaming(PDL)
     t = t0 + tl.arange(0, BLOCK_T)
     real = tl.load(tok_row + t, mask=t < T, other=-1) >= 0
+    pos = tl.load(tok_pos + t, mask=t < T, other=0)
     nope = tl.zeros([DN, BLOCK_T], tl.float32)
     rope = tl.zeros([DR, BLOCK_T], tl.float32)
     for kb in tl.range(0, blocks, num_stages=STAGES):
@@ -121,6 +119,10 @@ def _latent_query(
         nope += tl.dot(wn, xt) * (scale[None, :] * nope_scale[:, None])
         rope += tl.dot(wr, xt) * (scale[None, :] * rope_scale[:, None])
     release_dependents(PDL)
+    # Asked for here, they come while the second product runs; after it, it would wait for them.
+    pair = tl.arange(0, DR // 2)[None, :]
+    angles = rope_table + tl.where(real, pos, 0).to(tl.int64)[:, None] * DR + pair
+    cos, sin = tl.load(angles), tl.load(angles + DR // 2)
     # The query is rounded as if it had been stored; a padded token's is zeros.
     act = out.dtype.element_ty
     q = tl.where(real[None, :], nope, 0.0).to(act)
@@ -133,12 +135,10 @@ def _latent_query(
         y = tl.dot(tl.trans(w), q)
         mask = (t < T)[:, None] & (c < DC)[None, :]
         tl.store(out_head + c[None, :], tl.trans(y).to(act), mask=mask)
-    pos = tl.load(tok_pos + t, mask=real, other=0).to(tl.int64)
     turned = tl.trans(tl.where(real[None, :], rope, 0.0).to(act)).to(tl.float32)
-    first, second = _rotate(turned, rope_table + pos[:, None] * DR, DR // 2, INTERLEAVE)
-    pair = DC + tl.arange(0, DR // 2)[None, :]
-    tl.store(out_head + pair, first.to(act), mask=(t < T)[:, None])
-    tl.store(out_head + DR // 2 + pair, second.to(act), mask=(t < T)[:, None])
+    first, second = _rotate(turned, cos, sin, DR // 2, INTERLEAVE)
+    tl.store(out_head + DC + pair, first.to(act), mask=(t < T)[:, None])
+    tl.store(out_head + DC + DR // 2 + pair, second.to(act), mask=(t < T)[:, None])
 
 
 def fuses_query(dn: int, dr: int, dc: int, *, fp8: bool, act_bytes: int) -> bool:

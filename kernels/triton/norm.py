@@ -17,7 +17,7 @@ from kernels.triton.overlap import (
     await_inputs,
     overlap,
 )
-from kernels.triton.tiles import load_parts, num_parts, sum_parts
+from kernels.triton.tiles import add_parts, ask_parts, hold_loads, num_parts, sum_parts
 
 MAX_WIDTH = 16384  # a row is held in registers
 EMBED_BLOCK = 1024
@@ -62,7 +62,7 @@ def _rmsnorm(value, w, eps, H: tl.constexpr):
 
 
 @triton.jit
-def _weighted_rows(
+def _ask_rows(
     y,  # act [T*K, H]
     ids,  # int32 [T, K]
     weights,  # fp32 [T, K]
@@ -71,17 +71,25 @@ def _weighted_rows(
     H: tl.constexpr,
     K: tl.constexpr,
 ):
-    """fp32 sum over k, in order, of weights[t, k] * y[t*K + k]; zeros for a padded token.
-
-    No load waits for another. What a padded token's rows hold, NaN perhaps, is dropped at the end.
-    """
-    real = tl.load(ids + t * K) >= 0
-    total = tl.zeros(col.shape, tl.float32)
+    """The loads of `_weighted_rows`: the token's first id, and of each choice weight and row."""
+    first = tl.load(ids + t * K)
+    scales, rows = tl.tuple([]), tl.tuple([])
     for k in tl.static_range(K):
-        weight = tl.load(weights + t * K + k)
-        value = tl.load(y + (t * K + k) * H + col, mask=col < H, other=0.0)
-        total += weight * value.to(tl.float32)
-    return tl.where(real, total, 0.0)
+        scales += (tl.load(weights + t * K + k),)
+        rows += (tl.load(y + (t * K + k) * H + col, mask=col < H, other=0.0),)
+    return first, scales, rows
+
+
+@triton.jit
+def _weighted_rows(first, scales, rows, zero, K: tl.constexpr):
+    """fp32 sum over k, in order, of scales[k] * rows[k]; zeros for a padded token.
+
+    What a padded token's rows hold, NaN perhaps, is dropped at the end.
+    """
+    total = tl.zeros(rows[0].shape, tl.float32) + zero
+    for k in tl.static_range(K):
+        total += scales[k] * rows[k].to(tl.float32)
+    return tl.where(first >= 0, total, 0.0)
 
 
 @triton.jit
@@ -120,10 +128,17 @@ def _add_rmsnorm(
     value = tl.load(row, mask=col < H, other=0.0)
     if HAS_DELTA:
         if K > 0:
-            add = _weighted_rows(delta, ids, choice_weights, t, col, H, K).to(value.dtype)
+            first, scales, rows = _ask_rows(delta, ids, choice_weights, t, col, H, K)
         else:
             at = delta + t * delta_pitch + col
-            add = load_parts(at, col < H, part_stride, PARTS, value.dtype)
+            parts = ask_parts(at, col < H, part_stride, PARTS)
+        zero = 0.0
+        if GROUPS <= 64:
+            zero = hold_loads(PDL)
+        if K > 0:
+            add = _weighted_rows(first, scales, rows, zero, K).to(value.dtype)
+        else:
+            add = add_parts(parts, zero, PARTS, value.dtype)
         value = (value.to(tl.float32) + add.to(tl.float32)).to(value.dtype)
         tl.store(row, value, mask=col < H)
     if GROUPS > 64:

@@ -137,12 +137,51 @@ def load_parts(
     act: tl.constexpr,
 ):
     """What a product left: its result, or the sum of its K splits in order, rounded to act."""
-    value = tl.load(at, mask=mask, other=0.0)
+    return add_parts(ask_parts(at, mask, part_stride, PARTS), 0.0, PARTS, act)
+
+
+@triton.jit
+def ask_parts(at, mask, part_stride, PARTS: tl.constexpr):
+    """The loads of `load_parts` alone: what `add_parts` takes, after `hold_loads`."""
+    parts = tl.tuple([tl.load(at, mask=mask, other=0.0)])
+    for part in tl.static_range(1, PARTS):
+        parts += (tl.load(at + part * part_stride, mask=mask, other=0.0),)
+    return parts
+
+
+@triton.jit
+def add_parts(parts, zero, PARTS: tl.constexpr, act: tl.constexpr):
+    """The sum of `ask_parts` in order, from `zero` on, rounded to act."""
+    value = parts[0]
     if PARTS > 0:
+        value += zero
         for part in tl.static_range(1, PARTS):
-            value += tl.load(at + part * part_stride, mask=mask, other=0.0)
+            value += parts[part]
         value = value.to(act)
     return value
+
+
+@triton.jit
+def hold_loads(PDL: tl.constexpr):
+    """fp32 0.0, which the compiler does not know before every load above has been asked for.
+
+    To save registers it adds up what is there before it asks for more, and so takes a latency for
+    every few loads. Sums that begin with this zero cannot begin early. Nothing is waited for here
+    but the other warps, and without PDL, as in the interpreter, it is a plain zero.
+    """
+    zero = 0.0
+    if PDL != 0:
+        word = tl.inline_asm_elementwise(
+            "{ .reg .pred p, q; setp.lt.s32 q, $1, 0; barrier.cta.red.or.pred p, 0, q;"
+            " selp.b32 $0, 1, 0, p; }",
+            "=r,r",
+            [tl.program_id(0)],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+        zero = word.to(tl.float32, bitcast=True)
+    return zero
 
 
 def num_parts(product: torch.Tensor) -> int:

@@ -11,7 +11,8 @@ import torch
 from capture_cache.errors import CudaError
 from capture_cache.nvrtc import nvrtc_version
 from capture_cache.store import Store
-from graphs.attention_choice import AttentionCut, example, run_every_cut
+from graphs.attention_choice import AttentionCut, run_every_cut
+from graphs.attention_timing import example
 from graphs.compile import KernelCompiler, RecordingLauncher, compile_all
 from graphs.cuda_compile import compile_cuda_kernel
 from graphs.flashinfer_mla import FlashinferMla

@@ -15,14 +15,8 @@ import pytest
 import torch
 
 from kernels.triton.launch import JitLauncher
-from kernels.triton.mla_absorb import (
-    Parts,
-    absorb_q,
-    absorb_q_ref,
-    absorb_v,
-    absorb_v_ref,
-    takes_parts,
-)
+from kernels.triton.mla_absorb_q import absorb_q, absorb_q_ref
+from kernels.triton.mla_absorb_v import Parts, absorb_v, absorb_v_ref, takes_parts
 from kernels.triton.mla_decode import (
     LONG_CUT,
     merge,

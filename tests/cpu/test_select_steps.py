@@ -2,25 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
-
 import pytest
-import torch
 
-from graphs.attention_choice import (
-    AttentionCut,
-    choose_attention,
-    copies_for,
-    cuts_for,
-    example,
-    points_for,
-)
+from graphs.attention_choice import AttentionCut, choose_attention, cuts_for, points_for
 from graphs.choices import KernelChoices, Pick, SiteChoice
 from graphs.select import confirm
 from graphs.step_config import StepConfig, default_cut
 from graphs.timing import Timing
-from runtime.config import RuntimeConfig
-from runtime.selection import choose
 from tests.cpu.measured import measured_choices
 
 # ------------------------------------------------------------------ attention
@@ -138,16 +126,3 @@ def test_points_and_cuts_fit_the_length(max_seq_len: int) -> None:
         points = points_for(max_rows, max_seq_len)
         assert all(1 <= context < max_seq_len and rows <= max_rows for rows, context in points)
         assert max(rows for rows, _ in points) == min(64, max_rows)
-
-
-def test_an_example_lies_in_pages_of_its_own() -> None:
-    selection = choose(RuntimeConfig.of(model="tiny", device="cpu", bs=2, max_seq_len=256))
-    model, step = selection.model, selection.step
-    calls = example(model, step, 2, 130, torch.device("cpu"), 3)
-    used = [c.args[2][c.args[3].long(), :3].flatten().tolist() for c in calls]
-    pages = list(itertools.chain(*used))
-    assert len(set(pages)) == len(pages) == 18
-    assert 0 not in pages
-    assert max(pages) * step.page_size < calls[0].args[1].shape[0]
-    assert copies_for(model, 1, 100, 0) == 1
-    assert copies_for(model, 1, 100, 1 << 40) == 32

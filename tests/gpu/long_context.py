@@ -14,7 +14,7 @@ import torch
 
 from graphs.keys import Ladder
 from graphs.ops import Ops
-from kernels.triton.mla_absorb import takes_parts
+from kernels.triton.mla_absorb_v import takes_parts
 from kernels.triton.mla_decode import merge_ref
 from kernels.triton.rows import RowState
 from kernels.triton.state import DECODE

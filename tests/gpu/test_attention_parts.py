@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from kernels.triton.launch import Launcher
-from kernels.triton.mla_absorb import Parts, absorb_v, absorb_v_ref, takes_parts
+from kernels.triton.mla_absorb_v import Parts, absorb_v, absorb_v_ref, takes_parts
 from kernels.triton.mla_decode import merge, merge_ref
 
 HEADS, VALUE, LATENT, CUT = 128, 128, 512, 1088

@@ -38,6 +38,23 @@ def test_a_second_capture_takes_what_the_first_has_measured(load: Load, tuned_st
         assert runtime.engine.launcher.num_compiled == 0
 
 
+def test_attention_is_timed_with_what_a_step_has_after_it(load: Load, tuned_store: Path) -> None:
+    from capture_cache.store import Store
+
+    with _tuned(load, tuned_store) as runtime:
+        attention = runtime.engine.choices.attention
+    store = Store(tuned_store)
+    records = [record for digest in store.records() if (record := store.load_record(digest))]
+    (record,) = [record for record in records if "timed" in record]
+    assert record["timed"] == ["attention", "W_UV"]
+    assert record["choice"] == attention
+    assert attention in record["us"]
+    assert len(record["us"]) > 1
+    for times in record["us"].values():
+        assert len(times) == len(record["points"])
+        assert all(us > 0 for us in times)
+
+
 def test_auto_takes_what_was_kept_and_measures_nothing(load: Load, tuned_store: Path) -> None:
     with _tuned(load, tuned_store) as runtime:
         kept = runtime.engine.choices
