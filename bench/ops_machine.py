@@ -147,11 +147,6 @@ class Machine:
                 self._route(call, routing)
             visit(call)
             getattr(self.ops, call.op)(*call.args, **call.kwargs)
-            lists = call.kwargs.get("lists")
-            if lists is not None:  # of what replaces the router's choice, as `align` makes them
-                align = Call("align", (call["out_ids"],), {"expert_start": 0, **lists._asdict()})
-                self._route(align, routing)
-                self.ops.align(*align.args, **align.kwargs)
 
         engine = self.engine
         ops = RecordingOps(self.ops, hook)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
@@ -13,18 +11,6 @@ from kernels.triton.overlap import await_inputs, overlap
 from kernels.triton.tiles import check_ready
 
 ALIGN_BLOCK = 2048
-
-
-class ExpertLists(NamedTuple):
-    """What `align` writes.
-
-    Attributes:
-        offsets, pairs, ready: as its arguments.
-    """
-
-    offsets: torch.Tensor
-    pairs: torch.Tensor
-    ready: torch.Tensor
 
 
 @triton.jit
