@@ -12,6 +12,7 @@ import torch
 
 from bench.ops_specs import Result
 from graphs.calls import Call
+from kernels.triton.weight_tiles import as_rows, extents
 
 Tensor = torch.Tensor
 GROUP = 128
@@ -34,6 +35,7 @@ def _wide(x: Tensor, scale: Tensor | None) -> Tensor:
 
 def _weight(w: Tensor, scale: Tensor | None) -> Tensor:
     """float64 [N, K] of a plain weight or one in blocks of 128 x 128."""
+    w = as_rows(w)
     if scale is None:
         return w.double()
     rows, columns = (torch.arange(extent) // GROUP for extent in w.shape)
@@ -62,7 +64,7 @@ def _outputs(call: Call, y: Tensor, rounded: torch.dtype | None = None) -> list[
 
 def _linear(call: Call) -> list[Result]:
     x, w = call.args
-    return _outputs(call, torch.einsum("tk,nk->tn", x.double(), w.double()))
+    return _outputs(call, torch.einsum("tk,nk->tn", x.double(), as_rows(w).double()))
 
 
 def _linear_fp8(call: Call) -> list[Result]:
@@ -265,7 +267,7 @@ def _scale_of(scale: Tensor | None, at: int) -> Tensor | None:
 
 def _grouped_gate_up(call: Call) -> list[Result]:
     x, xs, w, ws = call.args[:4]
-    inter, top_k = w.shape[1] // 2, call["top_k"]
+    inter, top_k = extents(tuple(w.shape))[1] // 2, call["top_k"]
 
     def value(expert: int, pair: int) -> Tensor:
         token = pair // top_k
@@ -273,8 +275,9 @@ def _grouped_gate_up(call: Call) -> list[Result]:
         scale = _scale_of(ws, expert)
         # Gate and up have scale rows of their own.
         half = None if scale is None else scale.shape[0] // 2
-        gate = _weight(w[expert, :inter], None if scale is None else scale[:half]) @ line
-        up = _weight(w[expert, inter:], None if scale is None else scale[half:]) @ line
+        rows = as_rows(w[expert])
+        gate = _weight(rows[:inter], None if scale is None else scale[:half]) @ line
+        up = _weight(rows[inter:], None if scale is None else scale[half:]) @ line
         return _silu(gate) * up
 
     return _grouped(call, value, inter)
@@ -286,7 +289,7 @@ def _grouped_down(call: Call) -> list[Result]:
     def value(expert: int, pair: int) -> Tensor:
         return _weight(w[expert], _scale_of(ws, expert)) @ _wide(h[pair], _scale_of(hs, pair))
 
-    return _grouped(call, value, w.shape[1])
+    return _grouped(call, value, extents(tuple(w.shape))[1])
 
 
 def _combine(call: Call) -> list[Result]:

@@ -23,6 +23,7 @@ from graphs.model_config import ModelConfig
 from graphs.ops import Ops
 from graphs.timing import Run
 from kernels.triton.mla_decode import num_splits
+from kernels.triton.weight_tiles import as_rows
 
 OURS = "ours"
 OTHERS = {
@@ -123,7 +124,7 @@ def _bind_attention(ops: Ops, model: ModelConfig, choice: AttentionCut, call: Ca
 
 
 def _mm(call: Call) -> Run:
-    x, w, out = call.args[0], call.args[1], call.kwargs["out"]
+    x, w, out = call.args[0], as_rows(call.args[1]), call.kwargs["out"]
     if w.dtype != x.dtype:
         raise Unable(f"torch.mm takes one dtype, not {x.dtype} and {w.dtype}")
     if out.dtype == x.dtype:
@@ -133,7 +134,7 @@ def _mm(call: Call) -> Run:
 
 def _scaled_mm(call: Call) -> Run:
     xq, xs, w, ws = call.args
-    columns = xs.T.contiguous().T
+    w, columns = as_rows(w), xs.T.contiguous().T
     return lambda: torch._scaled_mm(
         xq, w.T, scale_a=columns, scale_b=ws.T, out_dtype=torch.bfloat16
     )
@@ -142,7 +143,7 @@ def _scaled_mm(call: Call) -> Run:
 def _fp8_gemm_nt(call: Call) -> Run:
     deep_gemm = importlib.import_module("deep_gemm")
     xq, xs, w, ws = call.args
-    columns = _tma_columns(xs)
+    w, columns = as_rows(w), _tma_columns(xs)
     out = torch.empty((xq.shape[0], w.shape[0]), dtype=torch.bfloat16, device=xq.device)
 
     def launch() -> torch.Tensor:
@@ -167,6 +168,7 @@ def _m_grouped_fp8_gemm_nt_masked(call: Call) -> Run:
     x, xs, w, ws, offsets, pairs = call.args[:6]
     if xs is None:
         raise Unable("it takes FP8 operands")
+    w = as_rows(w)
     counts = (offsets[1:] - offsets[:-1]).to(torch.int32)
     room = -(-max(1, int(counts.max())) // 128) * 128  # whole tiles, of whichever height it takes
     rows = x.new_zeros((w.shape[0], room, x.shape[1]), dtype=torch.uint8)

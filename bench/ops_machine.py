@@ -23,6 +23,7 @@ from graphs.compile import KernelCompiler, compile_all
 from graphs.keys import GraphKey
 from graphs.ops import Ops
 from graphs.timing import GraphTimer, HostTimer, Timer
+from kernels.triton.weight_tiles import extents
 from runtime.assemble import list_kernels, make_step
 from runtime.build import build
 from runtime.config import RuntimeConfig
@@ -146,11 +147,6 @@ class Machine:
                 self._route(call, routing)
             visit(call)
             getattr(self.ops, call.op)(*call.args, **call.kwargs)
-            lists = call.kwargs.get("lists")
-            if lists is not None:  # of what replaces the router's choice, as `align` makes them
-                align = Call("align", (call["out_ids"],), {"expert_start": 0, **lists._asdict()})
-                self._route(align, routing)
-                self.ops.align(*align.args, **align.kwargs)
 
         engine = self.engine
         ops = RecordingOps(self.ops, hook)
@@ -197,9 +193,9 @@ class Machine:
             self.weights[t.data_ptr()] for _, t in call.tensors() if t.data_ptr() in self.weights
         ]
         leaves = [n.split(".", 2)[-1] for n in names if not n.endswith("_scale")]
-        shapes = [t for _, t in self.floors.weights_of(call) if t.ndim > 1]
-        largest = max(shapes, key=lambda t: math.prod(t.shape), default=None)
-        size = "" if largest is None else " " + "x".join(str(e) for e in largest.shape)
+        shapes = [extents(tuple(t.shape)) for _, t in self.floors.weights_of(call) if t.ndim > 1]
+        largest = max(shapes, key=math.prod, default=None)
+        size = "" if largest is None else " " + "x".join(str(e) for e in largest)
         return f"{call.op} {leaves[0]}{size}" if leaves and size else call.op
 
     def close(self) -> None:

@@ -35,7 +35,8 @@ is a `CorruptBundle` that names the file and the field.
       ids           i32 [requests, prompt tokens]
 
 Nodes stand in an order in which every edge goes forward; edges, attributes and relocations are
-sorted and unique.
+sorted and unique. Attributes are those that a node has beyond a plain one of its kernel; how
+clusters are scheduled only where there are any.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import heapq
+import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
@@ -44,6 +45,9 @@ from capture_cache.restore import KERNEL_PARAMS
 _NODE_TYPES = {0: KERNEL, 1: MEMCPY, 2: MEMSET, 5: EMPTY}  # CUgraphNodeType
 _TYPE_NAMES = {3: "host", 4: "graph", 6: "event wait", 7: "event record", 10: "allocation"}
 _MAX_DYNAMIC_SHARED, _CARVEOUT, _NONPORTABLE_CLUSTER, _STATIC_SHARED = 8, 9, 14, 1
+_COMPILED_CLUSTER = (10, 11, 12, 13)  # a size must be set; required width, height, depth
+_CLUSTER_SIZE, _CLUSTER_SCHEDULING, _PREFERRED_CLUSTER_SIZE = 4, 5, 11  # CUlaunchAttributeID
+_NO_CLUSTER = (b"", bytes(12), struct.pack("<3I", 1, 1, 1))  # b"": the driver knows none
 _DEFAULT_SHARED_BYTES = 48 << 10  # what a kernel gets without asking
 _RANGE_START = 11  # CU_POINTER_ATTRIBUTE_RANGE_START_ADDR
 _MIN_POINTER, _MAX_POINTER = 1 << 20, 1 << 57
@@ -218,6 +222,9 @@ class Extractor:
             dynamic_shared=driver.function_attribute(function, _MAX_DYNAMIC_SHARED),
             module=self._module(code),
             known=known is not None,
+            compiled_cluster=any(
+                driver.function_attribute(function, which) for which in _COMPILED_CLUSTER
+            ),
         )
         self._kernels[function] = found
         return found
@@ -275,11 +282,14 @@ class Extractor:
                 which: self._driver.node_attribute(twin, which) if twin else b""
                 for which in ATTRIBUTES
             }
+        values = {which: self._driver.node_attribute(node, which) for which in ATTRIBUTES}
         found = []
-        for which in ATTRIBUTES:
-            value = self._driver.node_attribute(node, which)
-            default = kernel.defaults[which] or bytes(ATTRIBUTE_BYTES)
-            if value and value != default:
+        for which, value in values.items():
+            # The driver calls every captured launch "spread", and a node that is added "default":
+            # without clusters that is the same, and each attribute costs a restore a call.
+            if which == _CLUSTER_SCHEDULING and not _in_clusters(kernel, values):
+                continue
+            if value and value != (kernel.defaults[which] or bytes(ATTRIBUTE_BYTES)):
                 found.append((which, value))
         return found
 
@@ -308,6 +318,12 @@ class Extractor:
             found.append((word, *place))
             changed[word : word + _WORD] = bytes(_WORD)
         return bytes(changed), found
+
+
+def _in_clusters(kernel: CapturedKernel, attributes: Mapping[int, bytes]) -> bool:
+    """Whether a node with these attributes runs in clusters of several blocks, or may."""
+    sizes = (attributes[which][:12] for which in (_CLUSTER_SIZE, _PREFERRED_CLUSTER_SIZE))
+    return kernel.compiled_cluster or any(size not in _NO_CLUSTER for size in sizes)
 
 
 def _forward(count: int, edges: Sequence[tuple[int, int]]) -> list[int]:

@@ -33,6 +33,7 @@ class CapturedKernel:
     dynamic_shared: int  # what a launch may ask for
     module: int
     known: bool
+    compiled_cluster: bool = False  # its code has a cluster size, or wants one
     defaults: dict[int, bytes] | None = None
     wanted_shared: int = 0
 

@@ -21,7 +21,9 @@ from capture_cache.manifest import FileRecord, seal, unseal
 INDEX = "weights.json"
 SHARED = "shared.safetensors"
 KIND = "packed weights"
-FORMAT = 2  # 1 did not record what tells checkpoints of equal shapes apart
+FORMAT = 3
+# Of earlier formats, what this one changed.
+_WHY = {1: "which does not say which checkpoint it was made from", 2: "which has no tiles"}
 DATA_ALIGNMENT = 4096
 PIECE_BYTES = 64 << 20  # of a shard that one sha256 covers
 MAX_RANKS = 1024
@@ -230,7 +232,7 @@ class Index:
 
 def _check_format(got: int, shown: Path) -> None:
     if got != FORMAT:
-        why = " (1 does not say which checkpoint it was made from)" if got == 1 else ""
+        why = f", {_WHY[got]}" if got in _WHY else ""
         raise OtherVersion(
             f"{shown}: expected {KIND} of format {FORMAT}, got format {got} of another version"
             f"{why}; {REMEDY}"

@@ -284,9 +284,9 @@ def _workspace_elems(
     for name, spec in weight_table(cfg, ep_size=step.ep_size).items():
         # The router leaves its parts to the choice of experts.
         plain = not name.endswith(("_scale", ".router"))
-        if only in name and len(spec.shape) == 2 and plain:
+        if only in name and len(spec.extents) == 2 and plain:
             count = rows if name in ("head", "embed") else tokens
-            n, k = spec.shape
+            n, k = spec.extents
             elems.append(linear_workspace_elems(count, n, k, elem_bytes=spec.nbytes // (n * k)))
     return max(elems)
 

@@ -19,6 +19,7 @@ from kernels.triton.grouped_plan import DOWN_PLAN, GATE_UP_PLAN, GroupedPlan
 from kernels.triton.linear_plan import LinearPlan, linear_plan
 from kernels.triton.router import RouterPlan, router_plan
 from kernels.triton.tiles import FP8_GROUP
+from kernels.triton.weight_tiles import extents, in_tiles
 
 Plan = LinearPlan | GroupedPlan | RouterPlan
 PLANS: dict[str, type[Plan]] = {
@@ -144,7 +145,7 @@ def _linear_plans(call: Call) -> list[LinearPlan]:
     """The default first. Where the result is left in parts for the reader to add up, the layout of
     the step has settled how many."""
     w, out = call.args[1 if call.op == "linear" else 2], call.kwargs.get("out")
-    n, k = w.shape
+    n, k = extents(tuple(w.shape))
     default = linear_plan(n, k, elem_bytes=w.element_size(), tokens=call.args[0].shape[0])
     plans = _fp32_plans(default, k) if w.element_size() == 4 else _narrow_plans(default, call, n, k)
     if out is not None and out.ndim == 3:
@@ -198,7 +199,7 @@ def _grouped_plans(call: Call) -> list[GroupedPlan]:
 
 def _chain(plan: GroupedPlan, call: Call) -> int:
     """Experts of down whose programs are on a chip at the same time; the last one in part."""
-    num_experts, rows = (int(extent) for extent in call.args[2].shape[:2])
+    num_experts, rows, _ = extents(tuple(call.args[2].shape))
     tiles = -(-rows // plan.block_n)
     return min(num_experts, -(-plan.per_sm * PROGRAMS[0] // tiles))
 
@@ -210,8 +211,9 @@ def _fits(plan: GroupedPlan, call: Call) -> bool:
 
 
 def _libraries(call: Call) -> list[Candidate]:
-    """cuBLAS picks its order of additions by the number of tokens."""
-    if call.op != "linear" or call.args[1].dtype != call.args[0].dtype:
+    """cuBLAS picks its order of additions by the number of tokens, and knows no tiles."""
+    w = call.args[1]
+    if call.op != "linear" or w.dtype != call.args[0].dtype or in_tiles(w):
         return []
     return [Candidate(TORCH_MM, exact=False, other=_mm)]
 

@@ -25,6 +25,7 @@ from graphs.model_source import ModelSource, model_digest, resolve_model
 from graphs.random_weights import random_weights
 from graphs.safetensors_dir import CheckpointDir, CheckpointError, Stored, open_checkpoint
 from graphs.weights import check_views, local_experts
+from kernels.triton.weight_tiles import put_rows
 
 __all__ = [
     "CheckpointError",
@@ -168,8 +169,7 @@ class Loader:
             self._load_fp8(part, stored, target, scale)
             return
         for begin, x in self._pieces(part.source, stored, part.slab, target.device):
-            rows = target[part.row + begin : part.row + begin + len(x)]
-            self._cast(x, rows, part.source, stored)
+            put_rows(target, part.row + begin, self._cast(x, target.dtype, part.source, stored))
 
     def check(self, part: Part, stored: Stored) -> int:
         """Read the part as `load` would, and write nothing; the sum of its bits.
@@ -218,7 +218,7 @@ class Loader:
                 x, blocks = quantise_blocks(x)
                 at = part.scale_row + begin // FP8_BLOCK
                 scale[at : at + len(blocks)].copy_(blocks)
-            target[part.row + begin : part.row + begin + len(x)].copy_(x)
+            put_rows(target, part.row + begin, x)
         if not quantised_here:
             blocks = self._scales(part, target.device)
             scale[part.scale_row : part.scale_row + len(blocks)].copy_(blocks)
@@ -230,8 +230,8 @@ class Loader:
             whole = dequantise_blocks(whole, self._scales(part, w_uk.device))
         heads = whole.view(self._cfg.num_heads, -1, self._cfg.kv_lora_rank)
         nope = self._cfg.qk_nope_head_dim
-        self._cast(heads[:, :nope], w_uk, part.source, stored)
-        self._cast(heads[:, nope:], w_uv, part.source, stored)
+        w_uk.copy_(self._cast(heads[:, :nope], w_uk.dtype, part.source, stored))
+        w_uv.copy_(self._cast(heads[:, nope:], w_uv.dtype, part.source, stored))
 
     def _scales(self, part: Part, device: torch.device) -> torch.Tensor:
         stored = self._checkpoint.tensors[part.scale_source]
@@ -267,10 +267,11 @@ class Loader:
             raise self._error(name, stored, f"expected readable data, got: {error}") from error
         return rows
 
-    def _cast(self, x: torch.Tensor, target: torch.Tensor, name: str, stored: Stored) -> None:
-        target.copy_(x)
-        if target.dtype is torch.float16 and not _all_finite(target):
+    def _cast(self, x: torch.Tensor, dtype: torch.dtype, name: str, stored: Stored) -> torch.Tensor:
+        x = x.to(dtype)
+        if dtype is torch.float16 and not _all_finite(x):
             raise self._too_large(name, stored)
+        return x
 
     def _too_large(self, name: str, stored: Stored) -> CheckpointError:
         problem = "expected values that fit float16, got larger ones"

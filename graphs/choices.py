@@ -16,6 +16,7 @@ from graphs.attention_choice import AttentionCut
 from graphs.calls import Call, op_names
 from graphs.candidates import ONLY, PLANS, Candidate, candidates, named
 from graphs.ops import Op, Ops
+from kernels.triton.weight_tiles import extents
 
 SCHEMA = 1
 
@@ -23,7 +24,7 @@ SCHEMA = 1
 def site_of(call: Call) -> str:
     """The operation, shape and format that a choice is made for."""
     w = call.args[1 if call.op in ("linear", "router") else 2]
-    shape = "x".join(str(extent) for extent in w.shape)
+    shape = "x".join(str(extent) for extent in extents(tuple(w.shape)))
     return f"{call.op} {shape} {str(w.dtype).removeprefix('torch.')}"
 
 

@@ -20,6 +20,7 @@ from graphs.model_config import ModelConfig
 from graphs.weights import check_views, local_experts
 from kernels.triton.launch import Launcher
 from kernels.triton.random_init import fill_random, fill_random_ref
+from kernels.triton.weight_tiles import group_of_rows
 
 _SQRT3 = math.sqrt(3.0)  # half-width of a uniform distribution of unit deviation
 _LOGIT_STD = 4.0
@@ -86,7 +87,7 @@ def _fills(
         for half in ("w_uk", "w_uv"):
             yield views[part.target + half], f"{part.source}.{half}", width, 0.0
         return
-    target = _slab(views, part.target, part, first)[part.row : part.row + part.shape[0]]
+    target = group_of_rows(_slab(views, part.target, part, first), part.row, part.shape[0])
     width, mean = _distribution(cfg, part)
     if part.kind is not Kind.LINEAR or not cfg.is_fp8:
         yield target, part.source, width, mean

@@ -14,6 +14,7 @@ from graphs.calls import Call
 from graphs.candidates import Candidate, named
 from graphs.choices import KernelChoices, Pick, SiteChoice, site_of, tokens_of
 from graphs.timing import MARGIN, Timing, clearly_faster
+from kernels.triton.weight_tiles import extents
 
 # Numbers of tokens at which orders of additions are compared, whatever the ladder: two runtimes of
 # one model on one store give the same bits.
@@ -214,5 +215,5 @@ def fits_workspace(candidate: Candidate, call: Call, per_token: int) -> bool:
     if call.kwargs["out"].ndim == 3:
         return True  # the sums are left in parts where the result goes
     splits = getattr(candidate.plan, "splits", 1)
-    n = call.args[1 if call.op == "linear" else 2].shape[0]
+    n = extents(tuple(call.args[1 if call.op == "linear" else 2].shape))[0]
     return splits == 1 or splits * n <= per_token

@@ -21,8 +21,6 @@ from graphs.model_config import ModelConfig
 from graphs.ops import Ops
 from graphs.step_config import StepConfig
 from graphs.weights import shared_joins
-from kernels.triton.expert_lists import ExpertLists
-from kernels.triton.routing import makes_lists
 from kernels.triton.rows import RowState
 
 Buffers = Mapping[str, torch.Tensor]
@@ -334,17 +332,8 @@ class DecodeStep:
             shared_id=cfg.num_experts if self.shared_joins else None,
             out_ids=b["topk_ids"],
             out_weights=b["topk_weights"],
-            lists=self._lists(b) if self._lists_early(b) else None,
         )
         return x
-
-    def _lists(self, b: Buffers) -> ExpertLists:
-        """The pairs of each of this rank's experts."""
-        return ExpertLists(b["offsets"], b["pairs"], b["ready"])
-
-    def _lists_early(self, b: Buffers) -> bool:
-        """Whether the router's choice is listed at once: of few tokens that stay where they are."""
-        return self.config.transport == "local" and makes_lists(b["topk_ids"].shape[0])
 
     def _shared(self, b: Buffers, name: str, x: Activation, *, ops: Ops, workspace: str) -> None:
         name += "shared_"
@@ -367,8 +356,8 @@ class DecodeStep:
         """This rank's experts over the received rows; `expert_y` gets a line per (row, choice)."""
         w, h = self.weights, Activation.of(b, "expert_h")
         name += "all_" if self.shared_joins else "experts_"
-        if not self._lists_early(b):
-            self.ops.align(received.ids, expert_start=0, **self._lists(b)._asdict())
+        lists = {field: b[field] for field in ("offsets", "pairs", "ready")}
+        self.ops.align(received.ids, expert_start=0, **lists)
         hidden = h.plain if h.q is None else h.q
         self.ops.grouped_gate_up(
             received.x,

@@ -2,9 +2,11 @@
 
 A pure function of the model and the expert-parallel size, so the arena can be laid out before a
 byte is read. Matrices are [out, in], row-major; parts that one kernel reads together are stacked
-by rows. In FP8 every linear `name` has `name_scale`, float32, one element per 128x128 block, and a
-part that another follows is padded with zero rows to whole blocks (`ModelConfig.padded`), routed
-experts excepted: there the scale rows alone are padded, and gate's come before up's.
+by rows. The big ones of 1 or 2 bytes an element lie in tiles (`kernels.triton.weight_tiles`) where
+whole tiles hold them. In FP8 every linear `name` has `name_scale`, float32, one element per 128x128
+block, and a part that another follows is padded with zero rows to whole blocks
+(`ModelConfig.padded`), routed experts excepted: there the scale rows alone are padded, and gate's
+come before up's.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from graphs.model_config import FP8_BLOCK, ModelConfig
+from kernels.triton.weight_tiles import TILE_BYTES, TILE_ROWS, extents, tiled_shape
 
 if TYPE_CHECKING:
     import torch
@@ -24,10 +27,16 @@ ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "float8_e4m3fn": 1}
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """A dense row-major tensor; `dtype` is torch's name for it."""
+    """A dense row-major tensor; `dtype` is torch's name for it. One of rank 4 or 5 is a matrix, or
+    one an expert, in tiles."""
 
     shape: tuple[int, ...]
     dtype: str
+
+    @property
+    def extents(self) -> tuple[int, ...]:
+        """([experts,] rows, columns) of a matrix, however it lies."""
+        return extents(self.shape)
 
     @property
     def nbytes(self) -> int:
@@ -76,7 +85,7 @@ def weight_table(cfg: ModelConfig, *, ep_size: int = 1) -> dict[str, TensorSpec]
         table |= {f"layers.{layer}.{name}": spec for name, spec in parts.items()}
     table["final_norm"] = TensorSpec((H,), act)
     if not cfg.tie_word_embeddings:
-        table["head"] = TensorSpec((cfg.vocab_size, H), act)
+        table["head"] = TensorSpec(_matrix(cfg.vocab_size, H, act), act)
     return table
 
 
@@ -143,7 +152,7 @@ def _attention(cfg: ModelConfig) -> dict[str, TensorSpec]:
         "w_uk": TensorSpec((heads, cfg.qk_nope_head_dim, dc), act),
         "w_uv": TensorSpec((heads, cfg.v_head_dim, dc), act),
     }
-    return parts | _linear(cfg, "o", cfg.hidden_size, heads * cfg.v_head_dim)
+    return parts | _big(cfg, "o", cfg.hidden_size, heads * cfg.v_head_dim)
 
 
 def _experts(cfg: ModelConfig, num_local: int) -> dict[str, TensorSpec]:
@@ -153,10 +162,11 @@ def _experts(cfg: ModelConfig, num_local: int) -> dict[str, TensorSpec]:
         parts["router_bias"] = TensorSpec((E,), "float32")
     weight = "float8_e4m3fn" if cfg.is_fp8 else cfg.act_dtype
     h, w = num_blocks(H), num_blocks(width)
-    parts["experts_gate_up"] = TensorSpec((num_local, 2 * width, H), weight)
+    gate_up, down = _matrix(2 * width, H, weight, width), _matrix(H, width, weight)
+    parts["experts_gate_up"] = TensorSpec((num_local, *gate_up), weight)
     if cfg.is_fp8:
         parts["experts_gate_up_scale"] = TensorSpec((num_local, 2 * w, h), "float32")
-    parts["experts_down"] = TensorSpec((num_local, H, width), weight)
+    parts["experts_down"] = TensorSpec((num_local, *down), weight)
     if cfg.is_fp8:
         parts["experts_down_scale"] = TensorSpec((num_local, h, w), "float32")
     if cfg.num_shared_experts:
@@ -165,8 +175,24 @@ def _experts(cfg: ModelConfig, num_local: int) -> dict[str, TensorSpec]:
 
 
 def _mlp(cfg: ModelConfig, prefix: str, width: int) -> dict[str, TensorSpec]:
-    gate_up = _linear(cfg, f"{prefix}gate_up", 2 * cfg.padded(width), cfg.hidden_size)
-    return gate_up | _linear(cfg, f"{prefix}down", cfg.hidden_size, width)
+    rows = 2 * cfg.padded(width)
+    gate_up = _big(cfg, f"{prefix}gate_up", rows, cfg.hidden_size, width)
+    return gate_up | _big(cfg, f"{prefix}down", cfg.hidden_size, width)
+
+
+def _matrix(rows: int, cols: int, dtype: str, part: int = 0) -> tuple[int, ...]:
+    """In tiles where whole ones hold it, and each part of `part` rows that it is made of."""
+    item_bytes = ITEM_BYTES[dtype]
+    if item_bytes > 2 or rows % TILE_ROWS or part % TILE_ROWS or cols * item_bytes % TILE_BYTES:
+        return (rows, cols)
+    return tiled_shape(rows, cols, item_bytes)
+
+
+def _big(cfg: ModelConfig, name: str, rows: int, cols: int, part: int = 0) -> dict[str, TensorSpec]:
+    """`_linear`, in tiles where they hold it."""
+    table = _linear(cfg, name, rows, cols)
+    dtype = table[name].dtype
+    return table | {name: TensorSpec(_matrix(rows, cols, dtype, part), dtype)}
 
 
 def _linear(cfg: ModelConfig, name: str, rows: int, cols: int) -> dict[str, TensorSpec]:

@@ -159,6 +159,7 @@ def _show(report: dict[str, Any]) -> None:
     for kind in (NO_WEIGHTS, WEIGHTS):
         if kind in report["runs"]:
             _show_floor(report["runs"][kind])
+            _show_bytecode(report["runs"][kind])
             _show_keys(report["runs"][kind])
             break
     if "bundle_bytes" in report:
@@ -185,6 +186,16 @@ def _show_floor(found: list[dict[str, Any]]) -> None:
     asked = found[0]["connections"] or "as many as the driver likes"
     console.print(f"driver     {ready:,.0f} ms by itself ({spans}; connections: {asked})")
     console.print(f"the rest   {rest:,.0f} ms to the first step")
+
+
+def _show_bytecode(found: list[dict[str, Any]]) -> None:
+    """What every process compiles anew, which a deployment does once."""
+    absent = sorted({name for r in found for name, there in r["bytecode"].items() if not there})
+    if absent:
+        console.print(
+            f"imports    {' and '.join(absent)} without bytecode, so every process compiles what "
+            "it imports: python -m compileall does that once"
+        )
 
 
 def _show_keys(found: list[dict[str, Any]]) -> None:

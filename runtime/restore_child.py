@@ -10,9 +10,9 @@ import time
 MAIN_NS = time.time_ns()  # before anything is imported
 
 
-def _has_bytecode() -> bool:
-    """Whether this tree's modules are compiled: imports take twice as long where they are not."""
-    spec = sys.modules["runtime"].__spec__
+def _has_bytecode(package: str) -> bool:
+    """Whether a package's modules are compiled: where they are not, every process compiles them."""
+    spec = sys.modules[package].__spec__
     return spec is not None and spec.cached is not None and os.path.exists(spec.cached)
 
 
@@ -60,7 +60,7 @@ def main(argv: list[str], lib: object = None) -> int:
         "key_ms": keys,
         "key_parts_ms": parts,
         "ahead_ms": ahead,
-        "bytecode": _has_bytecode(),
+        "bytecode": {package: _has_bytecode(package) for package in ("runtime", "numpy")},
         "torch": "torch" in sys.modules or "triton" in sys.modules,
         "connections": None if opening is None else opening.connections,
         "cuda_python": "cuda.bindings.driver" in sys.modules,

@@ -1,7 +1,7 @@
 """The graphs of a restored ladder: the first at once, the others in two threads.
 
-    builder   instantiate, upload ──────► instantiate, upload ──────► …
-    maker     the next key: read, add its nodes and edges; drop the graph of the one before
+    builder                    instantiate, upload ──────► instantiate, upload ──────► …
+    maker     the first key    the next: read, add its nodes and edges; drop the graph before
 
 Instantiation is the driver's own time and lets Python's lock go: the maker's work falls into it,
 one key at a time, so that the builder hardly waits for that lock. Where the maker is behind, the
@@ -28,8 +28,9 @@ from capture_cache.restore_code import Code
 from capture_cache.restore_driver import Driver
 from graphs.keys import GraphKey, Ladder, NotCaptured
 
-# Before the threads begin: a step that follows the load at once is not disturbed.
+# Before the builder begins: a step that follows the load at once is not disturbed.
 PAUSE_S = 0.03
+MAKER_PAUSE = 2 / 3  # of it, before the maker does, whose first key is ready then
 
 
 class Keys:
@@ -86,16 +87,12 @@ class Keys:
         return self._files.golden_of(key.tokens, key.rows)
 
     def build_rest(self, pause_s: float = PAUSE_S) -> None:
-        """Build what is missing in threads, which begin after `pause_s` seconds."""
+        """Build what is missing in threads, which pause first, the builder for `pause_s` s."""
         missing = [key for key in self._ladder.keys if key not in self._graphs]
-        # Keys that were built before gave turns, and nobody took them: the maker would begin now.
-        self._turns = threading.Semaphore(0)
-        # The builder takes its first key itself, so as not to wait for the maker.
-        for run, arguments in (
-            (self._run, (missing, pause_s)),
-            (self._make_ahead, (missing[1:],)),
-        ):
-            thread = threading.Thread(target=run, args=arguments, daemon=True)
+        # One for the first key. Those that earlier keys gave are void: the maker would run ahead.
+        self._turns = threading.Semaphore(1)
+        for run, wait_s in ((self._run, pause_s), (self._make_ahead, pause_s * MAKER_PAUSE)):
+            thread = threading.Thread(target=run, args=(missing, wait_s), daemon=True)
             self._threads.append(thread)
             thread.start()
 
@@ -137,8 +134,9 @@ class Keys:
         finally:
             self._turns.release()  # the maker must not wait for a builder that has ended
 
-    def _make_ahead(self, keys: Sequence[GraphKey]) -> None:
+    def _make_ahead(self, keys: Sequence[GraphKey], pause_s: float = 0.0) -> None:
         try:
+            self._stop.wait(pause_s)
             self._driver.make_current()
             for key in keys:
                 self._turns.acquire()

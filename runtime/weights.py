@@ -30,6 +30,7 @@ CONVERTER = 1
 FOLDER = "weights"  # of the store
 _HALF = 32  # of the 64 digits of a name
 COMPUTED = frozenset({"rope_table"})  # entries of the arena's section that are not stored
+CLOCK_SLACK_NS = 2_000_000_000  # by which clocks of file systems may differ
 
 
 @dataclass(frozen=True)
@@ -192,15 +193,16 @@ def _is_as_read(packed: PackedWeights, source: ModelSource) -> bool:
     """Whether the checkpoint's files are those that were packed, by path, sizes and times.
 
     Who unpacks or copies files may give them any time of writing (an image of containers the same
-    one to all): so none may have come to its place, or been touched, after the packing.
+    one to all): so none may have come to its place, or been touched, after the packing or shortly
+    before its end.
     """
     index, path = packed.index, source.path
     if (index.origin, index.made_from) != (origin_of(source), made_from(source)):
         return False
     if path is None:
         return True
-    packed_ns = (packed.path / INDEX).stat().st_mtime_ns
-    return all((path / name).stat().st_ctime_ns <= packed_ns for name, _, _ in index.made_from)
+    before_ns = (packed.path / INDEX).stat().st_mtime_ns - CLOCK_SLACK_NS
+    return all((path / name).stat().st_ctime_ns < before_ns for name, _, _ in index.made_from)
 
 
 def _check_config(packed: PackedWeights, options: RuntimeConfig, model: ModelConfig) -> None:

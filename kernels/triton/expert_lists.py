@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
@@ -14,18 +12,6 @@ from kernels.triton.tiles import check_ready
 
 ALIGN_BLOCK = 2048
 IDS_PER_WARP = 128  # four a lane, which are one load
-
-
-class ExpertLists(NamedTuple):
-    """What `align` writes.
-
-    Attributes:
-        offsets, pairs, ready: as its arguments.
-    """
-
-    offsets: torch.Tensor
-    pairs: torch.Tensor
-    ready: torch.Tensor
 
 
 @triton.jit

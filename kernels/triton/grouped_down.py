@@ -25,7 +25,6 @@ from kernels.triton.overlap import (
     await_all,
     await_inputs_streaming,
     overlap,
-    prefetch_rows,
     release_dependents,
     release_first,
 )
@@ -38,7 +37,9 @@ from kernels.triton.tiles import (
     load_scale,
     load_tile,
     matmul_rows,
+    prefetch_weight,
 )
+from kernels.triton.weight_tiles import as_rows
 
 # Of an expert's counter, the better part of a second, before its programs wait for the end of all
 # of gate_up. Where kernels do not overlap, gate_up has ended: a count that is missing gives NaN.
@@ -80,6 +81,7 @@ def _down_tiles(
     W_TMA: tl.constexpr,
     EVEN_N: tl.constexpr,
     EVEN_K: tl.constexpr,
+    TILED: tl.constexpr,
     STAGES: tl.constexpr,
     CHAIN: tl.constexpr,
     PDL: tl.constexpr,
@@ -99,7 +101,7 @@ def _down_tiles(
         for kb in tl.range(0, blocks, num_stages=STAGES):
             k = kb * BLOCK_K
             wt = load_tile(
-                w, w_row, k, expert * N + N, K, K, BLOCK_N, BLOCK_K, W_TMA, EVEN_N, EVEN_K
+                w, w_row, k, expert * N + N, K, K, BLOCK_N, BLOCK_K, W_TMA, EVEN_N, EVEN_K, TILED
             )
             ht = tl.trans(gather_rows(h, row, live, k, K, H_PITCH, BLOCK_K, EVEN_K))
             if FP8:
@@ -137,6 +139,7 @@ def _down_kernel(
     W_TMA: tl.constexpr,
     EVEN_N: tl.constexpr,
     EVEN_K: tl.constexpr,
+    TILED: tl.constexpr,  # w lies in tiles: `weight_tiles`
     HIGHEST: tl.constexpr,  # pairs of the tallest tile
     STAGES_16: tl.constexpr,
     STAGES_32: tl.constexpr,
@@ -154,7 +157,8 @@ def _down_kernel(
     if PREFETCH > 0:
         row_end = (slot + 1) * N
         row = row_end - N + n_tile * BLOCK_N
-        prefetch_rows(w_rows, row, 0, row_end, K, K, BLOCK_N, PREFETCH * BLOCK_K)
+        span: tl.constexpr = PREFETCH * BLOCK_K
+        prefetch_weight(w_rows, row, 0, row_end, K, K, BLOCK_N, span, BLOCK_K, TILED)
     there = slot >= 0
     if CHAIN > 0 and tl.program_id(1) < CHAIN:
         release_first(PDL)
@@ -169,19 +173,19 @@ def _down_kernel(
     if HIGHEST == 16 or end - first <= 16:
         _down_tiles(
             h, h_scale, w, w_scale, pairs, out, expert, n_tile, first, end, there,
-            N, K, H_PITCH, 16, BLOCK_N, BLOCK_K, FP8, W_TMA, EVEN_N, EVEN_K, STAGES_16,
+            N, K, H_PITCH, 16, BLOCK_N, BLOCK_K, FP8, W_TMA, EVEN_N, EVEN_K, TILED, STAGES_16,
             CHAIN, PDL,
         )  # fmt: skip
     elif HIGHEST == 32 or end - first <= 32:
         _down_tiles(
             h, h_scale, w, w_scale, pairs, out, expert, n_tile, first, end, there,
-            N, K, H_PITCH, 32, BLOCK_N, BLOCK_K, FP8, W_TMA, EVEN_N, EVEN_K, STAGES_32,
+            N, K, H_PITCH, 32, BLOCK_N, BLOCK_K, FP8, W_TMA, EVEN_N, EVEN_K, TILED, STAGES_32,
             CHAIN, PDL,
         )  # fmt: skip
     else:
         _down_tiles(
             h, h_scale, w, w_scale, pairs, out, expert, n_tile, first, end, there,
-            N, K, H_PITCH, 64, BLOCK_N, BLOCK_K, FP8, W_TMA, EVEN_N, EVEN_K, STAGES_64,
+            N, K, H_PITCH, 64, BLOCK_N, BLOCK_K, FP8, W_TMA, EVEN_N, EVEN_K, TILED, STAGES_64,
             CHAIN, PDL,
         )  # fmt: skip
 
@@ -205,7 +209,7 @@ def grouped_down(
     Args:
         h: e4m3 or act dtype [P, I]; the row pitch may exceed I.
         h_scale: fp32 [P, ceil(I/128)]; None for act dtype, and then so is `w_scale`.
-        w: h's dtype [E, N, I].
+        w: h's dtype [E, N, I], or in tiles (`weight_tiles`).
         w_scale: fp32 [E, ceil(N/128), ceil(I/128)].
         offsets: int32 [E+1]; expert e has pairs[offsets[e]:offsets[e+1]].
         pairs: int32 [P]; what lies past offsets[E] is not read.
@@ -236,7 +240,7 @@ def grouped_down(
         h,
         or_stand_in(h_scale, h),
         tiles.w,
-        w.view(-1, k),
+        tiles.lines,
         or_stand_in(w_scale, h),
         offsets,
         pairs,
@@ -268,7 +272,7 @@ def grouped_down_ref(
     """Oracle of `grouped_down`: fp32 throughout, one rounding."""
     for expert, listed in busy_experts(offsets, pairs):
         if w_scale is None:
-            weight = w[expert].float()
+            weight = as_rows(w[expert]).float()
         else:
-            weight = dequantize_blocks(w[expert], w_scale[expert])
+            weight = dequantize_blocks(as_rows(w[expert]), w_scale[expert])
         out[listed] = matmul_rows(widen(h, h_scale, listed), weight).to(out.dtype)

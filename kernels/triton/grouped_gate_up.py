@@ -25,7 +25,6 @@ from kernels.triton.overlap import (
     await_inputs_first,
     await_inputs_streaming,
     overlap,
-    prefetch_rows,
     release_dependents,
 )
 from kernels.triton.tiles import (
@@ -37,8 +36,10 @@ from kernels.triton.tiles import (
     load_scale,
     load_tile,
     matmul_rows,
+    prefetch_weight,
     sigmoid_rows,
 )
+from kernels.triton.weight_tiles import as_rows, extents
 
 FP8_MAX = 448.0
 FP8_MIN_AMAX = 1e-4
@@ -68,6 +69,7 @@ def _gate_up_tiles(
     W_TMA: tl.constexpr,
     EVEN_N: tl.constexpr,
     EVEN_K: tl.constexpr,
+    TILED: tl.constexpr,
     STAGES: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -89,9 +91,11 @@ def _gate_up_tiles(
         up = tl.zeros([BLOCK_N, BLOCK_P], tl.float32)
         for kb in tl.range(0, blocks, num_stages=STAGES):
             k = kb * BLOCK_K
-            gt = load_tile(w, gate_row, k, up_begin, K, K, BLOCK_N, BLOCK_K, W_TMA, EVEN_N, EVEN_K)
+            gt = load_tile(
+                w, gate_row, k, up_begin, K, K, BLOCK_N, BLOCK_K, W_TMA, EVEN_N, EVEN_K, TILED
+            )
             ut = load_tile(
-                w, up_row, k, up_begin + INTER, K, K, BLOCK_N, BLOCK_K, W_TMA, EVEN_N, EVEN_K
+                w, up_row, k, up_begin + INTER, K, K, BLOCK_N, BLOCK_K, W_TMA, EVEN_N, EVEN_K, TILED
             )
             xt = tl.trans(gather_rows(x, row, live, k, K, X_PITCH, BLOCK_K, EVEN_K))
             if FP8:
@@ -131,6 +135,7 @@ def _gate_up_kernel(
     W_TMA: tl.constexpr,
     EVEN_N: tl.constexpr,
     EVEN_K: tl.constexpr,
+    TILED: tl.constexpr,  # w lies in tiles: `weight_tiles`
     HIGHEST: tl.constexpr,  # pairs of the tallest tile
     STAGES_16: tl.constexpr,
     STAGES_32: tl.constexpr,
@@ -148,8 +153,9 @@ def _gate_up_kernel(
     if PREFETCH > 0:
         up_end = (slot + 1) * (2 * INTER)
         row = up_end - INTER + n_tile * BLOCK_N
-        prefetch_rows(w_rows, row, 0, up_end, K, K, BLOCK_N, PREFETCH * BLOCK_K)
-        prefetch_rows(w_rows, row - INTER, 0, up_end - INTER, K, K, BLOCK_N, PREFETCH * BLOCK_K)
+        span: tl.constexpr = PREFETCH * BLOCK_K
+        prefetch_weight(w_rows, row, 0, up_end, K, K, BLOCK_N, span, BLOCK_K, TILED)
+        prefetch_weight(w_rows, row - INTER, 0, up_end - INTER, K, K, BLOCK_N, span, BLOCK_K, TILED)
     if COUNTS:
         # Whoever looks at `ready` starts after its reset, which this waits for.
         await_inputs_first(PDL, CHAIN)
@@ -160,19 +166,19 @@ def _gate_up_kernel(
         _gate_up_tiles(
             x, x_scale, w, w_scale, pairs, out, out_scale, expert, n_tile, first, end,
             TOP_K, INTER, K, X_PITCH, 16, BLOCK_N, BLOCK_K, FP8, W_TMA, EVEN_N, EVEN_K,
-            STAGES_16, PDL,
+            TILED, STAGES_16, PDL,
         )  # fmt: skip
     elif HIGHEST == 32 or end - first <= 32:
         _gate_up_tiles(
             x, x_scale, w, w_scale, pairs, out, out_scale, expert, n_tile, first, end,
             TOP_K, INTER, K, X_PITCH, 32, BLOCK_N, BLOCK_K, FP8, W_TMA, EVEN_N, EVEN_K,
-            STAGES_32, PDL,
+            TILED, STAGES_32, PDL,
         )  # fmt: skip
     else:
         _gate_up_tiles(
             x, x_scale, w, w_scale, pairs, out, out_scale, expert, n_tile, first, end,
             TOP_K, INTER, K, X_PITCH, 64, BLOCK_N, BLOCK_K, FP8, W_TMA, EVEN_N, EVEN_K,
-            STAGES_64, PDL,
+            TILED, STAGES_64, PDL,
         )  # fmt: skip
     if COUNTS:
         # Pairs with the acquire in `grouped_down`; releases what all threads have stored.
@@ -204,7 +210,7 @@ def grouped_gate_up(
     Args:
         x: e4m3 or act dtype [T, K]; the row pitch may exceed K.
         x_scale: fp32 [T, ceil(K/128)]; None for act dtype, and then so are the other scales.
-        w: x's dtype [E, 2I, K], gate rows, then up rows.
+        w: x's dtype [E, 2I, K], gate rows, then up rows; or in tiles (`weight_tiles`).
         w_scale: fp32 [E, 2*ceil(I/128), ceil(K/128)]; gate and up have scale rows of their own.
         offsets: int32 [E+1]; expert e has pairs[offsets[e]:offsets[e+1]].
         pairs: int32 [T*top_k]; what lies past offsets[E] is not read.
@@ -237,7 +243,7 @@ def grouped_gate_up(
         x,
         or_stand_in(x_scale, x),
         tiles.w,
-        w.view(-1, k),
+        tiles.lines,
         or_stand_in(w_scale, x),
         offsets,
         pairs,
@@ -271,16 +277,14 @@ def grouped_gate_up_ref(
 ) -> None:
     """Oracle of `grouped_gate_up`: fp32 throughout, one rounding (or quantisation) at the end."""
     if ready is not None and pairs.shape[0] >= w.shape[0]:
-        ready += w.shape[1] // 2
+        ready += extents(tuple(w.shape))[1] // 2
     for expert, listed in busy_experts(offsets, pairs):
         rows = widen(x, x_scale, listed // top_k)
         if w_scale is None:
-            gate, up = w[expert].float().chunk(2)
+            gate, up = as_rows(w[expert]).float().chunk(2)
         else:
-            gate, up = (
-                dequantize_blocks(half, scale)
-                for half, scale in zip(w[expert].chunk(2), w_scale[expert].chunk(2), strict=True)
-            )
+            halves = zip(as_rows(w[expert]).chunk(2), w_scale[expert].chunk(2), strict=True)
+            gate, up = (dequantize_blocks(half, scale) for half, scale in halves)
         g = matmul_rows(rows, gate)
         h = g * sigmoid_rows(g) * matmul_rows(rows, up)
         if out_scale is None:

@@ -18,6 +18,7 @@ from kernels.triton.tiles import (
     pipeline_stages,
     tile_source,
 )
+from kernels.triton.weight_tiles import check_tiles, extents, in_tiles
 
 BLOCK_N = 128  # weight rows of a tile; one quantisation group of the experts' hidden activation
 PAIR_BLOCKS = (16, 32, 64)  # pairs of a tile; an expert's own count chooses, on the device
@@ -52,18 +53,22 @@ class GroupedPlan:
             raise ValueError(f"expected a number of experts to chain, 0 for none, got {self}")
 
 
-# Whole steps on an H200 became 1 to 2 % faster at 32 tokens when down began to chain; no record of
-# it is kept. Why 5: so many experts of DeepSeek-V3 have their programs, 56 each, on the chip at
-# once, two an SM.
+# Measured in whole steps on an H200 (h200_weight_tiles.json of bench/results). Why 8: so many
+# experts of DeepSeek-V3 have their programs, 56 each, on the chip at once, three an SM.
 GATE_UP_PLAN = GroupedPlan(chain=1)
-DOWN_PLAN = GroupedPlan(prefetch=1, chain=5)
+DOWN_PLAN = GroupedPlan(per_sm=3, prefetch=1, chain=8)
 
 
 @dataclass(frozen=True)
 class Tiles:
-    """How the experts' weights are cut, and how the kernel reads them."""
+    """How the experts' weights are cut, and how the kernel reads them.
+
+    Attributes:
+        lines: the weights behind a plain pointer.
+    """
 
     w: Arg
+    lines: torch.Tensor
     grid: tuple[int, int]
     compact: bool
     constexprs: dict[str, Any]
@@ -86,16 +91,17 @@ class Tiles:
         """Cut w [E, halves * rows, K]; a program takes the same tile of each half.
 
         Args:
+            w: or the same in tiles.
             most: pairs that an expert has if no token chooses it twice; taller tiles would only
                 take registers. (An expert with more is still right, tile after tile.)
         """
-        num_experts, _, k = w.shape
-        flat = w.view(-1, k)
+        num_experts, _, k = extents(tuple(w.shape))
+        lines = w.view(-1, w.shape[-1])
         block_n = FP32_BLOCK_N if w.dtype == torch.float32 else plan.block_n
         if fp8 and halves == 2 and block_n != FP8_GROUP:
             raise ValueError(f"FP8 gate_up needs block_n {FP8_GROUP}, got {plan}")
         block_k = BLOCK_K_BYTES // w.element_size()
-        source = flat if w.dtype == torch.float32 else tile_source(flat, (block_n, block_k))
+        source = lines if w.dtype == torch.float32 else tile_source(lines, (block_n, block_k))
         bulk = isinstance(source, TensorMap)
         highest = next((h for h in PAIR_BLOCKS if h >= most), PAIR_BLOCKS[-1]) if bulk else 16
         per_sm = plan.per_sm if fp8 else 2
@@ -118,6 +124,7 @@ class Tiles:
             "W_TMA": bulk,
             "EVEN_N": rows % block_n == 0,
             "EVEN_K": k % block_k == 0,
+            "TILED": in_tiles(w),
             "HIGHEST": highest,
             **{f"STAGES_{height}": stages[height] for height in PAIR_BLOCKS},
             # Which expert a slot of a compact grid takes is known only once the lists are there.
@@ -125,6 +132,7 @@ class Tiles:
         }
         return cls(
             w=source,
+            lines=lines,
             # No more experts can have pairs than there are pairs: idle programs cost a step, too.
             grid=(triton.cdiv(rows, block_n), min(num_experts, num_pairs)),
             compact=compact,
@@ -139,7 +147,7 @@ def or_stand_in(scale: torch.Tensor | None, stand_in: torch.Tensor) -> torch.Ten
 
 
 def check_weight(w: torch.Tensor, x: torch.Tensor) -> tuple[int, int, int]:
-    num_experts, rows, k = w.shape
+    num_experts, rows, k = extents(tuple(w.shape))
     if x.ndim != 2 or x.shape[1] != k or x.stride(1) != 1 or x.shape[0] == 0:
         raise ValueError(
             f"activations must be [at least 1, {k}] with last stride 1 for weights {list(w.shape)},"
@@ -150,6 +158,7 @@ def check_weight(w: torch.Tensor, x: torch.Tensor) -> tuple[int, int, int]:
             f"weights must be contiguous and of the activations' {x.dtype}, got {w.dtype}"
             f" with strides {list(w.stride())}"
         )
+    check_tiles(w)
     return num_experts, rows, k
 
 

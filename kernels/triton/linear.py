@@ -37,9 +37,11 @@ from kernels.triton.tiles import (
     load_tile,
     matmul_rows,
     pipeline_stages,
+    prefetch_weight,
     store_tokens_major,
     tile_source,
 )
+from kernels.triton.weight_tiles import as_rows, check_tiles, extents, in_tiles
 
 TOKEN_BLOCKS = (16, 32, 64, 128)
 FP32_TOKEN_BLOCKS = (16, 32)
@@ -73,6 +75,7 @@ def _linear_kernel(
     W_TMA: tl.constexpr,
     EVEN_N: tl.constexpr,
     EVEN_K: tl.constexpr,
+    TILED: tl.constexpr,  # w lies in tiles: `weight_tiles`
     STAGES: tl.constexpr,
     PREFETCH: tl.constexpr,
     PDL: tl.constexpr,
@@ -83,12 +86,13 @@ def _linear_kernel(
     blocks: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
     begin, end = _split_range(split, blocks, SPLITS)
     if PREFETCH > 0:
-        prefetch_rows(w_rows, n0, begin * BLOCK_K, N, K, W_PITCH, BLOCK_N, PREFETCH * BLOCK_K)
+        span: tl.constexpr = PREFETCH * BLOCK_K
+        prefetch_weight(w_rows, n0, begin * BLOCK_K, N, K, W_PITCH, BLOCK_N, span, BLOCK_K, TILED)
     await_inputs_streaming(PDL)
     acc = tl.zeros([BLOCK_N, BLOCK_T], tl.float32)
     for kb in tl.range(begin, end, num_stages=STAGES):
         k = kb * BLOCK_K
-        wt = load_tile(w, n0, k, N, K, W_PITCH, BLOCK_N, BLOCK_K, W_TMA, EVEN_N, EVEN_K)
+        wt = load_tile(w, n0, k, N, K, W_PITCH, BLOCK_N, BLOCK_K, W_TMA, EVEN_N, EVEN_K, TILED)
         xt = load_tile(x, t0, k, num_tokens, K, X_PITCH, BLOCK_T, BLOCK_K, X_TMA, False, EVEN_K)
         acc = tl.dot(wt, tl.trans(xt), acc)
     release_dependents(PDL)
@@ -173,6 +177,7 @@ def _linear_fp8_kernel(
     W_TMA: tl.constexpr,
     EVEN_N: tl.constexpr,
     EVEN_K: tl.constexpr,
+    TILED: tl.constexpr,  # w lies in tiles: `weight_tiles`
     STAGES: tl.constexpr,
     UNROLL: tl.constexpr,  # blocks of K in one turn of the loop
     PREFETCH: tl.constexpr,
@@ -185,7 +190,8 @@ def _linear_fp8_kernel(
     t = t0 + tl.arange(0, BLOCK_T)
     begin, end = _split_range(split, blocks, SPLITS)
     if PREFETCH > 0:
-        prefetch_rows(w_rows, n0, begin * 128, N, K, W_PITCH, BLOCK_N, PREFETCH * 128)
+        span: tl.constexpr = PREFETCH * 128
+        prefetch_weight(w_rows, n0, begin * 128, N, K, W_PITCH, BLOCK_N, span, 128, TILED)
     await_inputs_streaming(PDL)
     acc = tl.zeros([BLOCK_N, BLOCK_T], tl.float32)
     for first in tl.range(begin, end, UNROLL, num_stages=STAGES):
@@ -199,7 +205,7 @@ def _linear_fp8_kernel(
             if UNROLL > 1:
                 # A turn that is not full takes the last block again, and adds nothing.
                 scale *= tl.where(first + i < end, 1.0, 0.0)
-            wt = load_tile(w, n0, k, N, K, W_PITCH, BLOCK_N, 128, W_TMA, EVEN_N, EVEN_K)
+            wt = load_tile(w, n0, k, N, K, W_PITCH, BLOCK_N, 128, W_TMA, EVEN_N, EVEN_K, TILED)
             xt = load_tile(x, t0, k, num_tokens, K, X_PITCH, BLOCK_T, 128, X_TMA, False, EVEN_K)
             acc += tl.dot(wt, tl.trans(xt)) * scale[None, :]
     release_dependents(PDL)
@@ -222,7 +228,8 @@ def linear(
 
     Args:
         x: act dtype [T, K]; the row pitch may exceed K.
-        w: [N, K] of x's dtype, or fp32: then x is widened and the product is IEEE fp32.
+        w: [N, K] of x's dtype, which may lie in tiles (`weight_tiles`), or fp32: then x is widened
+            and the product is IEEE fp32.
         out: act dtype or fp32 [T, N]; or fp32 [splits, T, N], then the K splits are left for the
             reader to add up in order (`tiles.load_parts`).
         workspace: fp32, at least `linear_workspace_elems` elements; its contents are lost.
@@ -234,20 +241,20 @@ def linear(
     _check_product(x, w, out)
     if w.dtype not in (x.dtype, torch.float32) or x.element_size() == 1:
         raise ValueError(f"linear takes w of x's dtype {x.dtype} or float32, got {w.dtype}")
-    plan = plan or linear_plan(w.shape[0], w.shape[1], elem_bytes=w.element_size())
+    plan = plan or linear_plan(*extents(tuple(w.shape)), elem_bytes=w.element_size())
     if w.dtype == torch.float32:
         tiles = _Tiles.of(x, w, plan, token_blocks=FP32_TOKEN_BLOCKS, bulk=False)
         kernel, sources = _linear_fp32_kernel, {}
     else:
         tiles = _Tiles.of(x, w, plan)
-        kernel, sources = _linear_kernel, tiles.sources
+        kernel, sources = _linear_kernel, tiles.sources | {"TILED": in_tiles(w)}
     dst = tiles.destination(out, workspace)
     launch(
         kernel,
         tiles.grid,
         tiles.x,
         tiles.w,
-        w,
+        w.view(-1, w.shape[-1]),
         dst,
         x.shape[0],
         **tiles.constexprs(dst, launch),
@@ -278,7 +285,7 @@ def linear_fp8(
     Args:
         xq: e4m3 [T, K]; the row pitch may exceed K.
         xs: fp32 [T, ceil(K/128)].
-        w: e4m3 [N, K].
+        w: e4m3 [N, K], or the same in tiles (`weight_tiles`).
         ws: fp32 [ceil(N/128), ceil(K/128)].
         out: act dtype or fp32 [T, N]; or fp32 [splits, T, N], then the K splits are left for the
             reader to add up in order (`tiles.load_parts`).
@@ -291,10 +298,11 @@ def linear_fp8(
     _check_product(xq, w, out)
     check_fp8("xq", xq)
     check_fp8("w", w)
-    groups = triton.cdiv(w.shape[1], FP8_GROUP)
+    n, k = extents(tuple(w.shape))
+    groups = triton.cdiv(k, FP8_GROUP)
     check_scale("xs", xs, (xq.shape[0], groups), pitched=True)
-    check_scale("ws", ws, (triton.cdiv(w.shape[0], FP8_GROUP), groups))
-    tiles = _Tiles.of(xq, w, plan or linear_plan(*w.shape, elem_bytes=1, tokens=xq.shape[0]))
+    check_scale("ws", ws, (triton.cdiv(n, FP8_GROUP), groups))
+    tiles = _Tiles.of(xq, w, plan or linear_plan(n, k, elem_bytes=1, tokens=xq.shape[0]))
     dst = tiles.destination(out, workspace)
     launch(
         _linear_fp8_kernel,
@@ -303,11 +311,12 @@ def linear_fp8(
         xs,
         tiles.w,
         ws,
-        w,
+        w.view(-1, w.shape[-1]),
         dst,
         xq.shape[0],
         **tiles.constexprs(dst, launch),
         **tiles.sources,
+        TILED=in_tiles(w),
         UNROLL=tiles.unroll,
         SCALE_PITCH=xs.stride(0),
         num_warps=tiles.num_warps,
@@ -345,7 +354,7 @@ class _Tiles:
         token_blocks: tuple[int, ...] = TOKEN_BLOCKS,
         bulk: bool = True,
     ) -> _Tiles:
-        num_tokens, (n, k) = x.shape[0], w.shape
+        num_tokens, (n, k) = x.shape[0], extents(tuple(w.shape))
         block_t = next((b for b in token_blocks if b >= num_tokens), token_blocks[-1])
         block_k = BLOCK_K_BYTES // w.element_size()
         # The tallest tile takes the registers of two: neither a neighbour nor a second block.
@@ -358,7 +367,7 @@ class _Tiles:
             n=n,
             k=k,
             x_pitch=x.stride(0),
-            w_pitch=w.stride(0),
+            w_pitch=w.stride(-2),
             plan=plan,
             fp32=w.dtype == torch.float32,
             unroll=unroll,
@@ -427,15 +436,17 @@ class _Tiles:
 
 
 def _check_product(x: torch.Tensor, w: torch.Tensor, out: torch.Tensor) -> None:
-    if x.ndim != 2 or w.ndim != 2 or x.shape[1] != w.shape[1]:
+    check_tiles(w)
+    size = extents(tuple(w.shape))
+    if x.ndim != 2 or len(size) != 2 or x.shape[1] != size[1]:
         raise ValueError(f"x [T, K] and w [N, K] expected, got {list(x.shape)}, {list(w.shape)}")
-    if tuple(out.shape[-2:]) != (x.shape[0], w.shape[0]) or x.shape[0] == 0:
+    if tuple(out.shape[-2:]) != (x.shape[0], size[0]) or x.shape[0] == 0:
         raise ValueError(
-            f"out must be [{x.shape[0]}, {w.shape[0]}] with at least one row, got {list(out.shape)}"
+            f"out must be [{x.shape[0]}, {size[0]}] with at least one row, got {list(out.shape)}"
         )
     if out.ndim == 3 and (out.dtype != torch.float32 or not out.is_contiguous()):
         raise ValueError(f"parts must be contiguous float32, got {out.dtype} {out.stride()}")
-    if x.stride(1) != 1 or w.stride(1) != 1 or out.stride(-1) != 1:
+    if x.stride(1) != 1 or w.stride(-1) != 1 or out.stride(-1) != 1:
         raise ValueError(
             "x, w and out need a last stride of 1; pass the rows of a contiguous buffer"
         )
@@ -450,7 +461,7 @@ def linear_ref(
 ) -> None:
     """Oracle of `linear`: fp32 product, one rounding."""
     _check_product(x, w, out)
-    _store_ref(out, matmul_rows(x.float(), w.float()))
+    _store_ref(out, matmul_rows(x.float(), as_rows(w).float()))
 
 
 def linear_fp8_ref(
@@ -464,7 +475,7 @@ def linear_fp8_ref(
 ) -> None:
     """Oracle of `linear_fp8`: dequantise both operands, fp32 product, one rounding."""
     _check_product(xq, w, out)
-    _store_ref(out, matmul_rows(dequantize_rows(xq, xs), dequantize_blocks(w, ws)))
+    _store_ref(out, matmul_rows(dequantize_rows(xq, xs), dequantize_blocks(as_rows(w), ws)))
 
 
 def _store_ref(out: torch.Tensor, product: torch.Tensor) -> None:

@@ -1,7 +1,8 @@
 """Seeded random tensors made on the device: weights of presets and inputs of benchmarks.
 
 Every element is a hash of (seed, offset + flat index) and nothing else, so the same values come
-from any chip, any split of a tensor over calls, and the CPU oracle, bit for bit. Invariant: the
+from any chip, any split of a tensor over calls, and the CPU oracle, bit for bit. A matrix in tiles
+gets the values that it would have in rows. Invariant: the
 only roundings are one integer-to-fp32 conversion, one fp32 multiplication and the conversion to
 the tensor's dtype.
 """
@@ -13,6 +14,7 @@ import triton
 import triton.language as tl
 
 from kernels.triton.launch import Launcher
+from kernels.triton.weight_tiles import extents, in_tiles, put_rows
 
 BLOCK = 4096
 REF_CHUNK = 1 << 22  # elements that the oracle holds as int64 at once
@@ -42,10 +44,18 @@ def _fill_kernel(
     key_high,  # u32 as i32, odd
     first,  # i32, odd: the least draw
     step,  # f32
+    COLS: tl.constexpr,  # of a matrix in tiles; 0: out lies as it is counted
+    TILE_COLS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    counter = i + offset
+    counter = i
+    if COLS > 0:
+        group = i // (128 * COLS) * 128
+        line = (i % (128 * COLS)).to(tl.int32) // TILE_COLS
+        col = line // 128 * TILE_COLS + (i % TILE_COLS).to(tl.int32)
+        counter = (group + line % 128) * COLS + col
+    counter += offset
     low = (counter & 0xFFFFFFFF).to(tl.uint32)
     high = ((counter >> 32) & 0xFFFFFFFF).to(tl.uint32)
     key_low = tl.cast(key_low, tl.uint32, bitcast=True)
@@ -70,7 +80,8 @@ def fill_random(
     """Fill `out` with values uniform in (mean - scale, mean + scale).
 
     Args:
-        out: contiguous, bf16, fp16, fp32 or e4m3, any shape.
+        out: contiguous, bf16, fp16, fp32 or e4m3; of rank 4 or 5 matrices in tiles
+            (`weight_tiles`), else of any shape.
         seed: any integer; taken modulo 2^64.
         scale: above 0.
         mean: at most 64 scales from 0.
@@ -91,6 +102,8 @@ def fill_random(
         key_high,
         first,
         step,
+        COLS=extents(tuple(out.shape))[-1] if in_tiles(out) else 0,
+        TILE_COLS=out.shape[-1] if in_tiles(out) else 1,
         BLOCK=BLOCK,
         num_warps=4,
     )
@@ -100,6 +113,11 @@ def fill_random_ref(
     out: torch.Tensor, *, seed: int, scale: float, mean: float = 0.0, offset: int = 0
 ) -> None:
     """Oracle of `fill_random`: the same bits."""
+    if in_tiles(out):
+        rows = torch.empty(extents(tuple(out.shape)), dtype=out.dtype, device=out.device)
+        fill_random_ref(rows, seed=seed, scale=scale, mean=mean, offset=offset)
+        put_rows(out.flatten(0, -4), 0, rows.flatten(0, -2))
+        return
     first, step = _check(out, scale, mean, offset)
     key_low, key_high = _keys(seed)
     factor = torch.tensor(step, dtype=torch.float32, device=out.device)

@@ -12,10 +12,9 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.triton.expert_lists import ExpertLists, align_ref
 from kernels.triton.launch import Launcher
 from kernels.triton.overlap import await_inputs, overlap
-from kernels.triton.tiles import check_ready, num_parts, sigmoid_rows, sum_parts
+from kernels.triton.tiles import num_parts, sigmoid_rows, sum_parts
 
 PART_ELEMS = 16384  # of the router's parts that a program of eight warps has in flight
 MOST_WARPS = 8
@@ -130,48 +129,15 @@ def _best_of_many(choice, expert, open, E: tl.constexpr, K: tl.constexpr):
 
 
 @triton.jit
-def _list_token(
-    offsets,  # int32 [experts + 1]
-    pairs,  # int32 [COLS]
-    ready,  # int32 [experts]
-    expert,  # int32 [N] or [H, L], ascending
-    slot,  # as expert: which choice it is
-    chosen,  # bool, as expert
-    real,  # bool, as expert
-    live,
-    E: tl.constexpr,
-    K: tl.constexpr,
-    COLS: tl.constexpr,
-):
-    """The lists of `expert_lists.align`, of the only token that there is."""
-    taken = tl.reshape(chosen.to(tl.int32), [expert.numel])
-    before = tl.reshape(tl.cumsum(taken, 0) - taken, expert.shape)
-    tl.store(offsets + expert, before, mask=real)
-    tl.store(ready + expert, before * 0, mask=real)
-    tl.store(pairs + before, slot, mask=chosen)
-    # Behind them all, and of the shared expert, which has the last choice.
-    end = live.to(tl.int32) * K
-    tl.store(offsets + E, end)
-    if COLS > K:
-        tl.store(ready + E, 0)
-        tl.store(offsets + E + 1, end + live.to(tl.int32))
-        tl.store(pairs + K, K, mask=live)
-
-
-@triton.jit
 def _route(
     logits,  # fp32 [PARTS, T, E], pitches part_stride and logits_pitch
     bias,  # fp32 [E], or unused
     tok_row,  # int32 [T]
     out_ids,  # int32 [T, COLS]
     out_weights,  # fp32 [T, COLS]
-    offsets,  # int32 [experts + 1], or, as the next two, unused
-    pairs,  # int32 [COLS]
-    ready,  # int32 [experts]
     logits_pitch,
     part_stride,
     scaling,
-    listed,  # tokens whose lists are written, 1 or -1: no constexpr, the code is that of any T
     E: tl.constexpr,
     GROUPS: tl.constexpr,
     SIZE: tl.constexpr,  # experts a group
@@ -230,8 +196,6 @@ def _route(
     chosen = live & (slot >= 0)
     tl.store(out_ids + t * COLS + slot, expert, mask=chosen)
     tl.store(out_weights + t * COLS + slot, score * factor, mask=chosen)
-    if listed > 0:
-        _list_token(offsets, pairs, ready, expert, slot, chosen, real, live, E, K, COLS)
     # The shared expert's column; of a padded token, all.
     k = tl.arange(0, K2)
     rest = (k < COLS) & ((k >= K) | (live == 0))
@@ -253,7 +217,6 @@ def route(
     shared_id: int | None = None,
     out_ids: torch.Tensor,
     out_weights: torch.Tensor,
-    lists: ExpertLists | None = None,
 ) -> None:
     """Choose top_k experts a token by sigmoid score plus bias, among the best groups of experts.
 
@@ -271,8 +234,6 @@ def route(
         shared_id: of an expert that every real token goes to as well, with weight 1 and last.
         out_ids: int32 [T, top_k], by descending choice; with shared_id [T, top_k + 1].
         out_weights: fp32, as out_ids.
-        lists: of one token, as `makes_lists` says, its experts' lists are written, too; what
-            `align` would write.
     Raises:
         ValueError: counts that do not divide or do not suffice, or shapes that do not fit.
     Capture-safe.
@@ -280,7 +241,6 @@ def route(
     """
     columns = top_k + (shared_id is not None)
     size = _check_route(logits, bias, num_groups, topk_groups, top_k, columns, out_ids, out_weights)
-    _check_lists(logits, columns - top_k, lists)
     num_tokens, experts = logits.shape[-2:]
     parts, groups2, size2 = (
         max(1, num_parts(logits)),
@@ -296,11 +256,9 @@ def route(
         tok_row,
         out_ids,
         out_weights,
-        *((out_ids, out_ids, out_ids) if lists is None else lists),
         logits.stride(-2),
         logits.stride(0) if parts > 1 else 0,
         float(scaling),
-        -1 if lists is None else num_tokens,
         E=experts,
         GROUPS=num_groups,
         SIZE=size,
@@ -335,12 +293,10 @@ def route_ref(
     shared_id: int | None = None,
     out_ids: torch.Tensor,
     out_weights: torch.Tensor,
-    lists: ExpertLists | None = None,
 ) -> None:
     """`route` in plain torch."""
     columns = top_k + (shared_id is not None)
     size = _check_route(logits, bias, num_groups, topk_groups, top_k, columns, out_ids, out_weights)
-    _check_lists(logits, columns - top_k, lists)
     scores = sigmoid_rows(sum_parts(logits, torch.float32))
     choice = scores if bias is None else scores + bias
     grouped = choice.view(-1, num_groups, size)
@@ -360,28 +316,6 @@ def route_ref(
     padded = (tok_row < 0)[:, None]
     out_ids.copy_(ids.masked_fill(padded, -1))
     out_weights.copy_(weights.masked_fill(padded, 0.0))
-    if lists is not None:
-        align_ref(out_ids, expert_start=0, **lists._asdict())
-
-
-def makes_lists(tokens: int) -> bool:
-    """Whether `route` lists the experts' pairs itself: one program would have to see all tokens.
-
-    Where it does not, `align` comes after it.
-    """
-    return tokens == 1
-
-
-def _check_lists(logits: torch.Tensor, shared: int, lists: ExpertLists | None) -> None:
-    if lists is None:
-        return
-    (tokens, experts), got = logits.shape[-2:], lists.offsets.shape[0] - 1
-    if not makes_lists(tokens) or got != experts + shared:
-        raise ValueError(
-            f"lists are written of 1 token and {experts + shared} experts, got {tokens} and {got}; "
-            "use align"
-        )
-    check_ready(lists.ready, got)
 
 
 def _check_route(

@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 
 from kernels.triton.launch import ALIGNMENT, Arg, TensorMap
+from kernels.triton.overlap import prefetch_rows
+from kernels.triton.weight_tiles import in_tiles
 
 FP8_GROUP = 128  # elements that share one scale
 BLOCK_K_BYTES = 128  # of a tile's row: the full swizzle span of the bulk copy engine
@@ -18,6 +20,12 @@ BUDGET_BYTES = {1: 208 << 10, 2: 112 << 10, 3: 74 << 10}
 FP32_BLOCK_N = 64  # weight rows of a tile without tensor cores: its operands live in registers
 MAX_STAGES = 10
 MAX_SCALE_SPAN = 8  # scales of a row that `load_scale` stages at once
+
+
+@triton.jit
+def tile_line(row, col, COLS: tl.constexpr, TILE_COLS: tl.constexpr):
+    """Where (row, col) of a matrix in tiles lies, in lines of TILE_COLS elements."""
+    return (row // 128 * (COLS // TILE_COLS) + col // TILE_COLS) * 128 + row % 128
 
 
 @triton.jit
@@ -33,9 +41,22 @@ def load_tile(
     TMA: tl.constexpr,
     EVEN_R: tl.constexpr,
     EVEN_C: tl.constexpr,
+    TILED: tl.constexpr = False,  # src is [rows * COLS / BLOCK_C, BLOCK_C]: see `weight_tiles`
 ):
-    """The [BLOCK_R, BLOCK_C] tile at (row, col), zero outside the matrix."""
-    if TMA:
+    """The [BLOCK_R, BLOCK_C] tile at (row, col), zero outside the matrix.
+
+    Of a matrix in tiles it is a whole one, or its upper or lower half.
+    """
+    if TILED:
+        line = tile_line(row, col, COLS, BLOCK_C)
+        if TMA:
+            tile = src.load([line, 0])
+        else:
+            r = tl.arange(0, BLOCK_R)
+            c = tl.arange(0, BLOCK_C)
+            corner = src + tl.cast(line, tl.int64) * BLOCK_C
+            tile = tl.load(corner + r[:, None] * BLOCK_C + c[None, :])
+    elif TMA:
         tile = src.load([row, col])
     else:
         # A 64-bit corner and 32-bit offsets inside the tile: half the address registers.
@@ -49,6 +70,29 @@ def load_tile(
         corner = src + tl.cast(row, tl.int64) * PITCH + col
         tile = tl.load(corner + r[:, None] * PITCH + c[None, :], mask=inside, other=0.0)
     return tile
+
+
+@triton.jit
+def prefetch_weight(
+    src,  # the weight behind a plain pointer
+    row,
+    col,
+    end_row,
+    COLS: tl.constexpr,
+    PITCH: tl.constexpr,
+    ROWS: tl.constexpr,
+    SPAN: tl.constexpr,
+    TILE_COLS: tl.constexpr,
+    TILED: tl.constexpr,
+):
+    """`prefetch_rows`, of a matrix in tiles the same elements."""
+    if TILED:
+        for i in tl.static_range(SPAN // TILE_COLS):
+            line = tile_line(row, col + i * TILE_COLS, COLS, TILE_COLS)
+            inside = tl.where(col + i * TILE_COLS < COLS, line + ROWS, line)
+            prefetch_rows(src, line, 0, inside, TILE_COLS, TILE_COLS, ROWS, TILE_COLS)
+    else:
+        prefetch_rows(src, row, col, end_row, COLS, PITCH, ROWS, SPAN)
 
 
 @triton.jit
@@ -162,7 +206,10 @@ def pipeline_stages(weight_rows: int, tokens: int, budget: int) -> int:
 
 
 def tile_source(matrix: torch.Tensor, block: tuple[int, int]) -> Arg:
-    """`matrix` behind a tensor map if the bulk copy engine can read it, else as it is."""
+    """`matrix` behind a tensor map if the bulk copy engine can read it, else as it is; one in tiles
+    as the lines that `tile_line` counts."""
+    if in_tiles(matrix):
+        matrix = matrix.view(-1, matrix.shape[-1])
     size = matrix.element_size()
     at = matrix.storage_offset() * size if matrix.device.type == "meta" else matrix.data_ptr()
     if at % ALIGNMENT or matrix.stride(0) * size % ALIGNMENT:

@@ -16,6 +16,7 @@ from transformers.utils import logging
 from graphs.hf_layout import Kind, checkpoint_parts
 from graphs.model_config import ModelConfig
 from graphs.weights import weight_table
+from kernels.triton.weight_tiles import as_rows
 
 logging.disable_progress_bar()
 logging.set_verbosity_error()
@@ -215,7 +216,7 @@ def unpacked(cfg: ModelConfig, views: Tensors) -> Tensors:
         if part.expert is not None:
             target = target[part.expert]
             scale = None if scale is None else scale[part.expert]
-        value = target[part.row : part.row + part.shape[0]]
+        value = as_rows(target)[part.row : part.row + part.shape[0]]
         if scale is not None:
             blocks = scale[part.scale_row : part.scale_row + part.scale_shape[0]]
             value = dequantised(value, blocks)

@@ -10,6 +10,7 @@ import torch
 
 from graphs.checkpoint import load_checkpoint, resolve_model
 from graphs.model_config import ModelConfig
+from kernels.triton.weight_tiles import as_rows
 from tests.cpu.checkpoints import (
     INDEX,
     YARN,
@@ -170,7 +171,8 @@ def test_fp8_checkpoint_round_trip(tmp_path: Path, changes: dict[str, Any]) -> N
     stored = read_tensors(tmp_path)
     q = stored[GATE].view(torch.uint8)
     width = cfg.moe_intermediate_size
-    assert torch.equal(views["layers.2.experts_gate_up"][5, :width].view(torch.uint8), q)
+    gate = as_rows(views["layers.2.experts_gate_up"])[5, :width]
+    assert torch.equal(gate.view(torch.uint8), q)
     scale = stored[f"{GATE}_scale_inv"]
     assert torch.equal(views["layers.2.experts_gate_up_scale"][5, : len(scale)], scale)
 

@@ -12,6 +12,7 @@ from kernels.triton.grouped_down import grouped_down, grouped_down_ref
 from kernels.triton.grouped_gate_up import grouped_gate_up, grouped_gate_up_ref
 from kernels.triton.grouped_plan import GroupedPlan
 from kernels.triton.launch import Arg, JitLauncher, Launcher
+from kernels.triton.weight_tiles import tiled_shape
 from tests.cpu.test_kernels_linear import (
     BF16,
     F16,
@@ -338,9 +339,14 @@ def _launch(
     lists = meta(experts + 1, dtype=I32), meta(pairs, dtype=I32)
     ready = meta(experts, dtype=I32)
     h, hs = meta(pairs, inter, dtype=dtype), scale(pairs, groups(inter))
+
+    def weight(rows: int, cols: int) -> torch.Tensor:
+        shape = tiled_shape(rows, cols, 1) if fp8 else (rows, cols)
+        return meta(experts, *shape, dtype=dtype)
+
     grouped_gate_up(
         *(launch, meta(tokens, hidden, dtype=dtype), scale(tokens, groups(hidden))),
-        meta(experts, 2 * inter, hidden, dtype=dtype),
+        weight(2 * inter, hidden),
         scale(experts, 2 * groups(inter), groups(hidden)),
         *lists,
         top_k=top_k,
@@ -348,7 +354,7 @@ def _launch(
         out_scale=hs,
         ready=ready,
     )
-    w, ws = meta(experts, hidden, inter, dtype=dtype), scale(experts, groups(hidden), groups(inter))
+    w, ws = weight(hidden, inter), scale(experts, groups(hidden), groups(inter))
     out = meta(pairs, hidden, dtype=BF16)
     grouped_down(launch, h, hs, w, ws, *lists, top_k=top_k, out=out, ready=ready)
 

@@ -19,6 +19,7 @@ from kernels.triton.launch import Arg, JitLauncher, Launcher, TensorMap, kernel_
 from kernels.triton.linear import linear, linear_fp8, linear_fp8_ref, linear_ref
 from kernels.triton.linear_plan import FEW_TOKENS, LinearPlan, linear_plan, linear_workspace_elems
 from kernels.triton.tiles import sum_parts, tile_source
+from kernels.triton.weight_tiles import tiled_shape
 
 F32, BF16, F16, FP8 = torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn
 ROOT = Path(__file__).resolve().parents[2]
@@ -391,6 +392,9 @@ def _real_shapes(launch: Launcher) -> None:
         xs, ws = meta(t, k // 128), meta(-(-n // 128), k // 128)
         x, w = meta(t, k, dtype=FP8), meta(n, k, dtype=FP8)
         linear_fp8(launch, x, xs, w, ws, out=meta(t, n, dtype=BF16), workspace=space)
+        if n % 128 == 0:
+            tiles = meta(*tiled_shape(n, k, 1), dtype=FP8)
+            linear_fp8(launch, x, xs, tiles, ws, out=meta(t, n, dtype=BF16), workspace=space)
     for (n, k), t in zip(PLAIN_SHAPES, (32, 64, 128), strict=True):
         x, w = meta(t, k, dtype=BF16), meta(n, k, dtype=BF16)
         linear(launch, x, w, out=meta(t, n), workspace=space)

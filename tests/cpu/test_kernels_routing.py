@@ -194,67 +194,6 @@ def test_route_refuses_impossible_counts(router: tuple[int, int, int, int], matc
         _route(_kernel, _rand(1, router[0]), None, router)
 
 
-@pytest.mark.parametrize("router", ROUTERS, ids=str)
-@pytest.mark.parametrize("shared", [False, True])
-@pytest.mark.parametrize("row", [3, -1])
-@pytest.mark.parametrize("fn", [_kernel, routing.route_ref])
-def test_route_lists_the_experts_of_a_token_as_align_does(
-    fn: Any, row: int, shared: bool, router: tuple[int, int, int, int]
-) -> None:
-    experts, top_k = router[0] + shared, router[3] + shared
-    found, want = (
-        expert_lists.ExpertLists(*(torch.full((n,), 99, dtype=I32) for n in sizes))
-        for sizes in ((experts + 1, top_k, experts),) * 2
-    )
-    outs = [torch.full((1, top_k), 99, dtype=I32), torch.full((1, top_k), 99.0)]
-    alone = [t.clone() for t in outs]
-    for (ids, weights), lists in ((outs, found), (alone, None)):
-        fn(
-            _rand(1, router[0]),
-            _rand(router[0], seed=1),
-            torch.tensor([row], dtype=I32),
-            num_groups=router[1],
-            topk_groups=router[2],
-            top_k=router[3],
-            normalize=True,
-            scaling=2.5,
-            shared_id=router[0] if shared else None,
-            out_ids=ids,
-            out_weights=weights,
-            lists=lists,
-        )
-    assert torch.equal(outs[0], alone[0])
-    assert torch.equal(outs[1], alone[1])
-    expert_lists.align_ref(outs[0], expert_start=0, **want._asdict())
-    for got, expected in zip(found, want, strict=True):
-        assert torch.equal(got, expected)
-    assert (int(found.offsets[-1]) == 0) is (row < 0)
-
-
-def test_route_lists_one_token_only() -> None:
-    sizes = (I32, (9,)), (I32, (4,)), (I32, (8,))
-    lists = expert_lists.ExpertLists(*(torch.zeros(shape, dtype=d) for d, shape in sizes))
-    for logits in (torch.zeros(2, 8), torch.zeros(1, 7)):
-        rows = logits.shape[0]
-        outs = torch.zeros(rows, 2, dtype=I32), torch.zeros(rows, 2)
-        with pytest.raises(
-            ValueError, match="lists are written of 1 token and . experts.*use align"
-        ):
-            routing.route_ref(
-                logits,
-                None,
-                torch.zeros(rows, dtype=I32),
-                num_groups=1,
-                topk_groups=1,
-                top_k=2,
-                normalize=True,
-                scaling=1.0,
-                out_ids=outs[0],
-                out_weights=outs[1],
-                lists=lists,
-            )
-
-
 def _align(fn: Any, ids: torch.Tensor, start: int, local: int) -> tuple[list[int], torch.Tensor]:
     offsets = torch.full((local + 1,), -7, dtype=I32)
     pairs = torch.full((ids.numel() + 3,), -7, dtype=I32)

@@ -200,7 +200,7 @@ def test_every_byte_of_the_index_counts(damaged: tuple[ModelConfig, Path]) -> No
 # field → a value that makes no sense, in an index that is sealed as it should be
 NONSENSE: dict[str, list[Any]] = {
     "kind": ["other", None, 3],
-    "format": [0, 1, 3, "2", None],
+    "format": [0, 1, 2, 4, "3", None],
     "ep_size": [0, -1, 1 << 40, "2", True, None, 2.0, 1],
     "identity": [None, [], [["a"]], {"a": 1}, [["a", [1]]]],
     "tensors": [

@@ -322,6 +322,21 @@ def test_a_key_that_is_being_made_is_not_made_again_unless_that_fails(fails: boo
     assert [by for key, by in keys.made if key == 2] == ([True, False] if fails else [True])
 
 
+def test_the_first_key_is_made_while_the_builder_pauses() -> None:
+    nothing: Any = None
+    driver: Any = Gated()
+    ladder = Ladder([GraphKey(n, n) for n in range(3, 7)])
+    keys = Slow(driver, nothing, nothing, nothing, 0, ladder, {})
+    keys.build_rest(pause_s=1.0)
+    until(lambda: bool(keys.made))
+    time.sleep(0.1)
+    assert keys.made == [(3, True)], "one key ahead, no more"
+    assert not driver.order, "the builder pauses"
+    keys.wait()
+    keys.close()
+    assert driver.order == ["3", "4", "5", "6"]
+
+
 def test_a_key_that_could_not_be_built_can_be_asked_for_again() -> None:
     nothing: Any = None
     driver: Any = Gated()
@@ -338,7 +353,7 @@ def test_a_key_that_could_not_be_built_can_be_asked_for_again() -> None:
     keys.close()
 
 
-def test_neither_thread_begins_before_the_pause_is_over(tmp_path: Path) -> None:
+def test_no_thread_begins_while_a_step_may_follow_the_load(tmp_path: Path) -> None:
     publish_bundle(tmp_path)
     player = restore(options(tmp_path), lib=Gpu())
     player.keys.wait()

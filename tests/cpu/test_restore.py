@@ -313,6 +313,41 @@ def with_a_fork() -> Captured:
     return c
 
 
+SPREAD = struct.pack("<i", 1)
+CLUSTER_SIZE, SCHEDULING, PREFERRED_SIZE = 4, 5, 11
+
+
+def attributes_of(c: Captured, **given: bytes) -> dict[int, bytes]:
+    """What is recorded of a node of `ours` to which the driver ascribes these attributes."""
+    ids = {"size": CLUSTER_SIZE, "scheduling": SCHEDULING, "preferred": PREFERRED_SIZE}
+    node = c.ours(ARENA, 0)
+    for name, value in given.items():
+        c.lib.graphs[c.graph].nodes[node].attributes[ids[name]] = value.ljust(64, b"\0")
+    graph, _, _ = c.extract()
+    table = graph.attributes
+    return {int(a["id"]): a["value"].tobytes().rstrip(b"\0") for a in table}
+
+
+@pytest.mark.parametrize("size", [{}, {"size": struct.pack("<3I", 1, 1, 1)}])
+def test_how_clusters_are_scheduled_means_nothing_without_any(size: dict[str, bytes]) -> None:
+    assert SCHEDULING not in attributes_of(Captured(), scheduling=SPREAD, **size)
+
+
+@pytest.mark.parametrize("which", ["size", "preferred"])
+def test_how_a_launchs_clusters_are_scheduled_is_kept(which: str) -> None:
+    size = struct.pack("<3I", 2, 1, 1)
+    found = attributes_of(Captured(), scheduling=SPREAD, **{which: size})
+    known = {"size": CLUSTER_SIZE, "preferred": PREFERRED_SIZE}[which]
+    assert found == {known: size.rstrip(b"\0"), SCHEDULING: SPREAD.rstrip(b"\0")}
+
+
+@pytest.mark.parametrize("which", [10, 11, 12, 13])  # must be set; required width, height, depth
+def test_how_a_kernels_own_clusters_are_scheduled_is_kept(which: int) -> None:
+    c = Captured()
+    c.lib.kernels[c.handles["ours"]].attributes[which] = 2
+    assert attributes_of(c, scheduling=SPREAD) == {SCHEDULING: SPREAD.rstrip(b"\0")}
+
+
 def edges_by_what_they_join(graph: FakeGraph) -> list[tuple[object, object, bytes]]:
     found = [(graph.nodes[a].seen, graph.nodes[b].seen, data) for a, b, data in graph.edges]
     return sorted(found, key=repr)

@@ -160,6 +160,7 @@ def run_of(**changes: Any) -> dict[str, Any]:
         "ahead_ms": {"decode": 1.0},
         "torch": False,
         "connections": "2",
+        "bytecode": {"runtime": True, "numpy": True},
         "driver_alone": {"ready_ms": 220.0, "spans_ms": {"cuInit": 150.0, "context": 70.0}},
     } | changes
 
@@ -183,6 +184,30 @@ def test_the_table_has_stages_keys_size_and_published_numbers(
         assert text in out
     for text in ("decode 1", "900 to 1391", "20.0 MiB; page cache warm", "14 s", "github.com/x"):
         assert text in out
+
+
+@pytest.mark.parametrize(("there", "told"), [(True, False), (False, True)])
+def test_a_numpy_that_every_process_compiles_is_told(
+    there: bool, told: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = run_of(bytecode={"runtime": True, "numpy": there})
+    runs = {"restored": [run_of(), found]}
+    restore_bench._show({"ranks": 1, "runs": runs, "published": []})
+    assert ("numpy without bytecode" in capsys.readouterr().out) == told
+
+
+@pytest.mark.parametrize(("unwritten", "there"), [("1", "False"), ("", "True")])
+def test_a_process_knows_whether_numpy_has_bytecode(
+    unwritten: str, there: str, tmp_path: Path
+) -> None:
+    (tmp_path / "numpy").mkdir()
+    (tmp_path / "numpy" / "__init__.py").write_text("")
+    code = "import numpy, runtime.restore_child as c; print(c._has_bytecode('numpy'))"
+    env = os.environ | {"PYTHONDONTWRITEBYTECODE": unwritten, "PYTHONPATH": str(tmp_path)}
+    env.pop("PYTHONPYCACHEPREFIX", None)
+    command = [sys.executable, "-c", f"import sys; sys.path.insert(1, {str(ROOT)!r}); {code}"]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.stdout.strip() == there, done.stderr
 
 
 def test_the_twin_is_refused_at_once() -> None:

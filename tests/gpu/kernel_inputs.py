@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from kernels.triton import expert_lists, linear_plan, mla_decode, mla_plan, router, sample, stream
+from tests.tiles import as_tiles
 
 DEVICE = "cuda"
 BF16, F32, FP8, I32 = torch.bfloat16, torch.float32, torch.float8_e4m3fn, torch.int32
@@ -43,10 +44,13 @@ def weight(*shape: int, dtype: torch.dtype = BF16) -> torch.Tensor:
 
 
 @functools.cache
-def fp8_weight(seed: int, rows: int, cols: int) -> tuple[torch.Tensor, torch.Tensor]:
+def fp8_weight(
+    seed: int, rows: int, cols: int, *, tiled: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed + 1)
     scale = (torch.rand(-(-rows // 128), -(-cols // 128), generator=generator) + 0.5) / cols**0.5
-    return randn(seed, rows, cols, dtype=FP8), scale
+    w = randn(seed, rows, cols, dtype=FP8)
+    return as_tiles(w) if tiled else w, scale
 
 
 def tok_row(tokens: int) -> torch.Tensor:
@@ -114,10 +118,10 @@ def plain_linear(n: int, k: int, dtype: torch.dtype) -> Callable[[int, int], Arg
     return make
 
 
-def fp8_linear(n: int, k: int) -> Callable[[int, int], Arguments]:
+def fp8_linear(n: int, k: int, *, tiled: bool = False) -> Callable[[int, int], Arguments]:
     def make(seed: int, tokens: int) -> Arguments:
         xq, xs = fp8_rows(seed, tokens, k)
-        w, ws = fp8_weight(5, n, k)
+        w, ws = fp8_weight(5, n, k, tiled=tiled)
         elems = linear_plan.linear_workspace_elems(tokens, n, k, elem_bytes=1)
         more = {"out": zeros(tokens, n), "workspace": zeros(max(1, elems), dtype=F32)}
         return {"xq": xq, "xs": xs, "w": w, "ws": ws, **more}
@@ -285,8 +289,8 @@ def gate_up(fp8: bool) -> Callable[[int, int], Arguments]:
             x = {"x": randn(seed, tokens, HIDDEN), "x_scale": None, "w": w, "w_scale": None}
             return x | common | {"out": zeros(count, INTER), "out_scale": None}
         x, x_scale = fp8_rows(seed, tokens, HIDDEN)
-        w, w_scale = fp8_weight(5, LOCAL_EXPERTS * 2 * INTER, HIDDEN)
-        w = w.view(LOCAL_EXPERTS, 2 * INTER, HIDDEN)
+        w, w_scale = fp8_weight(5, LOCAL_EXPERTS * 2 * INTER, HIDDEN, tiled=True)
+        w = w.view(LOCAL_EXPERTS, -1, *w.shape[1:])
         w_scale = w_scale.view(LOCAL_EXPERTS, -1, HIDDEN // 128)
         out = quantised(count, INTER)
         given = {"x": x, "x_scale": x_scale, "w": w, "w_scale": w_scale}
@@ -305,8 +309,8 @@ def down(fp8: bool) -> Callable[[int, int], Arguments]:
             given = {"h": randn(seed, count, INTER), "h_scale": None, "w": w, "w_scale": None}
             return given | common
         h, h_scale = fp8_rows(seed, count, INTER)
-        w, w_scale = fp8_weight(5, LOCAL_EXPERTS * HIDDEN, INTER)
-        w = w.view(LOCAL_EXPERTS, HIDDEN, INTER)
+        w, w_scale = fp8_weight(5, LOCAL_EXPERTS * HIDDEN, INTER, tiled=True)
+        w = w.view(LOCAL_EXPERTS, -1, *w.shape[1:])
         w_scale = w_scale.view(LOCAL_EXPERTS, HIDDEN // 128, -1)
         return {"h": h, "h_scale": h_scale, "w": w, "w_scale": w_scale} | common
 

@@ -36,6 +36,7 @@ from tests.gpu.kernel_inputs import (
     weight,
 )
 from tests.row_state import LENGTH, Device, random_steps
+from tests.tiles import as_tiles
 
 # ------------------------------------------------------------------ running a case
 
@@ -141,8 +142,8 @@ class Experts:
         self.x = torch.zeros(tokens, HIDDEN, **made).to(FP8)
         self.x_scale = torch.ones(tokens, HIDDEN // 128, **made)
         self.ids = torch.zeros(tokens, top_k, dtype=I32, **made)
-        self.gate_up = torch.randn(experts, 2 * INTER, HIDDEN, **made).to(FP8)
-        self.down = torch.randn(experts, HIDDEN, INTER, **made).to(FP8)
+        self.gate_up = as_tiles(torch.randn(experts, 2 * INTER, HIDDEN, **made).to(FP8))
+        self.down = as_tiles(torch.randn(experts, HIDDEN, INTER, **made).to(FP8))
         self.scales = [
             torch.rand(experts, n // 128, k // 128, **made) / k**0.5
             for n, k in ((2 * INTER, HIDDEN), (HIDDEN, INTER))
@@ -208,7 +209,7 @@ LINEAR_PLANS = [
 
 @pytest.mark.parametrize("plan", LINEAR_PLANS, ids=str)
 def test_a_plan_gives_every_token_its_bits(plan: LinearPlan, launcher: Launcher) -> None:
-    whole = fp8_linear(*O_PROJECTION)(0, 130)
+    whole = fp8_linear(*O_PROJECTION, tiled=True)(0, 130)
     wanted = torch.empty(130, HIDDEN, dtype=BF16)
     linear.linear_fp8_ref(whole["xq"], whole["xs"], whole["w"], whole["ws"], out=wanted)
     seen = []

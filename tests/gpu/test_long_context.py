@@ -141,8 +141,12 @@ def check_value(found: dict[str, torch.Tensor], t: int, want: torch.Tensor) -> N
         return
     scale = found["o_s"][t].double()[:, None]
     got = found["o_q"][t].view(torch.float8_e4m3fn).double().view(len(scale), -1) * scale
-    error = (got - want.view(got.shape)).abs()
-    assert bool((error <= (FP8 + 4 * BF16) * want.view(got.shape).abs() + scale * 2.0**-9).all())
+    want = want.view(got.shape)
+    # Where splits are merged on the way, the oracle's merge may round otherwise: as in `close`.
+    allowed = (FP8 + 4 * BF16) * want.abs() + scale * 2.0**-9
+    allowed = allowed + 6 * BF16 * want.square().mean(-1, keepdim=True).sqrt()
+    excess = float(((got - want).abs() / allowed).max())
+    assert excess <= 1, f"a value is {excess:.2f} times as far off as may be"
 
 
 def bits(tensor: torch.Tensor) -> torch.Tensor:
