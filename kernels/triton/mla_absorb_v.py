@@ -22,10 +22,9 @@ from kernels.triton.mla_absorb_few import (
     cut_few,
 )
 from kernels.triton.mla_decode import check_parts, merge_ref
-from kernels.triton.overlap import OFF, await_inputs_with, overlap, prefetch_rows
+from kernels.triton.overlap import await_inputs_with, overlap
 from kernels.triton.tiles import BUDGET_BYTES, einsum_rows
 
-PREFETCH = 2  # blocks of columns whose weights are asked for before the inputs are there
 MOST_PARTS = 4  # splits of attention that `absorb_v` merges; of more there would be too few loads
 
 
@@ -160,7 +159,6 @@ def _absorb_v(
     SPLITS: tl.constexpr,  # 2 to 4 of tokens longer than CUT; 0: all tokens are in o_latent
     CUT: tl.constexpr,
     LOOKS: tl.constexpr,  # whether any token is in splits, before it merges
-    PREFETCH: tl.constexpr,
     PDL: tl.constexpr,
 ):
     V_TILES: tl.constexpr = (DV + BLOCK_V - 1) // BLOCK_V
@@ -170,10 +168,6 @@ def _absorb_v(
     c = tl.arange(0, BLOCK_C)
     w_at = w_uv + head.to(tl.int64) * (DV * DC) + v[:, None] * DC + c[None, :]
     x_at = o_latent + head * DC + t.to(tl.int64)[None, :] * o_pitch + c[:, None]
-    if PREFETCH > 0:
-        end_row = (head + 1) * DV
-        row = head * DV + (tl.program_id(0) % V_TILES) * BLOCK_V
-        prefetch_rows(w_uv, row, 0, end_row, DC, DC, BLOCK_V, PREFETCH * BLOCK_C)
     length = await_inputs_with(kv_len + t, t < T, PDL)
     v_mask, t_mask = v < DV, t < T
     if SPLITS == 0:
@@ -244,11 +238,7 @@ def absorb_v(
     tile, splits = _v_tile(dv, dc, act_bytes), 0 if parts is None else parts.o.shape[1]
     few = _is_few(tokens, dv, dc, act_bytes)
     block_t = token_tile(o_latent)
-    if few:
-        cut = cut_few(tokens, splits)
-    else:
-        cut = _cut(tile, block_t, splits, act_bytes)
-        cut["PREFETCH"] = 0 if launch.pdl == OFF else PREFETCH
+    cut = cut_few(tokens, splits) if few else _cut(tile, block_t, splits, act_bytes)
     launch(
         _absorb_v_few if few else _absorb_v,
         (num_heads * triton.cdiv(dv, tile.rows), triton.cdiv(tokens, block_t)),

@@ -17,7 +17,6 @@ from kernels.triton.overlap import await_inputs, overlap
 from kernels.triton.tiles import num_parts, sigmoid_rows, sum_parts
 
 PART_ELEMS = 16384  # of the router's parts that a program of eight warps has in flight
-MOST_WARPS = 8
 FULL_SPAN = 128  # experts that a warp takes side by side: four a lane, 16 bytes
 EPSILON = 1e-20  # keeps the normalising sum away from zero
 
@@ -275,7 +274,7 @@ def route(
         CHUNK=chunk,
         SPAN=min(tile, FULL_SPAN),
         # The order in which parts are added goes by the warps: they must not go by the tokens.
-        num_warps=max(1, min(MOST_WARPS, chunk * tile // 256)),
+        num_warps=max(1, min(8, chunk * tile // 256)),
         **overlap(launch),
     )
 

@@ -82,8 +82,7 @@ def test_streams_ask_for_their_first_weights_before_they_wait(
     listed: dict[str, list[dict[str, Any]]],
 ) -> None:
     asking = {k["name"] for k in listed["late"] if k["asks"]}
-    streams = {"_linear_fp8_kernel", "_linear_kernel", "_latent_query", "_down_kernel"}
-    assert asking == streams | {"_absorb_v"}
+    assert asking == {"_linear_fp8_kernel", "_linear_kernel", "_latent_query", "_down_kernel"}
     assert all(k["asks"] == k["asks_before_wait"] for k in listed["late"])
 
 
