@@ -11,6 +11,7 @@ from kernels.triton.overlap import await_inputs, overlap
 from kernels.triton.tiles import check_ready
 
 ALIGN_BLOCK = 2048
+IDS_PER_WARP = 128  # four a lane, which are one load
 
 
 @triton.jit
@@ -26,11 +27,38 @@ def _align(
     RESETS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """CTA e reads all ids twice, so that it needs nothing from its neighbours."""
+    """CTA e reads all ids, so that it needs nothing from its neighbours."""
     await_inputs(PDL)
     e = tl.program_id(0)
     if RESETS:
         tl.store(ready + e, 0)
+    if NUM_BLOCKS == 1:
+        _list_block(ids, offsets, pairs, N, expert_start, e, BLOCK)
+    else:
+        _list_blocks(ids, offsets, pairs, N, expert_start, e, BLOCK, NUM_BLOCKS)
+
+
+@triton.jit
+def _list_block(ids, offsets, pairs, N, expert_start, e, BLOCK: tl.constexpr):
+    """`_align` of ids that one block holds: one scan counts this expert's pairs, in the upper half
+    of a word, and those of the experts before it, in the lower."""
+    pair = tl.arange(0, BLOCK)
+    local = tl.load(ids + pair, mask=pair < N, other=-1) - expert_start
+    counted = ((local >= 0) & (local < e)).to(tl.int32) + ((local == e).to(tl.int32) << 16)
+    total = tl.sum(counted, axis=0)
+    at = total & 0xFFFF
+    rank = tl.cumsum(counted, axis=0) >> 16
+    tl.store(offsets + e, at)
+    if e == tl.num_programs(0) - 1:
+        tl.store(offsets + e + 1, at + (total >> 16))
+    tl.store(pairs + at + rank - 1, pair, mask=local == e)
+
+
+@triton.jit
+def _list_blocks(
+    ids, offsets, pairs, N, expert_start, e, BLOCK: tl.constexpr, NUM_BLOCKS: tl.constexpr
+):
+    """`_align` of many ids, which are read twice."""
     lane = tl.arange(0, BLOCK)
     lower = tl.zeros([BLOCK], tl.int32)
     equal = tl.zeros([BLOCK], tl.int32)
@@ -91,7 +119,7 @@ def align(
         BLOCK=block,
         NUM_BLOCKS=triton.cdiv(num_pairs, block),
         RESETS=ready is not None,
-        num_warps=max(1, min(8, block // 256)),
+        num_warps=max(1, min(8, block // IDS_PER_WARP)),
         **overlap(launch),
     )
 

@@ -14,7 +14,7 @@ import triton.language as tl
 
 from kernels.triton.activation import quantize_groups
 from kernels.triton.mla_decode import merge_splits
-from kernels.triton.overlap import await_inputs
+from kernels.triton.overlap import await_inputs_with
 
 # The weight is 128 rows of at most so many columns: 128 KiB of shared memory.
 FEW_TOKENS, FEW_PARTS, FEW_COLUMNS = 8, 32, 512
@@ -56,9 +56,8 @@ def _absorb_v_few(
     head = tl.program_id(0) // V_TILES
     c = tl.arange(0, DC)[None, :]
     w = w_uv.load([tl.program_id(0) * BLOCK_V, 0])
-    await_inputs(PDL)
     t = tl.arange(0, TOKENS).to(tl.int64)
-    length = tl.load(kv_len + t, mask=t < T, other=0)
+    length = await_inputs_with(kv_len + t, t < T, PDL)
     used = (length + CUT - 1) // CUT
     whole = used > 0 if SPLITS == 0 else used == 1
     x_at = o_latent + head * DC + t[:, None] * o_pitch + c

@@ -22,7 +22,7 @@ from kernels.triton.mla_absorb_few import (
     cut_few,
 )
 from kernels.triton.mla_decode import check_parts, merge_ref
-from kernels.triton.overlap import await_inputs, overlap
+from kernels.triton.overlap import await_inputs_with, overlap
 from kernels.triton.tiles import BUDGET_BYTES, einsum_rows
 
 MOST_PARTS = 4  # splits of attention that `absorb_v` merges; of more there would be too few loads
@@ -168,8 +168,7 @@ def _absorb_v(
     c = tl.arange(0, BLOCK_C)
     w_at = w_uv + head.to(tl.int64) * (DV * DC) + v[:, None] * DC + c[None, :]
     x_at = o_latent + head * DC + t.to(tl.int64)[None, :] * o_pitch + c[:, None]
-    await_inputs(PDL)
-    length = tl.load(kv_len + t, mask=t < T, other=0)
+    length = await_inputs_with(kv_len + t, t < T, PDL)
     v_mask, t_mask = v < DV, t < T
     if SPLITS == 0:
         acc = _product(w_at, x_at, c, v_mask, t_mask, DC, BLOCK_C, PRECISION)

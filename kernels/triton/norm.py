@@ -21,6 +21,7 @@ from kernels.triton.tiles import add_parts, ask_parts, hold_loads, num_parts, su
 
 MAX_WIDTH = 16384  # a row is held in registers
 EMBED_BLOCK = 1024
+MOST_HELD = 72  # of the 128 registers that a thread has where 512 hold a row; it needs the others
 
 
 @triton.jit
@@ -116,6 +117,7 @@ def _add_rmsnorm(
     K: tl.constexpr,
     HAS_OUT: tl.constexpr,
     HAS_Q: tl.constexpr,
+    HOLDS: tl.constexpr,  # all of a row's loads are in flight together
     PDL: tl.constexpr,
 ):
     t = tl.program_id(0).to(tl.int64)
@@ -133,7 +135,7 @@ def _add_rmsnorm(
             at = delta + t * delta_pitch + col
             parts = ask_parts(at, col < H, part_stride, PARTS)
         zero = 0.0
-        if GROUPS <= 64:
+        if HOLDS:
             zero = hold_loads(PDL)
         if K > 0:
             add = _weighted_rows(first, scales, rows, zero, K).to(value.dtype)
@@ -292,6 +294,7 @@ def add_rmsnorm(
         K=0 if choices is None else choices[0].shape[1],
         HAS_OUT=out is not None,
         HAS_Q=out_q is not None,
+        HOLDS=_holds(x.shape[1], delta, choices),
         num_warps=_num_warps(x.shape[1]),
         **overlap(launch),
     )
@@ -398,6 +401,19 @@ def _num_groups(width: int) -> int:
 def _num_warps(width: int) -> int:
     # At most 16 elements a thread at the usual sizes: a row is bound by latency, not issue.
     return min(16, max(4, _num_groups(width) // 4))
+
+
+def _holds(
+    width: int,
+    delta: torch.Tensor | None,
+    choices: tuple[torch.Tensor, torch.Tensor] | None,
+) -> bool:
+    """Whether registers hold what is to be added to a row, all at once."""
+    if delta is None:
+        return False
+    rows = num_parts(delta) if choices is None else choices[0].shape[1]
+    elements = _num_groups(width) * GROUP // (32 * _num_warps(width))
+    return elements * max(1, rows) * delta.element_size() // 4 <= MOST_HELD
 
 
 def _check_norm(

@@ -10,11 +10,16 @@ so all earlier kernels are complete, too, and a dependent may be let go as early
 Kernels that are launched in the ordinary way (other libraries', the transports') wait for the
 completion of what comes before them, and what comes after them waits for theirs.
 
-Two exceptions: the first programs of `grouped_down` wait for counters of `grouped_gate_up`, the
+Three exceptions: the first programs of `grouped_down` wait for counters of `grouped_gate_up`, the
 kernel right before, that say that their own input is whole. It lets them start only after it has
 waited for its own inputs, `await_inputs_first`: so the counters' reset, and whatever came before,
 are complete by then; its programs have all begun, so those that are waited for will end; and
 `grouped_down` is complete only when every one of them has counted.
+
+`await_inputs_with` loads words that only the beginning of a step writes, before it waits. In mode
+LATE they are there: a kernel that streams weights lets its dependents start after it has waited for
+its own inputs, so all that comes before it is complete when any later kernel starts; and each step
+has such a kernel (the first layer's first product) between its beginning and those that load so.
 
 And `hopper_mla` looks at its work list and at the page table before it waits, to ask L2 for the
 first pages: a hint, within bounds whatever it reads, from which nothing is computed.
@@ -54,6 +59,22 @@ def await_inputs(PDL: tl.constexpr):
     if PDL != 0:
         gdc_launch_dependents()
         gdc_wait()
+
+
+@triton.jit
+def await_inputs_with(at, mask, PDL: tl.constexpr):
+    """As `await_inputs`; and the words at `at`, zero where masked, of which only a step's beginning
+    is an author: in mode LATE they are on their way while the kernel waits.
+
+    From L2, for what an SM has kept of them may be of an earlier step.
+    """
+    if PDL == _LATE:
+        value = tl.load(at, mask=mask, other=0, cache_modifier=".cg")
+        await_inputs(PDL)
+    else:
+        await_inputs(PDL)
+        value = tl.load(at, mask=mask, other=0)
+    return value
 
 
 @triton.jit

@@ -264,7 +264,7 @@ class _Lister:
     """A launcher that only remembers what would be launched."""
 
     num_sms = 132
-    pdl = 0
+    pdl = 1
 
     def __init__(self) -> None:
         self.seen: dict[str, tuple[Any, KernelSpec]] = {}
@@ -296,6 +296,13 @@ def _launch_real_sizes(launch: Any) -> None:
     q = {"out_q": _meta(rows, hidden, dtype=FP8), "out_scale": _meta(rows, 56, dtype=F32)}
     norm.embed(launch, idx, _meta(vocab, hidden), idx[:1], out=x)
     norm.add_rmsnorm(launch, x, x, weight, eps=1e-6, out=x, **q)
+    for parts, width in ((2, hidden), (4, hidden), (8, 4096), (14, 2048)):
+        split = _meta(parts, rows, width, dtype=F32)
+        norm.add_rmsnorm(launch, x[:, :width], split, weight[:width], eps=1e-6, out=x[:, :width])
+    for top_k in (6, 9, 12):
+        choices = _meta(rows, top_k, dtype=I32), _meta(rows, top_k, dtype=F32)
+        experts = _meta(rows * top_k, hidden)
+        norm.add_rmsnorm(launch, x, experts, weight, eps=1e-6, choices=choices, **q)
     wide = _meta(rows, norm.MAX_WIDTH)
     norm.add_rmsnorm(launch, wide, wide, wide[0], eps=1e-6, out=wide)
     norm.gather_add_rmsnorm(launch, x, x, idx, weight, eps=1e-6, out=x)

@@ -7,15 +7,21 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from graphs.devices import bind_views
+from graphs.ops import Ops
+from graphs.weights import add_part_views
 from kernels.triton.overlap import MODES, OFF
+from runtime.assemble import make_step
 from runtime.config import RuntimeConfig
 from runtime.selection import choose
+from tests.cpu.sass import Sass
 
 ROOT = Path(__file__).resolve().parents[2]
 # Launched in the ordinary way; none is part of a step that is captured to be served.
@@ -122,7 +128,40 @@ def test_before_the_wait_only_what_no_step_writes_is_loaded() -> None:
                 if touches and call.lineno < min(waits):
                     used = {n.id for a in call.args[:1] for n in ast.walk(a) if _is_name(n)}
                     assert used & arguments <= allowed | _sizes(function), (path.name, call.lineno)
+                if _callee(call) == "await_inputs_with":
+                    used = {n.id for n in ast.walk(call.args[0]) if _is_name(n)}
+                    assert used & arguments == {"kv_len"}, (path.name, call.lineno)
     assert checked >= 20
+
+
+def test_what_a_steps_beginning_wrote_is_complete_when_it_is_loaded_before_a_wait() -> None:
+    """Between `advance`, which writes kv_len, and every kernel that loads it so there is one that
+    lets its dependents start only after its own wait."""
+    early = _kernels_that_call("await_inputs_with")
+    streams = _kernels_that_call("await_inputs_streaming")
+    assert early == {"_absorb_v", "_absorb_v_few"}
+    assert early.isdisjoint(streams)
+    met = set()
+    for model, overrides in (("deepseek-v3", ()), ("deepseek-v3", ("quantization=none",))):
+        for launched in _launches(model, overrides):
+            readers = [i for i, name in enumerate(launched) if name in early]
+            assert launched.count("_advance") == 1
+            between = launched[launched.index("_advance") : readers[0]]
+            assert streams & {*between}, between
+            met |= {launched[i] for i in readers}
+    assert met == early
+
+
+def test_loads_that_are_held_are_in_flight_together(
+    listed: dict[str, list[dict[str, Any]]],
+) -> None:
+    """By machine code: nothing is added up between the wait and the barrier behind the loads."""
+    for mode in ("late", "early"):
+        held = {k["name"]: k for k in listed[mode] if k["holds"]}
+        assert {*held} == {"_add_rmsnorm", "_mla_prep"}
+        for kernel in listed[mode]:
+            assert kernel["adds_while_held"] == 0, (mode, kernel["name"])
+    assert not [k["name"] for k in listed["off"] if k["holds"]]
 
 
 def test_the_mode_is_settled_before_capture() -> None:
@@ -151,6 +190,52 @@ def _sizes(function: ast.FunctionDef) -> set[str]:
     return {a.arg for a in function.args.args if a.annotation is not None}
 
 
+def _kernels_that_call(name: str) -> set[str]:
+    found = set()
+    for path in sorted((ROOT / "kernels" / "triton").glob("*.py")):
+        for function in ast.parse(path.read_text()).body:
+            if isinstance(function, ast.FunctionDef) and path.name != "overlap.py":
+                calls = [n for n in ast.walk(function) if isinstance(n, ast.Call)]
+                if any(_callee(c) == name for c in calls):
+                    found.add(function.name)
+    return found
+
+
+class _Noted:
+    """Launches nothing, and keeps the names of what it was to launch."""
+
+    arch, num_sms, pdl = "sm_90", 132, MODES["late"]
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+
+    def __call__(self, kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
+        self.names.append(kernel.__name__)
+
+
+def _launches(model: str, overrides: tuple[str, ...]) -> Iterator[list[str]]:
+    """What a step launches, in order, by key."""
+    options: dict[str, Any] = {"layers": 2, "bs": 32, "max_seq_len": 4096, "num_pages": 3}
+    chosen = RuntimeConfig.of(model=model, overrides=overrides, device="cpu", **options)
+    selection = choose(chosen, compile_only=True)
+    views = bind_views(None, selection.layout, torch.device("meta"))
+    add_part_views(views)
+    for key in selection.ladder.keys:
+        noted = _Noted()
+        make_step(selection, Ops(noted), views, None).run(key)
+        yield noted.names
+
+
+def _held(cubin: bytes) -> dict[str, int]:
+    """Barriers behind loads that are held, and additions between the wait and such a barrier."""
+    code = Sass.of(cubin)
+    holds, adds = [*code.at("BAR.RED")], 0
+    for hold in holds:
+        wait = max(i for i in code.at("ACQBULK") if i < hold)
+        adds += len({*code.at("FADD", "FFMA")} & {*range(wait, hold)})
+    return {"holds": len(holds), "adds_while_held": adds}
+
+
 def _facts(spec: Any, ptx: str) -> dict[str, Any]:
     wait = ptx.find("griddepcontrol.wait")
     release = ptx.find("griddepcontrol.launch_dependents")
@@ -171,7 +256,7 @@ def _facts(spec: Any, ptx: str) -> dict[str, Any]:
 def _requests(mode: str, rows: int) -> list[Any]:
     from runtime.assemble import list_kernels
 
-    options = {"layers": 4, "overrides": ("n_routed_experts=32",), "ladder": str(rows), "bs": rows}
+    options = {"layers": 5, "overrides": ("n_routed_experts=32",), "ladder": str(rows), "bs": rows}
     chosen = RuntimeConfig.of(model="deepseek-v3", pdl=mode, **options)
     return list(list_kernels(choose(chosen, compile_only=True), "sm_90", ["triton"]).requests)
 
@@ -194,7 +279,7 @@ def _report() -> dict[str, list[dict[str, Any]]]:
             )
             options = {"num_warps": spec.num_warps, "num_stages": spec.num_stages}
             made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
-            found[mode].append(_facts(spec, made.asm["ptx"]))
+            found[mode].append(_facts(spec, made.asm["ptx"]) | _held(made.asm["cubin"]))
     return found
 
 
