@@ -380,7 +380,8 @@ def test_a_step_hears_of_its_successor_only_once_that_is_launched() -> None:
 def test_a_step_takes_as_few_calls_for_many_decoding_rows_as_for_few() -> None:
     """Counted, of Python and of numpy, for times differ from machine to machine."""
     calls = [sum(n for _, n, _ in host_time.profiled(rows, 64, most=None)) for rows in (2, 32, 256)]
-    assert calls[0] == calls[1] == calls[2], f"{calls} calls a step at 2, 32 and 256 rows"
+    # Python's own collector calls now and then; a cost by the row would be hundreds of calls.
+    assert max(calls) - min(calls) < 1, f"{calls} calls a step at 2, 32 and 256 rows"
     assert calls[0] < 56, f"{calls[0]} calls a step"
 
 
