@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from kernels.triton.weight_tiles import as_rows
 from runtime import Runtime, SamplingParams
 from tests.contract import Ask, ask_all, everything, random_prompt
 from tests.gpu.conftest import Load
@@ -99,7 +100,7 @@ def test_weights_are_replaced_where_captured_graphs_read_them(name: str, load: L
     with load(name) as runtime:
         weights = runtime.engine.graphs.step.weights
         places = {n: t.data_ptr() for n, t in weights.items()}
-        head = weights["head"].clone()
+        head = as_rows(weights["head"]).clone()
         layers = runtime.model_config.num_layers
         norms = {f"model.layers.{i}.input_layernorm.weight": i for i in range(layers)}
 
