@@ -26,6 +26,8 @@ from barriers.rdep import Rdep, RdepTuning, load_rdep, peer_layout, peer_views
 from barriers.step_board import StepBoard
 from barriers.symmetric_device import DeviceMemory
 from barriers.transport import DEEPEP, Local, Transport, TransportConfig
+from barriers.vocabulary import Vocabulary, VocabularyConfig
+from barriers.vocabulary_allgather import VocabularyAllGather
 from barriers.watch import CLOSE
 from capture_cache.driver import Device
 from capture_cache.store import Store
@@ -52,6 +54,7 @@ class Ranks:
         self.rank, self.world, self.deadline_s = config.rank, config.world, deadline_s
         self._open = ExitStack()
         self._watch: DeviceWatch | None = None
+        self._meeting: HostMeeting | None = None
         self.board: StepBoard | None = None
         self._aborting: threading.Thread | None = None
         self.group = self._open.enter_context(RankGroup(config, fields))
@@ -92,9 +95,24 @@ class Ranks:
             deadline_ms = round(self.deadline_s * 1e3)
             meeting = HostMeeting(self.group, deadline_ms=deadline_ms, step=lambda: int(step[0]))
             self._open.callback(meeting.close)
+            self._meeting = meeting
         else:
             self._post("allgather")
         return AllGather(config, views, dist.group.WORLD, launch, meeting)
+
+    def vocabulary(
+        self,
+        config: VocabularyConfig,
+        views: Mapping[str, torch.Tensor],
+        launch: Launcher | None,
+    ) -> Vocabulary:
+        """How ranks share the head, over what the transport made; every rank calls this alike.
+
+        Args:
+            views: of the arena, with the exchange's own buffers.
+            launch: None on the CPU twin.
+        """
+        return VocabularyAllGather(config, views, dist.group.WORLD, self._meeting)
 
     def _connect(self, backend: str) -> None:
         """Make torch's process group if there is none, over a store of its own: an earlier runtime

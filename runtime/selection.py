@@ -27,6 +27,9 @@ RESERVED_BYTES = 3 << 30
 DEFAULT_PDL = "late"
 
 
+SHARES_HEAD = ("allgather", "rdep")  # transports over which a head can be shared
+
+
 @dataclass(frozen=True)
 class Selection:
     """What is going to be built, before any memory is touched."""
@@ -69,6 +72,13 @@ def choose(options: RuntimeConfig, *, compile_only: bool = False) -> Selection:
     on_device = compile_only or _on_device(options)
     attention, reason = _attention(options, model, on_device and not compile_only)
     transport = resolve_transport(options.transport, world=options.num_ranks, on_device=on_device)
+    if model.head_shards > 1 and (
+        transport not in SHARES_HEAD or model.first_k_dense_replace >= model.num_layers
+    ):
+        raise ValueError(
+            f"--head sharded goes with a transport of {', '.join(SHARES_HEAD)} and a model with "
+            f"experts, got {transport} and {options.model}; leave it at whole"
+        )
     step = StepConfig(
         max_rows=rows,
         max_seq_len=seq_len,
