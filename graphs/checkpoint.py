@@ -271,7 +271,7 @@ class Loader:
         item_bytes = stored.nbytes // math.prod(stored.shape)
         row_bytes = item_bytes * math.prod(shape[1:])
         step = max(FP8_BLOCK, _PIECE_BYTES // row_bytes // FP8_BLOCK * FP8_BLOCK)
-        wanted = wanted or range(shape[0])
+        wanted = range(shape[0]) if wanted is None else wanted
         for begin in range(wanted.start, wanted.stop, step):
             rows = slice(begin, min(begin + step, wanted.stop))
             x = self._read(name, stored, rows if slab is None else (slab, rows)).to(device)
