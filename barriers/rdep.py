@@ -211,7 +211,7 @@ class Rdep(Stateless):
         self.config, self.tuning = config, tuning or RdepTuning()
         self._buffers, self.kernels = buffers, kernels
         self._peers = (base, stride)
-        self._stream = stream or _current_stream
+        self._stream = stream or current_stream
         self._out = wire_views(buffers)
         # Zero silent rows: the first `send` takes back every id that the memory may hold.
         buffers["ep_words"].copy_(torch.tensor([config.rank, 0, 0, 0], dtype=torch.int32))
@@ -329,5 +329,6 @@ def _address(tensor: torch.Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def _current_stream() -> int:
+def current_stream() -> int:
+    """Handle of torch's current stream."""
     return int(torch.cuda.current_stream().cuda_stream)
