@@ -9,7 +9,7 @@ busy.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
@@ -151,9 +151,10 @@ def load_rdep(
     return kernels
 
 
-def peer_layout(config: TransportConfig) -> ArenaLayout:
-    """Where the buffers lie in a payload that holds nothing else."""
-    return ArenaLayout.build([Entry(*spec) for spec in Rdep.buffers(config)], [Section("peers")])
+def peer_layout(config: TransportConfig, more: Iterable[BufferSpec] = ()) -> ArenaLayout:
+    """Where the buffers lie in a payload that holds nothing but `more` behind them."""
+    entries = [Entry(*spec) for spec in (*Rdep.buffers(config), *more)]
+    return ArenaLayout.build(entries, [Section("peers")])
 
 
 def peer_views(layout: ArenaLayout, payload: int, device: torch.device) -> dict[str, torch.Tensor]:

@@ -115,7 +115,8 @@ class DecodeStep:
     @property
     def live(self) -> str:
         """Why a capture of this step serves this process alone; "" if it can be stored."""
-        return "" if self._transport is None else self._transport.live
+        exchanges = (self._transport, self.vocabulary)
+        return next((e.live for e in exchanges if e is not None and e.live), "")
 
     @property
     def allocates(self) -> bool:

@@ -279,13 +279,12 @@ class _Builder:
             sizes = transport_config(selection.model, selection.step, selection.ladder.max_tokens)
             launch = None if launcher is None else exchange_launcher(selection, launcher)
             tuning = RdepTuning(sum_pdl=not selection.step.overlap)
+            shared = vocabulary_config(selection.model, selection.step, selection.ladder.max_rows)
             transport = ranks.transport(
-                selection.step.transport, sizes, views, launch, self.store, tuning
+                selection.step.transport, sizes, views, launch, self.store, tuning, shared
             )
-        shared = vocabulary_config(selection.model, selection.step, selection.ladder.max_rows)
-        vocabulary = None if shared is None else ranks.vocabulary(shared, views, launcher)
         ops = ChosenOps(Ops(launcher), KernelChoices())
-        step = make_step(selection, ops, views, transport, backend.branch, vocabulary)
+        step = make_step(selection, ops, views, transport, backend.branch, ranks.vocabulary)
         if launcher is None:
             return GraphSet(step, selection.ladder, backend)  # the twin compiles nothing
         return GraphSet(step, selection.ladder, backend, forbid_compile=launcher.freeze)
