@@ -127,6 +127,8 @@ def test_what_does_not_fit_is_refused_before_a_launch() -> None:
     exchange, launches, _ = make(SMALL, HeadTuning())
     with pytest.raises(ValueError, match="65 rows do not fit the capacity 64"):
         exchange.gather(torch.zeros(65, 1024).bfloat16())
+    with pytest.raises(ValueError, match="begin at a multiple of 16 bytes"):
+        exchange.gather(torch.zeros(1025).bfloat16()[1:].view(1, 1024))
     with pytest.raises(ValueError, match="the exchange's own `part`"):
         exchange.scatter(exchange.part.clone(), torch.zeros(1, 10000))
     assert not launches
