@@ -148,7 +148,7 @@ class AllGather(Stateless):
 
 
 def check_group(rank: int, world: int, group: Any, *, shares: str) -> None:
-    """Raises ValueError unless `group` is `world` ranks in rank order; `shares`: what they do."""
+    """Raises ValueError where `group` is not these ranks in order; `shares`: what they share."""
     size, found = dist.get_world_size(group), dist.get_rank(group)
     if (size, found) != (world, rank):
         raise ValueError(

@@ -171,6 +171,11 @@ class VocabularyPeers:
 
     def gather(self, final: torch.Tensor, *, opens_step: bool = False) -> torch.Tensor:
         check_gather(self.config, final)
+        if final.data_ptr() % 16:
+            raise ValueError(
+                f"gather: final must begin at a multiple of 16 bytes, got {final.data_ptr():#x}; "
+                "give a buffer of its own, not a piece of another"
+            )
         count = final.shape[0]
         pieces = self.config.hidden * self.config.act_bytes // 16
         blocks = min(count * -(-pieces // self.tuning.send_threads), TAG)
