@@ -210,7 +210,8 @@ def grouped_gate_up(
     Args:
         x: e4m3 or act dtype [T, K]; the row pitch may exceed K.
         x_scale: fp32 [T, ceil(K/128)]; None for act dtype, and then so are the other scales.
-        w: x's dtype [E, 2I, K], gate rows, then up rows; or in tiles (`weight_tiles`).
+        w: x's dtype [E, 2I, K], gate rows, then up rows; or in tiles (`weight_tiles`),
+            where I is a multiple of 128.
         w_scale: fp32 [E, 2*ceil(I/128), ceil(K/128)]; gate and up have scale rows of their own.
         offsets: int32 [E+1]; expert e has pairs[offsets[e]:offsets[e+1]].
         pairs: int32 [T*top_k]; what lies past offsets[E] is not read.
@@ -223,7 +224,7 @@ def grouped_gate_up(
         ValueError: shapes or dtypes that do not fit.
     Capture-safe: no sync, no allocation.
     """
-    num_experts, two_inter, k = check_weight(w, x)
+    num_experts, two_inter, k = check_weight(w, x, 2)
     inter = two_inter // 2
     num_pairs = x.shape[0] * top_k
     check_lists(offsets, pairs, num_experts, num_pairs)

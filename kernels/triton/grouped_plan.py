@@ -18,7 +18,7 @@ from kernels.triton.tiles import (
     pipeline_stages,
     tile_source,
 )
-from kernels.triton.weight_tiles import check_tiles, extents, in_tiles
+from kernels.triton.weight_tiles import TILE_ROWS, check_tiles, extents, in_tiles
 
 BLOCK_N = 128  # weight rows of a tile; one quantisation group of the experts' hidden activation
 PAIR_BLOCKS = (16, 32, 64)  # pairs of a tile; an expert's own count chooses, on the device
@@ -146,7 +146,10 @@ def or_stand_in(scale: torch.Tensor | None, stand_in: torch.Tensor) -> torch.Ten
     return stand_in if scale is None else scale
 
 
-def check_weight(w: torch.Tensor, x: torch.Tensor) -> tuple[int, int, int]:
+def check_weight(w: torch.Tensor, x: torch.Tensor, halves: int = 1) -> tuple[int, int, int]:
+    """(E, rows, K) of weights that fit the activations; each half has whole tiles of its own."""
+    if w.ndim not in (3, 5):
+        raise ValueError(f"weights must be [E, rows, K], or that in tiles, got {list(w.shape)}")
     num_experts, rows, k = extents(tuple(w.shape))
     if x.ndim != 2 or x.shape[1] != k or x.stride(1) != 1 or x.shape[0] == 0:
         raise ValueError(
@@ -159,6 +162,11 @@ def check_weight(w: torch.Tensor, x: torch.Tensor) -> tuple[int, int, int]:
             f" with strides {list(w.stride())}"
         )
     check_tiles(w)
+    if in_tiles(w) and rows % (halves * TILE_ROWS):
+        raise ValueError(
+            f"each of {halves} halves must be whole tiles of {TILE_ROWS} rows, got {rows} rows "
+            f"together; keep such weights in rows"
+        )
     return num_experts, rows, k
 
 
