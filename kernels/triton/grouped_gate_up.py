@@ -16,20 +16,18 @@ from kernels.triton.grouped_plan import (
     GroupedPlan,
     Tiles,
     check_lists,
+    check_operands,
     check_out,
-    check_weight,
     or_stand_in,
 )
 from kernels.triton.launch import Launcher
 from kernels.triton.overlap import (
     await_inputs_first,
     await_inputs_streaming,
-    overlap,
     release_dependents,
 )
 from kernels.triton.tiles import (
     FP8_GROUP,
-    check_fp8,
     check_ready,
     check_scale,
     dequantize_blocks,
@@ -224,20 +222,15 @@ def grouped_gate_up(
         ValueError: shapes or dtypes that do not fit.
     Capture-safe: no sync, no allocation.
     """
-    num_experts, two_inter, k = check_weight(w, x, 2)
-    inter = two_inter // 2
-    num_pairs = x.shape[0] * top_k
+    num_experts, inter = check_operands("x", x, x_scale, w, w_scale, 2)
+    num_pairs, fp8 = x.shape[0] * top_k, x_scale is not None
     check_lists(offsets, pairs, num_experts, num_pairs)
-    fp8 = x_scale is not None
     check_out(out, (num_pairs, inter), x.dtype)
     if fp8:
-        groups, rows = triton.cdiv(k, FP8_GROUP), triton.cdiv(inter, FP8_GROUP)
-        check_fp8("x", x)
-        check_scale("x_scale", x_scale, (x.shape[0], groups))
-        check_scale("w_scale", w_scale, (num_experts, 2 * rows, groups))
-        check_scale("out_scale", out_scale, (num_pairs, rows))
+        check_scale("out_scale", out_scale, (num_pairs, triton.cdiv(inter, FP8_GROUP)))
     check_ready(ready, num_experts)
     tiles = Tiles.of(launch, plan, w, inter, 2, num_pairs, x.shape[0], fp8=fp8)
+    counts = ready is not None and not tiles.compact
     launch(
         _gate_up_kernel,
         tiles.grid,
@@ -251,15 +244,12 @@ def grouped_gate_up(
         out,
         or_stand_in(out_scale, out),
         or_stand_in(ready, offsets),
-        COUNTS=ready is not None and not tiles.compact,
-        CHAIN=ready is not None and not tiles.compact and plan.chain > 0,
+        COUNTS=counts,
+        CHAIN=counts and plan.chain > 0,
         TOP_K=top_k,
         INTER=inter,
         X_PITCH=x.stride(0),
-        **tiles.constexprs,
-        num_warps=tiles.num_warps,
-        num_stages=tiles.stages,
-        **overlap(launch),
+        **tiles.options,
     )
 
 
