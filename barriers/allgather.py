@@ -24,7 +24,7 @@ from barriers.transport import (
 from kernels.triton.launch import Launcher
 
 # torch renamed it in 2.13.
-_ALL_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+ALL_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 class Meeting(Protocol):
@@ -58,12 +58,7 @@ class AllGather(Stateless):
         launch: Launcher | None,
         meeting: Meeting | None = None,
     ) -> None:
-        size, rank = dist.get_world_size(group), dist.get_rank(group)
-        if (size, rank) != (config.world, config.rank):
-            raise ValueError(
-                f"expected rank {config.rank} of {config.world}, got a process group in which this "
-                f"is rank {rank} of {size}; make the group from the ranks that share the experts"
-            )
+        check_group(config.rank, config.world, group, shares="experts")
         self.config = config
         self._buffers, self._group, self._launch = buffers, group, launch
         self._meeting = meeting
@@ -124,7 +119,7 @@ class AllGather(Stateless):
         b, tokens = self._buffers, out.shape[0]
         weighted_sum(self._launch, y, received.ids, received.weights, None, b["ep_partial"])
         with self._met(layer, "combine", opens_step=False):
-            returned, partial = _bytes(b["ep_returned"]), _bytes(b["ep_partial"])
+            returned, partial = as_bytes(b["ep_returned"]), as_bytes(b["ep_partial"])
             dist.all_to_all_single(returned, partial, group=self._group)
         total = b["ep_total"][:tokens].zero_()
         for of_rank in b["ep_returned"].view(self.config.world, self.config.capacity, -1):
@@ -140,7 +135,7 @@ class AllGather(Stateless):
         return self._meeting.collectives(layer, operation, opens_step=opens_step)
 
     def _gather(self, out: torch.Tensor, mine: torch.Tensor) -> None:
-        _ALL_GATHER(_bytes(out), _bytes(mine), group=self._group)
+        ALL_GATHER(as_bytes(out), as_bytes(mine), group=self._group)
 
     def _renumber(self, ids: torch.Tensor) -> None:
         """Renumber to this rank's experts, -1 for others', without a temporary tensor."""
@@ -152,6 +147,16 @@ class AllGather(Stateless):
         ids.masked_fill_(foreign, -1)
 
 
-def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+def check_group(rank: int, world: int, group: Any, *, shares: str) -> None:
+    """Raises ValueError where `group` is not these ranks in order; `shares`: what they share."""
+    size, found = dist.get_world_size(group), dist.get_rank(group)
+    if (size, found) != (world, rank):
+        raise ValueError(
+            f"expected rank {rank} of {world}, got a process group in which this is rank {found} "
+            f"of {size}; make the group from the ranks that share the {shares}"
+        )
+
+
+def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
     """uint8 view: collectives then carry every dtype, bit for bit."""
     return tensor.view(-1).view(torch.uint8)

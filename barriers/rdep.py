@@ -9,7 +9,7 @@ busy.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
@@ -151,9 +151,10 @@ def load_rdep(
     return kernels
 
 
-def peer_layout(config: TransportConfig) -> ArenaLayout:
-    """Where the buffers lie in a payload that holds nothing else."""
-    return ArenaLayout.build([Entry(*spec) for spec in Rdep.buffers(config)], [Section("peers")])
+def peer_layout(config: TransportConfig, more: Iterable[BufferSpec] = ()) -> ArenaLayout:
+    """Where the buffers lie in a payload that holds nothing but `more` behind them."""
+    entries = [Entry(*spec) for spec in (*Rdep.buffers(config), *more)]
+    return ArenaLayout.build(entries, [Section("peers")])
 
 
 def peer_views(layout: ArenaLayout, payload: int, device: torch.device) -> dict[str, torch.Tensor]:
@@ -211,7 +212,7 @@ class Rdep(Stateless):
         self.config, self.tuning = config, tuning or RdepTuning()
         self._buffers, self.kernels = buffers, kernels
         self._peers = (base, stride)
-        self._stream = stream or _current_stream
+        self._stream = stream or current_stream
         self._out = wire_views(buffers)
         # Zero silent rows: the first `send` takes back every id that the memory may hold.
         buffers["ep_words"].copy_(torch.tensor([config.rank, 0, 0, 0], dtype=torch.int32))
@@ -329,5 +330,6 @@ def _address(tensor: torch.Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def _current_stream() -> int:
+def current_stream() -> int:
+    """Handle of torch's current stream."""
     return int(torch.cuda.current_stream().cuda_stream)

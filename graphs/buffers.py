@@ -15,6 +15,8 @@ import torch
 from barriers.allgather import AllGather
 from barriers.deepep import DeepEpLowLatency, DeepEpNormal
 from barriers.transport import BufferSpec, TransportConfig, received_shape
+from barriers.vocabulary import VocabularyConfig
+from barriers.vocabulary_allgather import VocabularyAllGather
 from capture_cache.layout import ArenaLayout, Entry
 from graphs.keys import GraphKey, Ladder
 from graphs.model_config import ModelConfig
@@ -57,6 +59,7 @@ def arena_layout(cfg: ModelConfig, step: StepConfig, ladder: Ladder) -> ArenaLay
             *_kv(cfg, step),
             *_scratch(cfg, step, ladder.max_tokens, ladder.max_rows, ladder.max_tokens),
             *_exchange(cfg, step, ladder.max_tokens),
+            *_shared_head(cfg, step, ladder.max_rows),
             *_ring(cfg, step, ladder),
         ]
     )
@@ -94,6 +97,24 @@ def transport_config(cfg: ModelConfig, step: StepConfig, capacity: int) -> Trans
         top_k=choices(cfg, step),
         act_dtype=cfg.act_dtype,
         fp8=cfg.is_fp8,
+    )
+
+
+def vocabulary_config(cfg: ModelConfig, step: StepConfig, rows: int) -> VocabularyConfig | None:
+    """How ranks share the head; None where each has it whole.
+
+    Args:
+        rows: of the largest key, the same on every rank.
+    """
+    if cfg.head_shards == 1:
+        return None
+    return VocabularyConfig(
+        rank=step.ep_rank,
+        world=cfg.head_shards,
+        capacity=rows,
+        hidden=cfg.hidden_size,
+        vocab=cfg.vocab_size,
+        act_dtype=cfg.act_dtype,
     )
 
 
@@ -166,6 +187,14 @@ def _exchange(cfg: ModelConfig, step: StepConfig, capacity: int) -> Iterator[Ent
     """Buffers of the expert-parallel transport that lie in this rank's arena."""
     if cfg.first_k_dense_replace < cfg.num_layers and step.transport in IN_ARENA:
         for buffer in IN_ARENA[step.transport](transport_config(cfg, step, capacity)):
+            yield Entry(*buffer)
+
+
+def _shared_head(cfg: ModelConfig, step: StepConfig, rows: int) -> Iterator[Entry]:
+    """Buffers of a shared head that lie in this rank's arena; those of rdep are peer memory."""
+    config = vocabulary_config(cfg, step, rows)
+    if config is not None and step.transport == "allgather":
+        for buffer in VocabularyAllGather.buffers(config):
             yield Entry(*buffer)
 
 
@@ -285,7 +314,7 @@ def _workspace_elems(
         # The router leaves its parts to the choice of experts.
         plain = not name.endswith(("_scale", ".router"))
         if only in name and len(spec.extents) == 2 and plain:
-            count = rows if name in ("head", "embed") else tokens
+            count = rows * cfg.head_shards if name in ("head", "embed") else tokens
             n, k = spec.extents
             elems.append(linear_workspace_elems(count, n, k, elem_bytes=spec.nbytes // (n * k)))
     return max(elems)

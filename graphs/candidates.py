@@ -102,6 +102,8 @@ def named(call: Call, name: str) -> Candidate:
     try:
         if kind is None:
             raise ValueError(f"{call.op} has no plans")
+        if name == TORCH_MM:
+            raise ValueError("it takes weights in rows, of the dtype of the activations")
         plan = _parse(kind, name)
         if isinstance(plan, GroupedPlan) and not _fits(plan, call):
             raise ValueError("FP8 gate_up takes block_n 128")

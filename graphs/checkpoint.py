@@ -20,11 +20,11 @@ from safetensors import SafetensorError, safe_open
 from graphs.checkpoint_plan import FP8, LoadPlan, plan_load
 from graphs.fp8_blocks import dequantise_blocks, quantise_blocks
 from graphs.hf_layout import Kind, Part, padded_rows
-from graphs.model_config import FP8_BLOCK, ModelConfig
+from graphs.model_config import FP8_BLOCK, HEAD_TILE, ModelConfig
 from graphs.model_source import ModelSource, model_digest, resolve_model
 from graphs.random_weights import random_weights
 from graphs.safetensors_dir import CheckpointDir, CheckpointError, Stored, open_checkpoint
-from graphs.weights import check_views, local_experts
+from graphs.weights import check_views, is_per_rank, local_experts
 from kernels.triton.weight_tiles import put_rows
 
 __all__ = [
@@ -88,14 +88,14 @@ def load_checkpoint(
     parts = [
         (part, stored)
         for part, stored in local_parts(plan, first, local_experts(cfg, ep_size))
-        if replicated or part.expert is not None
+        if replicated or part.expert is not None or is_per_rank(cfg, part.target)
     ]
     todo = [_bytes_of(part, stored, checkpoint) for part, stored in parts]
     total, done = sum(todo), 0
     for name, begin, end in padded_rows(cfg) if replicated else ():
         views[name][begin:end].view(torch.uint8).zero_()
     with ExitStack() as files:
-        loader = Loader(checkpoint, cfg, views, first, files)
+        loader = Loader(checkpoint, cfg, views, first, files, ep_rank)
         for (part, stored), nbytes in zip(parts, todo, strict=True):
             loader.load(part, stored)
             done += nbytes
@@ -141,6 +141,7 @@ class Loader:
     Args:
         views: the packed tensors.
         first_expert: of this rank.
+        rank: whose part of the head is loaded, where ranks share it.
     """
 
     _remedy = "download the file again"  # where the values are at fault
@@ -152,9 +153,10 @@ class Loader:
         views: Mapping[str, torch.Tensor],
         first_expert: int,
         files: ExitStack,
+        rank: int = 0,
     ) -> None:
         self._checkpoint, self._cfg, self._views = checkpoint, cfg, views
-        self._first_expert = first_expert
+        self._first_expert, self._rank = first_expert, rank
         self._files = files
         self._open: dict[str, Any] = {}
 
@@ -164,6 +166,9 @@ class Loader:
             self._load_kv_b(part, stored)
             return
         target = self._slab(part, part.target)
+        if is_per_rank(self._cfg, part.target) and part.expert is None:
+            self._load_head(part, stored, target)
+            return
         if self._cfg.is_fp8 and part.kind is Kind.LINEAR:
             scale = self._slab(part, f"{part.target}_scale")
             self._load_fp8(part, stored, target, scale)
@@ -223,6 +228,16 @@ class Loader:
             blocks = self._scales(part, target.device)
             scale[part.scale_row : part.scale_row + len(blocks)].copy_(blocks)
 
+    def _load_head(self, part: Part, stored: Stored, target: torch.Tensor) -> None:
+        """This rank's rows, and zeros in what is left of the last tile and past it."""
+        wanted = self._cfg.head_range(self._rank)
+        target.zero_()
+        for begin, x in self._pieces(part.source, stored, None, target.device, wanted):
+            rows = self._cast(x, target.dtype, part.source, stored)
+            short = -len(rows) % HEAD_TILE
+            rows = torch.nn.functional.pad(rows, (0, 0, 0, short))
+            put_rows(target, begin - wanted.start, rows)
+
     def _load_kv_b(self, part: Part, stored: Stored) -> None:
         w_uk, w_uv = self._views[f"{part.target}w_uk"], self._views[f"{part.target}w_uv"]
         whole = torch.cat([x for _, x in self._pieces(part.source, stored, part.slab, w_uk.device)])
@@ -243,15 +258,22 @@ class Loader:
         return target if part.expert is None else target[part.expert - self._first_expert]
 
     def _pieces(
-        self, name: str, stored: Stored, slab: int | None, device: torch.device
+        self,
+        name: str,
+        stored: Stored,
+        slab: int | None,
+        device: torch.device,
+        wanted: range | None = None,
     ) -> Iterator[tuple[int, torch.Tensor]]:
-        """(first row, rows) of a tensor or its `slab`: whole scale blocks, finite, on `device`."""
+        """(first row, rows) of a tensor or its `slab`, all or those that are `wanted`: whole scale
+        blocks, finite, on `device`."""
         shape = stored.shape if slab is None else stored.shape[1:]
         item_bytes = stored.nbytes // math.prod(stored.shape)
         row_bytes = item_bytes * math.prod(shape[1:])
         step = max(FP8_BLOCK, _PIECE_BYTES // row_bytes // FP8_BLOCK * FP8_BLOCK)
-        for begin in range(0, shape[0], step):
-            rows = slice(begin, min(begin + step, shape[0]))
+        wanted = range(shape[0]) if wanted is None else wanted
+        for begin in range(wanted.start, wanted.stop, step):
+            rows = slice(begin, min(begin + step, wanted.stop))
             x = self._read(name, stored, rows if slab is None else (slab, rows)).to(device)
             if not _all_finite(x):
                 raise self._error(name, stored, _where_not_finite(x, begin))

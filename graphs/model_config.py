@@ -24,6 +24,7 @@ from graphs.hf_overrides import apply_overrides, parse_overrides
 
 __all__ = ["FP8_BLOCK", "ModelConfig", "RopeConfig", "UnsupportedModel", "parse_overrides"]
 
+HEAD_TILE = 128  # rows of the head that stay together
 FP8_BLOCK = 128  # rows and columns that share one weight scale
 
 
@@ -92,6 +93,8 @@ class ModelConfig:
         weight_format: "plain" keeps linear weights in `act_dtype`; "fp8" in e4m3 with one float32
             scale per 128x128 block.
         max_position: tokens that the rotary embedding was configured for.
+        head_shards: ranks that share the head by vocabulary; rank r holds `head_rows` of its rows,
+            from r * head_rows on.
     Raises:
         UnsupportedModel: fields that contradict each other.
     """
@@ -126,6 +129,7 @@ class ModelConfig:
     bos_token_id: int | None = None
     act_dtype: str = "bfloat16"
     weight_format: str = "plain"
+    head_shards: int = 1
 
     def __post_init__(self) -> None:
         self._check_sizes()
@@ -193,6 +197,19 @@ class ModelConfig:
     def padded(self, rows: int) -> int:
         """Rows that a part takes where another part follows: FP8 scale blocks must not straddle."""
         return -(-rows // FP8_BLOCK) * FP8_BLOCK if self.is_fp8 else rows
+
+    @property
+    def head_rows(self) -> int:
+        """Rows of the head that a rank holds, in whole tiles where ranks share it."""
+        if self.head_shards == 1:
+            return self.vocab_size
+        tile = HEAD_TILE * self.head_shards
+        return -(-self.vocab_size // tile) * HEAD_TILE
+
+    def head_range(self, rank: int) -> range:
+        """Tokens whose rows of the head a rank holds; what lies past them counts nowhere."""
+        begin = min(rank * self.head_rows, self.vocab_size)
+        return range(begin, min(begin + self.head_rows, self.vocab_size))
 
     def is_moe(self, layer: int) -> bool:
         return layer >= self.first_k_dense_replace

@@ -17,7 +17,7 @@ import torch
 from graphs.fp8_blocks import E4M3_MAX
 from graphs.hf_layout import Kind, Part, checkpoint_parts, padded_rows
 from graphs.model_config import ModelConfig
-from graphs.weights import check_views, local_experts
+from graphs.weights import check_views, is_per_rank, local_experts
 from kernels.triton.launch import Launcher
 from kernels.triton.random_init import fill_random, fill_random_ref
 from kernels.triton.weight_tiles import group_of_rows
@@ -27,8 +27,8 @@ _LOGIT_STD = 4.0
 _BIAS_RANGE = 0.02
 _NORM_RANGE = 0.1
 
-# (out, name, half-width, mean)
-Fill = tuple[torch.Tensor, str, float, float]
+# (out, name, half-width, mean, elements of the tensor before out)
+Fill = tuple[torch.Tensor, str, float, float, int]
 
 
 def random_weights(
@@ -61,9 +61,13 @@ def random_weights(
         views[name][begin:end].view(torch.uint8).zero_()
     first = ep_rank * num_local
     for part in checkpoint_parts(cfg):
-        if replicated if part.expert is None else first <= part.expert < first + num_local:
-            for out, name, half_width, mean in _fills(cfg, views, part, first):
-                fill(out, seed=_stream(seed, name), scale=half_width, mean=mean)
+        if part.expert is None:
+            mine = replicated or is_per_rank(cfg, part.target)
+        else:
+            mine = first <= part.expert < first + num_local
+        if mine:
+            for out, name, half_width, mean, before in _fills(cfg, views, part, first, ep_rank):
+                fill(out, seed=_stream(seed, name), scale=half_width, mean=mean, offset=before)
 
 
 def _filler(device: torch.device, launch: Launcher | None) -> Callable[..., None]:
@@ -80,23 +84,28 @@ def _stream(seed: int, name: str) -> int:
 
 
 def _fills(
-    cfg: ModelConfig, views: Mapping[str, torch.Tensor], part: Part, first: int
+    cfg: ModelConfig, views: Mapping[str, torch.Tensor], part: Part, first: int, rank: int
 ) -> Iterator[Fill]:
+    if part.expert is None and is_per_rank(cfg, part.target):
+        # Rows past the vocabulary get numbers as if it went on.
+        before = cfg.head_range(rank).start * cfg.hidden_size
+        yield views[part.target], part.source, *_distribution(cfg, part), before
+        return
     if part.kind is Kind.KV_B:
         width = _SQRT3 / math.sqrt(part.shape[1])
         for half in ("w_uk", "w_uv"):
-            yield views[part.target + half], f"{part.source}.{half}", width, 0.0
+            yield views[part.target + half], f"{part.source}.{half}", width, 0.0, 0
         return
     target = group_of_rows(_slab(views, part.target, part, first), part.row, part.shape[0])
     width, mean = _distribution(cfg, part)
     if part.kind is not Kind.LINEAR or not cfg.is_fp8:
-        yield target, part.source, width, mean
+        yield target, part.source, width, mean, 0
         return
     # Uniform over e4m3's range; the scales bring it to size and differ from block to block.
     scale = _slab(views, f"{part.target}_scale", part, first)
     scale = scale[part.scale_row : part.scale_row + part.scale_shape[0]]
-    yield target, part.source, E4M3_MAX, 0.0
-    yield scale, part.scale_source, 0.25 * width / E4M3_MAX, width / E4M3_MAX
+    yield target, part.source, E4M3_MAX, 0.0, 0
+    yield scale, part.scale_source, 0.25 * width / E4M3_MAX, width / E4M3_MAX, 0
 
 
 def _slab(views: Mapping[str, torch.Tensor], name: str, part: Part, first: int) -> torch.Tensor:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from barriers.transport import Received, Transport
+from barriers.vocabulary import Vocabulary
 from graphs.attention import Attention, attend
 from graphs.branch import Branch
 from graphs.buffers import StaticBuffers, query_fuses
@@ -74,6 +75,7 @@ class DecodeStep:
     Args:
         weights: packed tensors by the names of `graphs.weights.stored_table`, plus `rope_table`.
         transport: None for a model without experts.
+        vocabulary: where ranks share the head.
         branch: where the shared expert runs with `config.overlap`.
     """
 
@@ -89,8 +91,10 @@ class DecodeStep:
         *,
         on_device: bool,
         branch: Branch,
+        vocabulary: Vocabulary | None = None,
     ) -> None:
         self.cfg, self.config = cfg, config
+        self.vocabulary = vocabulary
         self.ops, self.buffers, self.weights = ops, buffers, weights
         self.attention, self._transport = attention, transport
         self.on_device = on_device
@@ -111,7 +115,8 @@ class DecodeStep:
     @property
     def live(self) -> str:
         """Why a capture of this step serves this process alone; "" if it can be stored."""
-        return "" if self._transport is None else self._transport.live
+        exchanges = (self._transport, self.vocabulary)
+        return next((e.live for e in exchanges if e is not None and e.live), "")
 
     @property
     def allocates(self) -> bool:
@@ -394,7 +399,14 @@ class DecodeStep:
             out=b["final"],
         )
         head = w["embed"] if self.cfg.tie_word_embeddings else w["head"]
-        self.ops.linear(b["final"], head, out=b["logits"], workspace=b["workspace"])
+        if self.vocabulary is None:
+            self.ops.linear(b["final"], head, out=b["logits"], workspace=b["workspace"])
+        else:
+            part = self.vocabulary.part
+            self.ops.linear(
+                self.vocabulary.gather(b["final"]), head, out=part, workspace=b["workspace"]
+            )
+            self.vocabulary.scatter(part, b["logits"])
         self.ops.sample(b)
         self.ops.answer(
             *(b[n] for n in ("sample_row", "sample_pos", "row_params", "step")),

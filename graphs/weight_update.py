@@ -97,12 +97,12 @@ def prepare_update(
         if isinstance(source, str | Path):
             checkpoint = open_checkpoint(Path(source))
             plan = plan_load(checkpoint, cfg)
-            loader = Loader(checkpoint, cfg, views, first, stack)
+            loader = Loader(checkpoint, cfg, views, first, stack, ep_rank)
         else:
             tensors = _named_tensors(source)
             checkpoint = _as_checkpoint(tensors)
             plan = plan_load(checkpoint, cfg, whole=False)
-            loader = _NamedLoader(tensors, checkpoint, cfg, views, first, stack)
+            loader = _NamedLoader(tensors, checkpoint, cfg, views, first, stack, ep_rank)
         parts = local_parts(plan, first, local_experts(cfg, ep_size))
         digest = hashlib.sha256()
         for part, stored in parts:

@@ -66,7 +66,8 @@ def weight_table(cfg: ModelConfig, *, ep_size: int = 1) -> dict[str, TensorSpec]
     """Every packed tensor of one rank, in the order that the step reads them.
 
     Names are `embed`, `layers.{i}.{part}`, `final_norm` and, unless the head is the embedding,
-    `head`. Every rank has the same table.
+    `head`. Every rank has the same table; of `experts_` and of a head that ranks share
+    (`is_per_rank`) each holds its own part.
 
     Raises:
         ValueError: `ep_size` does not divide the routed experts.
@@ -85,8 +86,13 @@ def weight_table(cfg: ModelConfig, *, ep_size: int = 1) -> dict[str, TensorSpec]
         table |= {f"layers.{layer}.{name}": spec for name, spec in parts.items()}
     table["final_norm"] = TensorSpec((H,), act)
     if not cfg.tie_word_embeddings:
-        table["head"] = TensorSpec(_matrix(cfg.vocab_size, H, act), act)
+        table["head"] = TensorSpec(_matrix(cfg.head_rows, H, act), act)
     return table
+
+
+def is_per_rank(cfg: ModelConfig, name: str) -> bool:
+    """Whether ranks hold different parts of a tensor of `weight_table`, or of one joined."""
+    return ".experts_" in name or (name == "head" and cfg.head_shards > 1)
 
 
 def shared_joins(cfg: ModelConfig, transport: str) -> bool:

@@ -12,10 +12,11 @@ import torch
 from barriers.deepep import DeepEpLowLatency, DeepEpNormal
 from barriers.rdep import Rdep
 from barriers.transport import Local, Transport, TransportConfig, deepep_capacity
+from barriers.vocabulary import Vocabulary, VocabularyConfig
 from graphs.attention import ATTENTION
 from graphs.attention_choice import run_every_cut
 from graphs.branch import Branch, InLine
-from graphs.buffers import StaticBuffers, transport_config
+from graphs.buffers import StaticBuffers, transport_config, vocabulary_config
 from graphs.calls import Call, Hook, RecordingOps
 from graphs.candidates import run_every
 from graphs.checkpoint import random_weights
@@ -37,14 +38,22 @@ def make_step(
     views: Mapping[str, torch.Tensor],
     transport: Transport | None,
     branch: Branch | None = None,
+    vocabulary: Vocabulary | None = None,
 ) -> DecodeStep:
-    """The step over bound views; on `meta` views it can be listed but not run."""
+    """The step over bound views; on `meta` views it can be listed but not run.
+
+    Args:
+        vocabulary: of a head that ranks share; by default one that moves nothing, to list with.
+    """
     model, step = selection.model, selection.step
     stored = stored_table(model, ep_size=step.ep_size, transport=step.transport)
     names = [*stored, "rope_table"]
     weights = MappingProxyType({name: views[name] for name in names})
     buffers = StaticBuffers(model, step, selection.ladder, views)
     attention = ATTENTION[step.attention](model, step, ops)
+    shared = vocabulary_config(model, step, selection.ladder.max_rows)
+    if shared is not None and vocabulary is None:
+        vocabulary = _Unmoved(shared, views["logits"].device)
     return DecodeStep(
         model,
         step,
@@ -55,6 +64,7 @@ def make_step(
         transport,
         on_device=selection.on_device,
         branch=branch or InLine(),
+        vocabulary=vocabulary,
     )
 
 
@@ -111,6 +121,24 @@ def _run_every(ops: Ops, selection: Selection) -> Hook:
             run_every_cut(ops, selection.model, call)
 
     return hook
+
+
+class _Unmoved:
+    """Stands where ranks would share the head: buffers of those shapes, and nothing in them."""
+
+    name, live = "none", ""
+
+    def __init__(self, config: VocabularyConfig, device: torch.device) -> None:
+        self.config = config
+        dtype = torch_dtype(config.act_dtype)
+        self._rows = torch.empty(config.rows, config.hidden, dtype=dtype, device=device)
+        self.part = torch.empty(config.rows, config.per, device=device)
+
+    def gather(self, final: torch.Tensor, *, opens_step: bool = False) -> torch.Tensor:
+        return self._rows
+
+    def scatter(self, part: torch.Tensor, out: torch.Tensor) -> None:
+        """There is nobody."""
 
 
 class _Unlaunched:

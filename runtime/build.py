@@ -23,7 +23,7 @@ from capture_cache.restore_driver import Driver
 from capture_cache.store import Bundle, Store
 from graphs.aot import AotLauncher
 from graphs.attention_choice import AttentionCut
-from graphs.buffers import transport_config
+from graphs.buffers import transport_config, vocabulary_config
 from graphs.capture import CudaBackend, GraphBackend, GraphSet, TwinBackend
 from graphs.checkpoint import load_checkpoint, random_weights
 from graphs.choices import ChosenOps, KernelChoices
@@ -279,11 +279,12 @@ class _Builder:
             sizes = transport_config(selection.model, selection.step, selection.ladder.max_tokens)
             launch = None if launcher is None else exchange_launcher(selection, launcher)
             tuning = RdepTuning(sum_pdl=not selection.step.overlap)
+            shared = vocabulary_config(selection.model, selection.step, selection.ladder.max_rows)
             transport = ranks.transport(
-                selection.step.transport, sizes, views, launch, self.store, tuning
+                selection.step.transport, sizes, views, launch, self.store, tuning, shared
             )
         ops = ChosenOps(Ops(launcher), KernelChoices())
-        step = make_step(selection, ops, views, transport, backend.branch)
+        step = make_step(selection, ops, views, transport, backend.branch, ranks.vocabulary)
         if launcher is None:
             return GraphSet(step, selection.ladder, backend)  # the twin compiles nothing
         return GraphSet(step, selection.ladder, backend, forbid_compile=launcher.freeze)

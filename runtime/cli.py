@@ -39,6 +39,7 @@ from graphs.model_source import resolve_model
 from runtime.config import (
     ATTENTION,
     DEVICES,
+    HEADS,
     PDL,
     RuntimeConfig,
     told_to_ranks,
@@ -130,6 +131,7 @@ def add_selection(parser: argparse.ArgumentParser) -> None:
         default=None,
         help="the shared expert beside the exchange; default: where there are both",
     )
+    add("--head", choices=HEADS, default="whole", help="on every rank, or shared by vocabulary")
     add("--pdl", choices=PDL, default="auto", help="overlap of kernels (dependent launch)")
     add(
         "--kernels",
@@ -178,6 +180,7 @@ def selection(args: argparse.Namespace, **more: Any) -> RuntimeConfig:
             tune_s=args.tune_seconds,
             deadline_s=args.deadline_ms / 1e3,
             overlap=args.overlap,
+            head=args.head,
             seed=args.seed,
             prefix_cache=args.prefix_cache,
             prefill_budget=args.prefill_budget,

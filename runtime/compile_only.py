@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import re
 import time
+from collections.abc import Callable
 
 from rich.table import Table
 
 from barriers.rdep import compile_rdep
-from barriers.transport import TransportConfig
+from barriers.vocabulary_peers import compile_head
+from capture_cache.nvrtc import CudaModule
 from capture_cache.store import Store
-from graphs.buffers import transport_config
+from graphs.buffers import transport_config, vocabulary_config
 from graphs.compile import Compiled, KernelCompiler, compile_all
 from graphs.flashinfer_mla import FlashinferMla
 from graphs.hopper_mla import HopperMla
@@ -52,7 +54,10 @@ def compile_only(options: RuntimeConfig, arch: str, *, jobs: int | None, as_json
         )
     if selection.step.transport == "rdep":
         sizes = transport_config(selection.model, selection.step, selection.ladder.max_tokens)
-        rows += compiled_rdep(sizes, arch, store)
+        rows += compiled_cuda(lambda: compile_rdep(sizes, arch, store=store), arch)
+        shared = vocabulary_config(selection.model, selection.step, selection.ladder.max_rows)
+        if shared is not None:
+            rows += compiled_cuda(lambda: compile_head(shared, arch, store=store), arch)
     seconds = time.perf_counter() - start
     console.print(_table(rows, arch))
     cached = sum(r.cached for r in rows)
@@ -79,10 +84,10 @@ def compile_only(options: RuntimeConfig, arch: str, *, jobs: int | None, as_json
     return 0
 
 
-def compiled_rdep(config: TransportConfig, arch: str, store: Store) -> list[Compiled]:
-    """The transport's CUDA C++ kernels, compiled through NVRTC into the store."""
+def compiled_cuda(compiling: Callable[[], CudaModule], arch: str) -> list[Compiled]:
+    """CUDA C++ kernels of the exchanges between ranks, compiled through NVRTC into the store."""
     start = time.perf_counter()
-    module = compile_rdep(config, arch, store=store)
+    module = compiling()
     seconds = (time.perf_counter() - start) / len(module.kernels)
     return [
         Compiled(

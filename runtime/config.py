@@ -22,6 +22,7 @@ ATTENTION = ("auto", "flashinfer", "hopper", "triton")
 DEFAULT_SEQ_LEN = 4096  # tokens, where the model has as many positions
 KERNELS = ("auto", "tune", "default")  # or a file that pins them
 PDL = ("auto", "off", "late", "early")
+HEADS = ("whole", "sharded")
 CHECK_KEYS = ("first", "all")
 # Spellings of other engines for the same thing.
 ALIASES = {
@@ -124,6 +125,8 @@ class RuntimeConfig:
         verify_weights: compare the sha256 of all packed weights before use.
         pdl: whether a kernel starts while the one before it ends (programmatic dependent launch):
             off, late (once that one has loaded its weights), early (at once); auto decides by chip.
+        head: "whole": every rank has the whole head and computes its own rows' logits; "sharded":
+            each has a part of the vocabulary, and computes all ranks' logits there.
         overlap: the shared expert runs beside the exchange with other ranks; None: where there are
             both.
         seed: of a preset's random weights.
@@ -161,6 +164,7 @@ class RuntimeConfig:
     attention: str = "auto"
     pdl: str = "auto"
     overlap: bool | None = None
+    head: str = "whole"
     seed: int = 0
     kernels: str = "auto"
     allow_inexact: bool = False
@@ -180,6 +184,7 @@ class RuntimeConfig:
         self._check_types()
         for name, choices in (
             ("device", DEVICES),
+            ("head", HEADS),
             ("attention", ATTENTION),
             ("pdl", PDL),
             ("check_keys", CHECK_KEYS),

@@ -23,9 +23,10 @@ from capture_cache.machine import (
 )
 from capture_cache.restore_driver import Driver
 from graphs.keys import Ladder
-from graphs.model_config import ModelConfig, parse_overrides
-from graphs.model_source import ModelSource, model_digest, resolve_model
+from graphs.model_config import ModelConfig
+from graphs.model_source import ModelSource, model_digest
 from runtime.config import RuntimeConfig
+from runtime.model import model_of
 
 __all__ = ["FIELDS", "IGNORED", "OPTIONS", "absent_packages", "fingerprint"]
 SCHEMA = 2  # raised whenever the meaning of a field changes
@@ -74,6 +75,7 @@ OPTIONS: Mapping[str, str] = MappingProxyType(
         "seed": "seed",
         "pdl": "pdl",
         "overlap": "overlap",
+        "head": "model config",
         "kernels": "kernels",
         "allow_inexact": "kernels",
         "logits_rows": "logits rows",
@@ -117,9 +119,7 @@ def fingerprint(
     """
     if on_device is None:
         on_device = options.device != "cpu" and device_count() > 0
-    model, source = resolve_model(
-        options.model, layers=options.layers, overrides=parse_overrides(options.overrides)
-    )
+    model, source = model_of(options)
     # What needs no device comes first: the driver may still be initialising.
     other = installation() | _asked(options, model, source)
     facts: dict[str, Value] = {"schema": SCHEMA}

@@ -28,10 +28,10 @@ from capture_cache.store import Store
 from capture_cache.tables import size
 from graphs.aot import AotLauncher
 from graphs.compile import KernelCompiler
-from graphs.model_config import parse_overrides
-from graphs.model_source import ModelSource, resolve_model
+from graphs.model_source import ModelSource
 from runtime.cli import Lines, Once, command, console, print_json, run
-from runtime.config import DEVICES, RuntimeConfig
+from runtime.config import DEVICES, HEADS, RuntimeConfig
+from runtime.model import model_of
 from runtime.packing import Packing, make_packed
 from runtime.weights import content_of, identity, store_folder
 
@@ -75,6 +75,7 @@ def parser() -> argparse.ArgumentParser:
     add("--model", "--model-path", "--ckpt", required=True, help="HF directory or preset name")
     add("--out", help="directory to make; default: in the store, where runtimes find it")
     add("--ep-size", type=int, default=1, help="ranks that will share the experts")
+    add("--head", choices=HEADS, default="whole", help="as runtimes will have it, see --ep-size")
     add("--layers", type=int, help="pack only the first so many layers")
     add("--override", action="append", default=[], metavar="KEY=VALUE", help="of the model config")
     add("--seed", type=int, default=0, help="of a preset's random weights")
@@ -96,12 +97,11 @@ def main(argv: list[str] | None = None) -> int:
         store=args.store,
         ep_size=args.ep_size,
         seed=args.seed,
+        head=args.head,
     )
     if options.ranks.world > 1:
         raise ValueError("one process packs for all ranks: start without torchrun, with --ep-size")
-    model, source = resolve_model(
-        args.model, layers=args.layers, overrides=parse_overrides(options.overrides)
-    )
+    model, source = model_of(options)
     if source.path is not None and is_packed(source.path):
         raise ValueError(f"{source.path} is packed already; give the checkpoint it was made from")
     name = identity(model, source, ep_size=args.ep_size, seed=args.seed)

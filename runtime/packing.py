@@ -43,7 +43,7 @@ from graphs.checkpoint import load_checkpoint, random_weights
 from graphs.model_config import ModelConfig
 from graphs.model_source import ModelSource
 from graphs.safetensors_dir import open_checkpoint, read_config
-from graphs.weights import weight_table
+from graphs.weights import is_per_rank, weight_table
 from kernels.triton.launch import Launcher
 from runtime.weights import content_of, identity, made_from, origin_of
 
@@ -237,7 +237,7 @@ class _Packer:
         self.model, self.source, self.name = model, source, name
         self.ep_size, self.files, self.progress = ep_size, files, progress
         self.tensors = tuple(
-            PackedTensor(n, s.shape, s.dtype, ".experts_" in n)
+            PackedTensor(n, s.shape, s.dtype, is_per_rank(model, n))
             for n, s in weight_table(model, ep_size=ep_size).items()
         )
         self.shards = plan_shards(self.tensors, ep_size, name)

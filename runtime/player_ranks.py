@@ -75,7 +75,8 @@ class PlayerRanks:
         )
         self._open.callback(self._watch.close)
         words = np.array([self.group.rank, 0, 0, 0], np.int32)
-        driver.upload(memory.payload + facts.words_at, words)
+        for at in facts.words_at:
+            driver.upload(memory.payload + at, words)
         self.group.barrier("peer memory")
 
     def check(self) -> None:

@@ -26,6 +26,9 @@ from barriers.rdep import Rdep, RdepTuning, load_rdep, peer_layout, peer_views
 from barriers.step_board import StepBoard
 from barriers.symmetric_device import DeviceMemory
 from barriers.transport import DEEPEP, Local, Transport, TransportConfig
+from barriers.vocabulary import Vocabulary, VocabularyConfig
+from barriers.vocabulary_allgather import VocabularyAllGather
+from barriers.vocabulary_peers import VocabularyPeers, load_head
 from barriers.watch import CLOSE
 from capture_cache.driver import Device
 from capture_cache.store import Store
@@ -43,6 +46,7 @@ class Ranks:
         deadline_s: of every wait for a peer.
 
     Attributes:
+        vocabulary: where the ranks share the head, once the transport is made.
         board: where the transport's own waits name nobody.
     """
 
@@ -52,6 +56,7 @@ class Ranks:
         self.rank, self.world, self.deadline_s = config.rank, config.world, deadline_s
         self._open = ExitStack()
         self._watch: DeviceWatch | None = None
+        self.vocabulary: Vocabulary | None = None
         self.board: StepBoard | None = None
         self._aborting: threading.Thread | None = None
         self.group = self._open.enter_context(RankGroup(config, fields))
@@ -64,6 +69,7 @@ class Ranks:
         launch: Launcher | None,
         store: Store,
         tuning: RdepTuning | None = None,
+        shared: VocabularyConfig | None = None,
     ) -> Transport:
         """Make the transport `name`; every rank calls this alike.
 
@@ -71,19 +77,24 @@ class Ranks:
             views: of the arena; the transport's own buffers are among them where it has some there.
             launch: None on the CPU twin.
             tuning: of rdep.
+            shared: of a head that ranks share: `vocabulary` is then made, too.
         Raises:
             RankError: a rank failed, or did not come; raised on all of them.
         """
         if name == "local":
             return Local(config, launch)
         if name == "allgather":
-            return self._allgather(config, views, launch)
+            return self._allgather(config, views, launch, shared)
         if name in DEEPEP:
             return self._deepep(name, config, views, launch)
-        return self._rdep(config, views, store, tuning)
+        return self._rdep(config, views, store, tuning, shared)
 
     def _allgather(
-        self, config: TransportConfig, views: Mapping[str, torch.Tensor], launch: Launcher | None
+        self,
+        config: TransportConfig,
+        views: Mapping[str, torch.Tensor],
+        launch: Launcher | None,
+        shared: VocabularyConfig | None,
     ) -> Transport:
         self._connect("gloo" if launch is None else "nccl")
         meeting = None
@@ -94,6 +105,8 @@ class Ranks:
             self._open.callback(meeting.close)
         else:
             self._post("allgather")
+        if shared is not None:
+            self.vocabulary = VocabularyAllGather(shared, views, dist.group.WORLD, meeting)
         return AllGather(config, views, dist.group.WORLD, launch, meeting)
 
     def _connect(self, backend: str) -> None:
@@ -163,11 +176,13 @@ class Ranks:
         views: Mapping[str, torch.Tensor],
         store: Store,
         tuning: RdepTuning | None,
+        shared: VocabularyConfig | None,
     ) -> Transport:
         device = Device(torch.cuda.current_device())
         # All ranks have their code before any of them can wait for another.
         kernels = load_rdep(device, config, tuning, store=store)
-        layout = peer_layout(config)
+        head = None if shared is None else load_head(device, shared, store=store)
+        layout = peer_layout(config, () if shared is None else VocabularyPeers.buffers(shared))
         memory = DeviceMemory(self.group, device, layout.device_bytes)
         self._open.callback(memory.close)
         self._watch = DeviceWatch(
@@ -180,6 +195,11 @@ class Ranks:
         transport = Rdep(
             config, buffers, kernels, base=memory.base, stride=memory.stride, tuning=tuning
         )
+        if shared is not None and head is not None:
+            # On rdep's stream, between two of its layers: they take turns on one set of signals.
+            self.vocabulary = VocabularyPeers(
+                shared, buffers, head, base=memory.base, stride=memory.stride
+            )
         torch.cuda.synchronize()
         self.group.barrier("peer memory")
         return transport

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from barriers.rdep import Rdep, peer_layout
+from barriers.vocabulary_peers import VocabularyPeers
 from capture_cache.arena import DeviceArena
 from capture_cache.bundle import PROGRAM_FILE, golden_file, graph_file
 from capture_cache.bundle_extract import Extractor
@@ -120,17 +121,19 @@ def _extract(engine: Engine, arena: DeviceArena) -> tuple[dict[str, bytes], dict
     return files, restore | {"peers": _peers(engine)}
 
 
-def _peers(engine: Engine) -> dict[str, int] | None:
+def _peers(engine: Engine) -> dict[str, Any] | None:
     """What `runtime.player_ranks.PeerFacts` holds; None where ranks share nothing."""
     transport = engine.graphs.step.transport_or_none
     if not isinstance(transport, Rdep):
         return None
-    layout = peer_layout(transport.config)
-    words_at = layout.by_name["ep_words"].offset
+    vocabulary = engine.graphs.step.vocabulary
+    shared = () if vocabulary is None else VocabularyPeers.buffers(vocabulary.config)
+    layout = peer_layout(transport.config, shared)
+    places = layout.by_name
     return {
         "base": transport.memory[0],
         "payload_bytes": layout.device_bytes,
-        "words_at": words_at,
+        "words_at": [p.offset for n, p in places.items() if n in ("ep_words", "head_words")],
     }
 
 
@@ -153,6 +156,9 @@ def _extractor(driver: GraphReader, engine: Engine, arena: DeviceArena) -> Extra
     transport = engine.graphs.step.transport_or_none
     if isinstance(transport, Rdep):
         kernels = kernels | transport.handles
+        vocabulary = engine.graphs.step.vocabulary
+        if isinstance(vocabulary, VocabularyPeers):
+            kernels = kernels | vocabulary.handles
         base, nbytes = transport.memory
         entries.append(Range(PEERS, base, nbytes))
     libraries = engine.graphs.step.attention.libraries

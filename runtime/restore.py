@@ -29,8 +29,8 @@ from capture_cache.restore_code import symbol_table
 from capture_cache.restore_driver import Driver
 from capture_cache.store import Loaded, Store
 from graphs.keys import GraphKey
-from graphs.model_config import ModelConfig, parse_overrides
-from graphs.model_source import ModelSource, resolve_model
+from graphs.model_config import ModelConfig
+from graphs.model_source import ModelSource
 from runtime.aside import Aside
 from runtime.bundle_names import (
     DEVICE_WHOLE,
@@ -41,6 +41,7 @@ from runtime.config import RuntimeConfig, told_to_ranks
 from runtime.driver import StepFailed
 from runtime.fingerprint import absent_packages, fingerprint
 from runtime.golden import golden_step
+from runtime.model import model_of
 from runtime.opening import NotRestored, Opening
 from runtime.player import Player
 from runtime.preload import Preload
@@ -169,9 +170,7 @@ class _Restore:
         """Find the bundle and check it, while the driver comes up."""
         options = self.options
         with self._stage("model"):
-            model, source = resolve_model(
-                options.model, layers=options.layers, overrides=parse_overrides(options.overrides)
-            )
+            model, source = model_of(options)
         with self._stage("fingerprint"):
             current = fingerprint(options, on_device=True, driver=self.opening.wait_driver)
         with self._stage("bundle"):

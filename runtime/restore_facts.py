@@ -22,12 +22,13 @@ class PeerFacts:
     Attributes:
         base: address of this rank's part.
         payload_bytes: of each rank.
-        words_at: offset into the payload of the transport's own words: the rank, then zeros.
+        words_at: offsets into the payload of the words that each exchange has for itself: the
+            rank, then zeros.
     """
 
     base: int
     payload_bytes: int
-    words_at: int
+    words_at: tuple[int, ...]
 
     @classmethod
     def of(cls, told: Any, shown: str) -> PeerFacts | None:
@@ -35,9 +36,10 @@ class PeerFacts:
         if told is None:
             return None
         try:
-            facts = cls(**told)
-            sound = 0 < facts.base < 1 << 57 and 0 <= facts.words_at < facts.payload_bytes
-        except TypeError as e:
+            facts = cls(**{**told, "words_at": tuple(told["words_at"])})
+            inside = all(0 <= at < facts.payload_bytes for at in facts.words_at)
+            sound = 0 < facts.base < 1 << 57 and inside
+        except (KeyError, TypeError) as e:
             raise CorruptBundle(f"{shown}: memory of the ranks is malformed: {e}") from e
         if not sound:
             raise CorruptBundle(f"{shown}: memory of the ranks makes no sense: {facts}")

@@ -13,17 +13,21 @@ from barriers.transport import resolve as resolve_transport
 from capture_cache.layout import ArenaLayout
 from graphs.attention_choice import AttentionCut
 from graphs.buffers import arena_layout, kv_bytes_per_token, transport_config
-from graphs.checkpoint import ModelSource, resolve_model
+from graphs.checkpoint import ModelSource
 from graphs.flashinfer_mla import FlashinferMla
 from graphs.hopper_mla import HopperMla
 from graphs.keys import Ladder
-from graphs.model_config import ModelConfig, parse_overrides
+from graphs.model_config import ModelConfig
 from graphs.step_config import StepConfig, default_cut
 from runtime.config import RuntimeConfig
+from runtime.model import model_of
 
 # Left for the driver, the graphs themselves and libraries when the KV cache takes what is free.
 RESERVED_BYTES = 3 << 30
 DEFAULT_PDL = "late"
+
+
+SHARES_HEAD = ("allgather", "rdep")  # transports over which a head can be shared
 
 
 @dataclass(frozen=True)
@@ -49,9 +53,7 @@ def choose(options: RuntimeConfig, *, compile_only: bool = False) -> Selection:
         ValueError: options that contradict each other or the model.
         DeepEpMissing: the transport needs a package that is not here.
     """
-    model, source = resolve_model(
-        options.model, layers=options.layers, overrides=parse_overrides(options.overrides)
-    )
+    model, source = model_of(options)
     for token in model.eos_token_ids:
         if not 0 <= token < model.vocab_size:
             raise ValueError(
@@ -70,6 +72,13 @@ def choose(options: RuntimeConfig, *, compile_only: bool = False) -> Selection:
     on_device = compile_only or _on_device(options)
     attention, reason = _attention(options, model, on_device and not compile_only)
     transport = resolve_transport(options.transport, world=options.num_ranks, on_device=on_device)
+    if model.head_shards > 1 and (
+        transport not in SHARES_HEAD or model.first_k_dense_replace >= model.num_layers
+    ):
+        raise ValueError(
+            f"--head sharded goes with a transport of {', '.join(SHARES_HEAD)} and a model with "
+            f"experts, got {transport} and {options.model}; leave it at whole"
+        )
     step = StepConfig(
         max_rows=rows,
         max_seq_len=seq_len,

@@ -24,6 +24,7 @@ from graphs.model_source import ModelSource, model_digest, resolve_model
 from graphs.safetensors_dir import CONFIG_FILE, CheckpointError, has_weights, shard_files
 from graphs.weights import weight_table
 from runtime.config import RuntimeConfig
+from runtime.model import with_head
 
 # Raised whenever the bytes that a checkpoint or a seed is turned into change; a test holds it.
 CONVERTER = 1
@@ -215,6 +216,7 @@ def _check_config(packed: PackedWeights, options: RuntimeConfig, model: ModelCon
     packed.check_small()
     overrides = parse_overrides(options.overrides)
     theirs, _ = resolve_model(packed.path, layers=options.layers, overrides=overrides)
+    theirs = with_head(theirs, options)
     one, two = dataclasses.asdict(theirs), dataclasses.asdict(model)
     # Where a text ends is the reader's to choose.
     skipped = ("eos_token_ids", "bos_token_id")

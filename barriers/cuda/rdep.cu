@@ -13,7 +13,7 @@
 //
 // Slots are relative (slot 0 is this rank, slot k is rank + k); rows on the wire are [source rank, kCapacity].
 // Every rank may send another number of tokens and use another grid: a signal is always worth kTag in all.
-#include "barrier.cuh"
+#include "exchange.cuh"
 
 using namespace lockstep;
 
@@ -126,17 +126,7 @@ __device__ __forceinline__ float quotient(float x, float scale, float inverse) {
   return copysignf(fmaf(fmaf(-q, scale, x), inverse, q), x);
 }
 
-// Read once, by us alone: not worth a line of L1, and a peer's line must not stay there.
-__device__ __forceinline__ uint4 load_once(const void* p) {
-  uint4 v;
-  asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-               : "l"(p)
-               : "memory");
-  return v;
-}
-
-// ---- signals -------------------------------------------------------------------------------------------
+// ---- owners --------------------------------------------------------------------------------------------
 
 // The whole warp: which slots own one of the token's experts, as bits. ids: int32 [kTopK] of the token.
 __device__ __forceinline__ u32 owner_slots(const int* ids, int rank) {
@@ -144,16 +134,6 @@ __device__ __forceinline__ u32 owner_slots(const int* ids, int rank) {
   u32 id = lane < kTopK ? ids[lane] : ~0u;
   u32 ranks = __reduce_or_sync(kWarp, id < kWorld * kLocalExperts ? 1u << id / kLocalExperts : 0u);
   return (ranks >> rank | ranks << (kWorld - rank)) & kAllRanks;
-}
-
-// One warp of a block that sends its own share of the grid's signal. All shares of a grid add up to kTag, so
-// that peers need not know how many blocks there are. Order and pairing as in tag_signal.
-__device__ __forceinline__ void signal_share(const Peers& p, int lane, int share) {
-  if (blockIdx.x == 0) share = kTag - share * ((int)gridDim.x - 1);
-  if (lane > 0 && lane < p.n) {
-    red_add_release_sys(&p.control(lane)->tag[p.us_at(lane) * LOCKSTEP_SPACING], -share);
-    if (blockIdx.x == 0) red_add_relaxed_sys(&p.control(0)->tag[lane * LOCKSTEP_SPACING], kTag);
-  }
 }
 
 // ---- send ----------------------------------------------------------------------------------------------
@@ -258,24 +238,6 @@ __device__ __forceinline__ void put_count(const Wire& wire, i64 stride, Words* w
   if (threadIdx.x == 0) words->silent_rows = kCapacity - tokens;
 }
 
-// The end of `send`: signal, and in one block wait for all ranks.
-__device__ __forceinline__ void close_send(const Peers& p, Words* words, int share, int opens_step,
-                                           Where where) {
-  if (share)
-    __syncthreads();  // before the block's release
-  else if (!last_block(&words->send_blocks, gridDim.x))
-    return;
-  if (threadIdx.x >= 32) return;
-  int lane = threadIdx.x;
-  if (share && blockIdx.x != 0) return signal_share(p, lane, share);
-  if (opens_step) announce_step(p, lane);
-  if (share)
-    signal_share(p, lane, share);
-  else
-    tag_signal(p, lane);
-  if (tag_wait(p, lane, where) && opens_step) check_step(p, lane, where);
-}
-
 // tokens: rows of x. share: of the signal that each block but the first gives; 0: the last block gives all of it.
 template <bool kQuantize>
 __device__ __forceinline__ void send(char* base, i64 stride, const char* x, const float* scale, const int* ids,
@@ -303,7 +265,7 @@ __device__ __forceinline__ void send(char* base, i64 stride, const char* x, cons
     if (part == 0) put_choices(wire, stride, rank, row, ids + t * kTopK, weights + t * kTopK);
   }
   if (blockIdx.x == 0) put_count(wire, stride, words, rank, tokens);
-  close_send(Peers{base, stride, kWorld}, words, share, opens_step, where);
+  close_grid(Peers{base, stride, kWorld}, &words->send_blocks, share, opens_step, where);
 }
 
 // ---- sum -----------------------------------------------------------------------------------------------

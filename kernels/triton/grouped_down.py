@@ -16,23 +16,19 @@ from kernels.triton.grouped_plan import (
     GroupedPlan,
     Tiles,
     check_lists,
+    check_operands,
     check_out,
-    check_weight,
     or_stand_in,
 )
 from kernels.triton.launch import Launcher
 from kernels.triton.overlap import (
     await_all,
     await_inputs_streaming,
-    overlap,
     release_dependents,
     release_first,
 )
 from kernels.triton.tiles import (
-    FP8_GROUP,
-    check_fp8,
     check_ready,
-    check_scale,
     dequantize_blocks,
     load_scale,
     load_tile,
@@ -222,16 +218,10 @@ def grouped_down(
         ValueError: shapes or dtypes that do not fit.
     Capture-safe: no sync, no allocation.
     """
-    num_experts, n, k = check_weight(w, h)
-    num_pairs = h.shape[0]
+    num_experts, n = check_operands("h", h, h_scale, w, w_scale)
+    num_pairs, fp8 = h.shape[0], h_scale is not None
     check_lists(offsets, pairs, num_experts, num_pairs)
-    fp8 = h_scale is not None
     check_out(out, (num_pairs, n), None if fp8 else h.dtype)
-    if fp8:
-        groups = triton.cdiv(k, FP8_GROUP)
-        check_fp8("h", h)
-        check_scale("h_scale", h_scale, (num_pairs, groups))
-        check_scale("w_scale", w_scale, (num_experts, triton.cdiv(n, FP8_GROUP), groups))
     check_ready(ready, num_experts)
     tiles = Tiles.of(launch, plan, w, n, 1, num_pairs, num_pairs // top_k, fp8=fp8)
     launch(
@@ -250,10 +240,7 @@ def grouped_down(
         POLLS=POLLS,
         N=n,
         H_PITCH=h.stride(0),
-        **tiles.constexprs,
-        num_warps=tiles.num_warps,
-        num_stages=tiles.stages,
-        **overlap(launch),
+        **tiles.options,
     )
 
 

@@ -16,20 +16,18 @@ from kernels.triton.grouped_plan import (
     GroupedPlan,
     Tiles,
     check_lists,
+    check_operands,
     check_out,
-    check_weight,
     or_stand_in,
 )
 from kernels.triton.launch import Launcher
 from kernels.triton.overlap import (
     await_inputs_first,
     await_inputs_streaming,
-    overlap,
     release_dependents,
 )
 from kernels.triton.tiles import (
     FP8_GROUP,
-    check_fp8,
     check_ready,
     check_scale,
     dequantize_blocks,
@@ -210,7 +208,8 @@ def grouped_gate_up(
     Args:
         x: e4m3 or act dtype [T, K]; the row pitch may exceed K.
         x_scale: fp32 [T, ceil(K/128)]; None for act dtype, and then so are the other scales.
-        w: x's dtype [E, 2I, K], gate rows, then up rows; or in tiles (`weight_tiles`).
+        w: x's dtype [E, 2I, K], gate rows, then up rows; or in tiles (`weight_tiles`),
+            where I is a multiple of 128.
         w_scale: fp32 [E, 2*ceil(I/128), ceil(K/128)]; gate and up have scale rows of their own.
         offsets: int32 [E+1]; expert e has pairs[offsets[e]:offsets[e+1]].
         pairs: int32 [T*top_k]; what lies past offsets[E] is not read.
@@ -223,20 +222,15 @@ def grouped_gate_up(
         ValueError: shapes or dtypes that do not fit.
     Capture-safe: no sync, no allocation.
     """
-    num_experts, two_inter, k = check_weight(w, x)
-    inter = two_inter // 2
-    num_pairs = x.shape[0] * top_k
+    num_experts, inter = check_operands("x", x, x_scale, w, w_scale, 2)
+    num_pairs, fp8 = x.shape[0] * top_k, x_scale is not None
     check_lists(offsets, pairs, num_experts, num_pairs)
-    fp8 = x_scale is not None
     check_out(out, (num_pairs, inter), x.dtype)
     if fp8:
-        groups, rows = triton.cdiv(k, FP8_GROUP), triton.cdiv(inter, FP8_GROUP)
-        check_fp8("x", x)
-        check_scale("x_scale", x_scale, (x.shape[0], groups))
-        check_scale("w_scale", w_scale, (num_experts, 2 * rows, groups))
-        check_scale("out_scale", out_scale, (num_pairs, rows))
+        check_scale("out_scale", out_scale, (num_pairs, triton.cdiv(inter, FP8_GROUP)))
     check_ready(ready, num_experts)
     tiles = Tiles.of(launch, plan, w, inter, 2, num_pairs, x.shape[0], fp8=fp8)
+    counts = ready is not None and not tiles.compact
     launch(
         _gate_up_kernel,
         tiles.grid,
@@ -250,15 +244,12 @@ def grouped_gate_up(
         out,
         or_stand_in(out_scale, out),
         or_stand_in(ready, offsets),
-        COUNTS=ready is not None and not tiles.compact,
-        CHAIN=ready is not None and not tiles.compact and plan.chain > 0,
+        COUNTS=counts,
+        CHAIN=counts and plan.chain > 0,
         TOP_K=top_k,
         INTER=inter,
         X_PITCH=x.stride(0),
-        **tiles.constexprs,
-        num_warps=tiles.num_warps,
-        num_stages=tiles.stages,
-        **overlap(launch),
+        **tiles.options,
     )
 
 

@@ -9,16 +9,18 @@ import torch
 import triton
 
 from kernels.triton.launch import Arg, Launcher, TensorMap
-from kernels.triton.overlap import OFF
+from kernels.triton.overlap import OFF, overlap
 from kernels.triton.tiles import (
     BLOCK_K_BYTES,
     BUDGET_BYTES,
     FP8_GROUP,
     FP32_BLOCK_N,
+    check_fp8,
+    check_scale,
     pipeline_stages,
     tile_source,
 )
-from kernels.triton.weight_tiles import check_tiles, extents, in_tiles
+from kernels.triton.weight_tiles import TILE_ROWS, check_tiles, extents, in_tiles
 
 BLOCK_N = 128  # weight rows of a tile; one quantisation group of the experts' hidden activation
 PAIR_BLOCKS = (16, 32, 64)  # pairs of a tile; an expert's own count chooses, on the device
@@ -65,15 +67,15 @@ class Tiles:
 
     Attributes:
         lines: the weights behind a plain pointer.
+        compact: there are fewer pairs than experts, and a program looks for its own.
+        options: constexprs that both kernels have, and how they are launched.
     """
 
     w: Arg
     lines: torch.Tensor
     grid: tuple[int, int]
     compact: bool
-    constexprs: dict[str, Any]
-    stages: int
-    num_warps: int
+    options: dict[str, Any]
 
     @classmethod
     def of(
@@ -113,7 +115,7 @@ class Tiles:
             for height in PAIR_BLOCKS
         }
         compact = num_pairs < num_experts
-        constexprs = {
+        options = {
             "E": num_experts,
             "E_POW2": triton.next_power_of_2(num_experts),
             "COMPACT": compact,
@@ -129,6 +131,9 @@ class Tiles:
             **{f"STAGES_{height}": stages[height] for height in PAIR_BLOCKS},
             # Which expert a slot of a compact grid takes is known only once the lists are there.
             "PREFETCH": plan.prefetch if bulk and not compact and launch.pdl != OFF else 0,
+            "num_warps": max(4, block_n * halves // 32),  # a warp group for each tile of 128 rows
+            "num_stages": stages[highest],
+            **overlap(launch),
         }
         return cls(
             w=source,
@@ -136,9 +141,7 @@ class Tiles:
             # No more experts can have pairs than there are pairs: idle programs cost a step, too.
             grid=(triton.cdiv(rows, block_n), min(num_experts, num_pairs)),
             compact=compact,
-            constexprs=constexprs,
-            stages=stages[highest],
-            num_warps=max(4, block_n * halves // 32),  # a warp group for each tile of 128 rows
+            options=options,
         )
 
 
@@ -146,7 +149,32 @@ def or_stand_in(scale: torch.Tensor | None, stand_in: torch.Tensor) -> torch.Ten
     return stand_in if scale is None else scale
 
 
-def check_weight(w: torch.Tensor, x: torch.Tensor) -> tuple[int, int, int]:
+def check_operands(
+    name: str,
+    x: torch.Tensor,
+    x_scale: torch.Tensor | None,
+    w: torch.Tensor,
+    w_scale: torch.Tensor | None,
+    halves: int = 1,
+) -> tuple[int, int]:
+    """(E, rows of a half) of weights that fit the activations, which are FP8 if they have scales.
+
+    Args:
+        name: of the activations, for messages.
+        halves: parts of an expert's rows, each with whole tiles and scale rows of its own.
+    """
+    num_experts, rows, k = _check_weight(w, x, halves)
+    if x_scale is not None:
+        groups, scale_rows = triton.cdiv(k, FP8_GROUP), halves * triton.cdiv(rows, FP8_GROUP)
+        check_fp8(name, x)
+        check_scale(f"{name}_scale", x_scale, (x.shape[0], groups))
+        check_scale("w_scale", w_scale, (num_experts, scale_rows, groups))
+    return num_experts, rows
+
+
+def _check_weight(w: torch.Tensor, x: torch.Tensor, halves: int) -> tuple[int, int, int]:
+    if w.ndim not in (3, 5):
+        raise ValueError(f"weights must be [E, rows, K], or that in tiles, got {list(w.shape)}")
     num_experts, rows, k = extents(tuple(w.shape))
     if x.ndim != 2 or x.shape[1] != k or x.stride(1) != 1 or x.shape[0] == 0:
         raise ValueError(
@@ -159,7 +187,12 @@ def check_weight(w: torch.Tensor, x: torch.Tensor) -> tuple[int, int, int]:
             f" with strides {list(w.stride())}"
         )
     check_tiles(w)
-    return num_experts, rows, k
+    if in_tiles(w) and rows % (halves * TILE_ROWS):
+        raise ValueError(
+            f"each of {halves} halves must be whole tiles of {TILE_ROWS} rows, got {rows} rows "
+            "together; keep such weights in rows"
+        )
+    return num_experts, rows // halves, k
 
 
 def check_lists(

@@ -231,7 +231,7 @@ def linear(
         w: [N, K] of x's dtype, which may lie in tiles (`weight_tiles`), or fp32: then x is widened
             and the product is IEEE fp32.
         out: act dtype or fp32 [T, N]; or fp32 [splits, T, N], then the K splits are left for the
-            reader to add up in order (`tiles.load_parts`).
+            reader to add up in order (`tiles.add_parts`).
         workspace: fp32, at least `linear_workspace_elems` elements; its contents are lost.
         plan: instead of `linear_plan`'s, for measurements and pinned choices.
     Raises:
@@ -288,7 +288,7 @@ def linear_fp8(
         w: e4m3 [N, K], or the same in tiles (`weight_tiles`).
         ws: fp32 [ceil(N/128), ceil(K/128)].
         out: act dtype or fp32 [T, N]; or fp32 [splits, T, N], then the K splits are left for the
-            reader to add up in order (`tiles.load_parts`).
+            reader to add up in order (`tiles.add_parts`).
         workspace: fp32, at least `linear_workspace_elems` elements; its contents are lost.
         plan: instead of `linear_plan`'s, for measurements and pinned choices.
     Raises:

@@ -2,9 +2,8 @@
 
 Every element is a hash of (seed, offset + flat index) and nothing else, so the same values come
 from any chip, any split of a tensor over calls, and the CPU oracle, bit for bit. A matrix in tiles
-gets the values that it would have in rows. Invariant: the
-only roundings are one integer-to-fp32 conversion, one fp32 multiplication and the conversion to
-the tensor's dtype.
+gets the values that it would have in rows. Invariant: the only roundings are one integer-to-fp32
+conversion, one fp32 multiplication and the conversion to the tensor's dtype.
 """
 
 from __future__ import annotations

@@ -129,20 +129,13 @@ def load_scale(
 
 
 @triton.jit
-def load_parts(
+def ask_parts(
     at,  # pointers into the first part
     mask,
     part_stride,  # elements from one part to the next
     PARTS: tl.constexpr,  # 0: not in parts
-    act: tl.constexpr,
 ):
-    """What a product left: its result, or the sum of its K splits in order, rounded to act."""
-    return add_parts(ask_parts(at, mask, part_stride, PARTS), 0.0, PARTS, act)
-
-
-@triton.jit
-def ask_parts(at, mask, part_stride, PARTS: tl.constexpr):
-    """The loads of `load_parts` alone: what `add_parts` takes, after `hold_loads`."""
+    """The loads of what a product left, its result or its K splits, for `add_parts`."""
     parts = tl.tuple([tl.load(at, mask=mask, other=0.0)])
     for part in tl.static_range(1, PARTS):
         parts += (tl.load(at + part * part_stride, mask=mask, other=0.0),)
@@ -151,7 +144,8 @@ def ask_parts(at, mask, part_stride, PARTS: tl.constexpr):
 
 @triton.jit
 def add_parts(parts, zero, PARTS: tl.constexpr, act: tl.constexpr):
-    """The sum of `ask_parts` in order, from `zero` on, rounded to act."""
+    """The product of `ask_parts`: its result, or the sum of its K splits in order, from `zero` on
+    (`hold_loads`), rounded to act."""
     value = parts[0]
     if PARTS > 0:
         value += zero
@@ -190,7 +184,7 @@ def num_parts(product: torch.Tensor) -> int:
 
 
 def sum_parts(product: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """`load_parts` in plain torch: [T, N]."""
+    """`add_parts` in plain torch: [T, N]."""
     if product.ndim == 2:
         return product
     total = product[0].clone()

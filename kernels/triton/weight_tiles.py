@@ -42,11 +42,15 @@ def in_tiles(weight: torch.Tensor) -> bool:
 
 def check_tiles(weight: torch.Tensor) -> None:
     """Refuse other tiles than those of this module; rows are fine."""
+    if not in_tiles(weight):
+        return
     size = weight.element_size()
-    if in_tiles(weight) and (size > 2 or weight.shape[-2:] != (TILE_ROWS, TILE_BYTES // size)):
+    ours = size <= 2 and weight.shape[-2:] == (TILE_ROWS, TILE_BYTES // size)
+    if not ours or not weight.is_contiguous():
         raise ValueError(
-            f"tiles must be {TILE_ROWS} rows of {TILE_BYTES} bytes, 1 or 2 bytes an element, got "
-            f"weights {list(weight.shape)} of {weight.dtype}"
+            f"tiles must be {TILE_ROWS} rows of {TILE_BYTES} bytes, 1 or 2 bytes an element, and "
+            f"contiguous, got weights {list(weight.shape)} of {weight.dtype} with strides "
+            f"{list(weight.stride())}"
         )
 
 

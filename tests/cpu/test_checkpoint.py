@@ -10,7 +10,7 @@ import torch
 
 from graphs.checkpoint import load_checkpoint, resolve_model
 from graphs.model_config import ModelConfig
-from kernels.triton.weight_tiles import as_rows
+from kernels.triton.weight_tiles import as_rows, in_tiles
 from tests.cpu.checkpoints import (
     INDEX,
     YARN,
@@ -129,6 +129,49 @@ def test_fused_experts(tmp_path: Path) -> None:
         mine = slice(4 * ep_rank, 4 * ep_rank + 4)
         for name in ("layers.1.experts_gate_up", "layers.2.experts_down"):
             assert torch.equal(views[name], one_by_one[name][mine])
+
+
+TILE_SIZES = {
+    "vocab_size": 256,
+    "hidden_size": 128,
+    "v_head_dim": 32,
+    "intermediate_size": 256,
+    "moe_intermediate_size": 128,
+}
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weights_that_lie_in_tiles(
+    dtype: torch.dtype, fused: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = random_model(small_config(**TILE_SIZES), dtype=dtype)
+    save_model(tmp_path, model)
+    values = read_tensors(tmp_path)
+    if fused:
+        state = model.state_dict()
+        write_tensors(tmp_path, {k: v for k, v in state.items() if "inv_freq" not in k})
+    monkeypatch.setattr("graphs.checkpoint._PIECE_BYTES", 1)  # a piece is then 128 rows
+    cfg, views, _ = load(tmp_path)
+    leaves = {name.rsplit(".", 1)[-1] for name, view in views.items() if in_tiles(view)}
+    assert leaves == {
+        *("o", "gate_up", "down", "shared_gate_up", "shared_down"),
+        *("experts_gate_up", "experts_down", "head"),
+    }
+    assert_same(unpacked(cfg, views), values)
+    for ep_rank in range(2):
+        _, mine, _ = load(tmp_path, ep_rank=ep_rank, ep_size=2)
+        for name in ("layers.1.experts_gate_up", "layers.2.experts_down"):
+            assert torch.equal(mine[name], views[name][4 * ep_rank : 4 * ep_rank + 4])
+
+
+@pytest.mark.parametrize("name", [O_PROJ, GATE, "lm_head.weight"])
+def test_a_value_in_tiles_that_float16_does_not_hold_is_refused(name: str, tmp_path: Path) -> None:
+    make(tmp_path, **TILE_SIZES)
+    change_tensors(tmp_path, lambda tensors: tensors[name][-1, -1].fill_(1e5))
+    error = refused(tmp_path, overrides={"dtype": "float16"})
+    assert f"{name}: expected values that fit float16" in str(error)
+    assert "dtype=bfloat16" in str(error)
 
 
 def test_each_rank_reads_its_experts_only(tmp_path: Path) -> None:

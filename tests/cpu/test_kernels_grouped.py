@@ -341,7 +341,7 @@ def _launch(
     h, hs = meta(pairs, inter, dtype=dtype), scale(pairs, groups(inter))
 
     def weight(rows: int, cols: int) -> torch.Tensor:
-        shape = tiled_shape(rows, cols, 1) if fp8 else (rows, cols)
+        shape = tiled_shape(rows, cols, dtype.itemsize)
         return meta(experts, *shape, dtype=dtype)
 
     grouped_gate_up(

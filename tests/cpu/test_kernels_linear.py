@@ -398,6 +398,9 @@ def _real_shapes(launch: Launcher) -> None:
     for (n, k), t in zip(PLAIN_SHAPES, (32, 64, 128), strict=True):
         x, w = meta(t, k, dtype=BF16), meta(n, k, dtype=BF16)
         linear(launch, x, w, out=meta(t, n), workspace=space)
+        if n % 128 == 0:
+            tiles = meta(*tiled_shape(n, k, 2), dtype=BF16)
+            linear(launch, x, tiles, out=meta(t, n), workspace=space)
     x = meta(64, ROUTER[1], dtype=BF16)
     linear(launch, x, meta(*ROUTER), out=meta(64, ROUTER[0]), workspace=space)
 

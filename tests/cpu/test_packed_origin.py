@@ -142,7 +142,9 @@ def test_files_that_are_as_they_were_are_not_read(
         raise AssertionError(f"{path} was read")
 
     monkeypatch.setattr(content, "content_digest", refuse)
-    monkeypatch.setattr("runtime.weights.CLOCK_SLACK_NS", 0)  # the files are of this moment
+    with pytest.raises(AssertionError):  # the files are of this moment, as clocks go
+        _find(base, tmp_path / "s", packed.path)
+    monkeypatch.setattr("runtime.weights.CLOCK_SLACK_NS", 0)
     assert _find(base, tmp_path / "s", packed.path).packed is not None
     link = tmp_path / "link"
     link.symlink_to(base)
@@ -168,18 +170,23 @@ def test_a_config_without_weights_takes_given_ones_of_its_model(base: Path, tmp_
         _find(bare, tmp_path / "s")
 
 
-def test_packed_weights_of_the_format_before_are_refused_where_given_and_not_used_in_a_store(
-    base: Path, tmp_path: Path
+@pytest.mark.parametrize(
+    ("before", "lacks", "why"),
+    [(1, ("origin", "content"), "which checkpoint"), (2, (), "which has no tiles")],
+)
+def test_packed_weights_of_a_format_before_are_refused_where_given_and_not_used_in_a_store(
+    before: int, lacks: tuple[str, ...], why: str, base: Path, tmp_path: Path
 ) -> None:
     store = tmp_path / "s"
     pack_command(["--model", str(base), "--store", str(store)])
     packed = _find(base, store).packed
     assert packed is not None
     record = unseal((packed.path / INDEX).read_bytes(), Path(INDEX))
-    for name in ("origin", "content"):
+    for name in lacks:
         del record[name]
-    (packed.path / INDEX).write_bytes(seal(record | {"format": 1}))
-    with pytest.raises(OtherVersion, match=r"format 3, got format 1 .*which checkpoint.*--force"):
+    (packed.path / INDEX).write_bytes(seal(record | {"format": before}))
+    told = rf"format 3, got format {before} of another version, .*{why}.*--force"
+    with pytest.raises(OtherVersion, match=told):
         _find(base, store, packed.path)
     with pytest.warns(RuntimeWarning, match="not used"):
         found = _find(base, store)

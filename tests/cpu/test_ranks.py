@@ -84,10 +84,11 @@ def _results(runs: list[tuple[int, str, str]]) -> tuple[dict[str, Any], dict[str
 
 
 @pytest.mark.slow
-def test_two_ranks_give_the_tokens_of_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize("head", ["whole", "sharded"])
+def test_two_ranks_give_the_tokens_of_one(tmp_path: Path, head: str) -> None:
     """Ranks admit, prefill, decode and idle on their own; only the number of steps is shared."""
     one = _results(_run([_options(tmp_path, ladder="1,2,4,4+16")]))
-    two = _results(_run([_options(tmp_path, ladder="1,2,2+16")] * 2))
+    two = _results(_run([_options(tmp_path, ladder="1,2,2+16", head=head)] * 2))
     assert len(one[0]) == len(_prompts())
     assert one[0] == two[0]
     for request, values in one[1].items():

@@ -20,7 +20,7 @@ from runtime.restore_runs import RunFailed, Runs
 from tests.cpu.fake_cuda import FakeCuda
 from tests.cpu.played import LADDER, OPTIONS, publish_bundle
 
-PEERS = {"base": 0x680000000000, "payload_bytes": 1 << 20, "words_at": 4096}
+PEERS = {"base": 0x680000000000, "payload_bytes": 1 << 20, "words_at": [4096]}
 ROOT = Path(__file__).resolve().parents[2]
 
 

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
+import torch
 
 from capture_cache.errors import CorruptBundle
 from capture_cache.store import Store
@@ -20,6 +21,7 @@ from graphs.ops import Ops
 from graphs.select import check_pins
 from kernels.triton.grouped_plan import GATE_UP_PLAN
 from kernels.triton.linear_plan import LinearPlan
+from kernels.triton.weight_tiles import tiled_shape
 from runtime.config import RuntimeConfig
 from runtime.selection import choose
 from runtime.tuning import Tuner, pinned, share
@@ -144,6 +146,16 @@ def test_pins_that_do_not_fit_are_refused(
     with pytest.raises(ValueError, match="pins|no kernel") as refusal:
         check_pins(pins, calls, allow_inexact=False)
     assert message in str(refusal.value)
+
+
+def test_cublas_is_known_only_where_weights_lie_in_rows() -> None:
+    call = linear_call(4)
+    rows = call.replaced({1: torch.zeros(128, 256, dtype=torch.bfloat16)})
+    tiles = call.replaced({1: torch.zeros(tiled_shape(128, 256, 2), dtype=torch.bfloat16)})
+    assert site_of(rows) == site_of(tiles) == "linear 128x256 bfloat16"
+    assert [c.name for c in candidates(rows)] == [*(c.name for c in candidates(tiles)), TORCH_MM]
+    with pytest.raises(ValueError, match=r"'torch.mm' \(it takes weights in rows, .*; known: bl"):
+        named(tiles, TORCH_MM)
 
 
 def test_of_pins_for_more_than_there_is_only_the_needed_ones_count() -> None:

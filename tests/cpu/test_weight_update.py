@@ -12,6 +12,7 @@ import torch
 
 from barriers.errors import RankError
 from graphs.checkpoint import CheckpointError
+from kernels.triton.weight_tiles import as_rows, in_tiles
 from runtime import OutOfPages, Runtime, SamplingParams
 from tests.cpu.checkpoints import read_tensors, write_tensors
 from tests.cpu.twins import VOCAB, load_micro, micro_checkpoint
@@ -87,6 +88,39 @@ def test_a_part_of_the_weights(old: Path, new: Path) -> None:
     changed = {n for n in after if not torch.equal(after[n], before[n])}
     assert changed == {"head", "layers.0.w_uk", "layers.0.w_uv"}
     assert all(torch.equal(after[n], target[n]) for n in changed)
+
+
+WHOLE_TILES = {
+    "vocab_size": 128,
+    "hidden_size": 128,
+    "v_head_dim": 64,
+    "intermediate_size": 128,
+    "moe_intermediate_size": 128,
+}
+
+
+@pytest.mark.parametrize("quantization", ["none", "fp8"])
+def test_weights_in_tiles_are_as_freshly_loaded(quantization: str, tmp_path: Path) -> None:
+    overrides = ("dtype=bfloat16", f"quantization={quantization}")
+    a, b = (micro_checkpoint(tmp_path / str(s), seed=s, **WHOLE_TILES) for s in (1, 2))
+    with load_micro(b, overrides=overrides) as runtime:
+        target = weights(runtime)
+    expert = "model.layers.1.mlp.experts.1.up_proj.weight"
+    with load_micro(a, overrides=overrides) as runtime:
+        before = weights(runtime)
+        tiled = {n for n, t in before.items() if in_tiles(t)}
+        assert {"head", "layers.0.o", "layers.1.all_gate_up", "layers.1.all_down"} <= tiled
+        runtime.update_weights(b)
+        assert same(weights(runtime), target)
+        runtime.update_weights(a)
+        assert same(weights(runtime), before)
+        runtime.update_weights((n, t) for n, t in read_tensors(b).items() if n == expert)
+        after = weights(runtime)
+    changed = as_rows(after["layers.1.all_gate_up"]).view(torch.uint8)
+    old, new = (as_rows(w["layers.1.all_gate_up"]).view(torch.uint8) for w in (before, target))
+    assert torch.equal(changed[1, 128:], new[1, 128:])
+    assert torch.equal(changed[1, :128], old[1, :128])
+    assert torch.equal(changed[[0, 2, 3, 4]], old[[0, 2, 3, 4]])
 
 
 def last(tensors: Tensors) -> str:
