@@ -15,7 +15,12 @@ from capture_cache.restore_driver import Driver
 from capture_cache.store import Store
 
 BARRIER_PARAMS = ("ptr", "i64", "i32", "i32", "i32", "i32")  # of every kernel of barriers.cu
-_LAYOUT = ("STATE_AT", "STATE_BYTES", "RECORD_BYTES")
+# What every source is compiled with: where the host and barrier.cuh find each other's words.
+STATE_DEFINES = {
+    "LOCKSTEP_STATE_AT": STATE_AT,
+    "LOCKSTEP_STATE_BYTES": ctypes.sizeof(State),
+    "LOCKSTEP_RECORD_BYTES": ctypes.sizeof(Record),
+}
 
 
 def cuda_source(name: str) -> str:
@@ -37,9 +42,14 @@ def compile_barriers(
     Args:
         spacing: words from one rank's signal to the next, 1 to 8; the same on all ranks.
     """
-    sizes = (STATE_AT, ctypes.sizeof(State), ctypes.sizeof(Record))
-    options = [f"-DLOCKSTEP_{k}={v}" for k, v in zip(_LAYOUT, sizes, strict=True)]
-    options.append(f"-DLOCKSTEP_SPACING={spacing}")
+    return compile_with(name, arch, {"LOCKSTEP_SPACING": spacing}, store=store)
+
+
+def compile_with(
+    name: str, arch: str, defines: Mapping[str, int], *, store: Store | None = None
+) -> CudaModule:
+    """Compile a source of `barriers/cuda` with its own constants. Raises as `compile_cuda`."""
+    options = [f"-D{k}={v}" for k, v in (STATE_DEFINES | dict(defines)).items()]
     return compile_cuda(cuda_source(name), arch, options, headers=cuda_headers(), store=store)
 
 

@@ -8,15 +8,13 @@ busy.
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 import torch
 
-from barriers.device_code import cuda_headers, cuda_source, load_kernels
-from barriers.device_watch import STATE_AT, State
+from barriers.device_code import compile_with, load_kernels
 from barriers.transport import (
     BufferSpec,
     Received,
@@ -27,12 +25,12 @@ from barriers.transport import (
     wire_buffers,
     wire_views,
 )
-from barriers.watch import OPERATIONS, Record
+from barriers.watch import OPERATIONS
 from capture_cache.driver import Device
 from capture_cache.kernel import CompiledKernel
 from capture_cache.launch import LoadedKernel
 from capture_cache.layout import ArenaLayout, Entry, Section
-from capture_cache.nvrtc import CudaModule, compile_cuda
+from capture_cache.nvrtc import CudaModule
 from capture_cache.store import Store
 
 TAG = 1024  # what all signals of a grid add up to; kTag of cuda/barrier.cuh
@@ -113,9 +111,6 @@ def compile_rdep(
     """
     tuning = tuning or RdepTuning()
     defines = {
-        "LOCKSTEP_STATE_AT": STATE_AT,
-        "LOCKSTEP_STATE_BYTES": ctypes.sizeof(State),
-        "LOCKSTEP_RECORD_BYTES": ctypes.sizeof(Record),
         "RDEP_WORLD": config.world,
         "RDEP_HIDDEN": config.hidden,
         "RDEP_TOP_K": config.top_k,
@@ -128,8 +123,7 @@ def compile_rdep(
         "RDEP_SUM_THREADS": tuning.sum_threads,
         "RDEP_PULL_THREADS": tuning.pull_threads,
     }
-    options = [f"-D{name}={value}" for name, value in defines.items()]
-    return compile_cuda(cuda_source("rdep.cu"), arch, options, headers=cuda_headers(), store=store)
+    return compile_with("rdep.cu", arch, defines, store=store)
 
 
 def load_rdep(
@@ -182,7 +176,41 @@ class _DeviceBytes:
         }
 
 
-class Rdep(Stateless):
+class PeerKernels:
+    """Kernels over peer memory, as a capture asks after them.
+
+    Args:
+        kernels: by name, loaded.
+        base, stride: of the memory: rank + k's part is k strides behind this rank's.
+        world: ranks.
+        stream: handle of the stream to launch on; by default torch's current one.
+    """
+
+    def __init__(
+        self,
+        kernels: Mapping[str, Launchable],
+        base: int,
+        stride: int,
+        world: int,
+        stream: Callable[[], int] | None,
+    ) -> None:
+        self.kernels, self._world = kernels, world
+        self._peers, self._stream = (base, stride), stream or current_stream
+
+    @property
+    def handles(self) -> dict[int, CompiledKernel]:
+        """Its kernels, by the driver's handle (CUfunction)."""
+        loaded = [k for k in self.kernels.values() if isinstance(k, LoadedKernel)]
+        return {k.handle: k.kernel for k in loaded}
+
+    @property
+    def memory(self) -> tuple[int, int]:
+        """(address, bytes) of all ranks' memory, this rank's first."""
+        base, stride = self._peers
+        return base, stride * self._world
+
+
+class Rdep(PeerKernels, Stateless):
     """The default transport on GPUs of one node.
 
     Args:
@@ -209,25 +237,12 @@ class Rdep(Stateless):
         tuning: RdepTuning | None = None,
         stream: Callable[[], int] | None = None,
     ) -> None:
+        super().__init__(kernels, base, stride, config.world, stream)
         self.config, self.tuning = config, tuning or RdepTuning()
-        self._buffers, self.kernels = buffers, kernels
-        self._peers = (base, stride)
-        self._stream = stream or current_stream
+        self._buffers = buffers
         self._out = wire_views(buffers)
         # Zero silent rows: the first `send` takes back every id that the memory may hold.
         buffers["ep_words"].copy_(torch.tensor([config.rank, 0, 0, 0], dtype=torch.int32))
-
-    @property
-    def handles(self) -> dict[int, CompiledKernel]:
-        """Its kernels, by the driver's handle (CUfunction)."""
-        loaded = [k for k in self.kernels.values() if isinstance(k, LoadedKernel)]
-        return {k.handle: k.kernel for k in loaded}
-
-    @property
-    def memory(self) -> tuple[int, int]:
-        """(address, bytes) of all ranks' memory, this rank's first."""
-        base, stride = self._peers
-        return base, stride * self.config.world
 
     @staticmethod
     def buffers(config: TransportConfig) -> Iterator[BufferSpec]:

@@ -21,8 +21,7 @@ from typing import Protocol
 import torch
 
 from barriers.transport import MAX_WORLD, BufferSpec
-
-SLICE = 128  # a rank's columns are a multiple of it: whole tiles of the product
+from barriers.vocabulary_parts import part_of, part_rows
 
 
 @dataclass(frozen=True)
@@ -65,12 +64,13 @@ class VocabularyConfig:
     @property
     def per(self) -> int:
         """Columns of every rank's slice, padding included."""
-        return -(-self.vocab // (self.world * SLICE)) * SLICE
+        return part_rows(self.vocab, self.world)
 
     def columns_of(self, rank: int) -> tuple[int, int]:
         """(begin, end) of the columns that `rank` holds, without padding; the last ranks of a
         small vocabulary may hold none."""
-        return min(rank * self.per, self.vocab), min((rank + 1) * self.per, self.vocab)
+        held = part_of(self.vocab, self.world, rank)
+        return held.start, held.stop
 
     @property
     def begin(self) -> int:

@@ -7,22 +7,18 @@ launch on one stream, in the same order on every rank.
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 
-from barriers.device_code import cuda_headers, cuda_source, load_kernels
-from barriers.device_watch import STATE_AT, State
-from barriers.rdep import TAG, Launchable, current_stream
+from barriers.device_code import STATE_DEFINES, compile_with, load_kernels
+from barriers.rdep import TAG, Launchable, PeerKernels
 from barriers.transport import BufferSpec
 from barriers.vocabulary import VocabularyConfig, check_gather, check_scatter, head_buffers
-from barriers.watch import NO_LAYER, OPERATIONS, Record
+from barriers.watch import NO_LAYER, OPERATIONS
 from capture_cache.driver import Device
-from capture_cache.kernel import CompiledKernel
-from capture_cache.launch import LoadedKernel
-from capture_cache.nvrtc import CudaModule, compile_cuda
+from capture_cache.nvrtc import CudaModule
 from capture_cache.store import Store
 
 _WORDS = 4  # int32: rank, a block counter, two unused; `Words` of cuda/head.cu
@@ -71,9 +67,7 @@ class HeadTuning:
 def defines(config: VocabularyConfig, tuning: HeadTuning) -> dict[str, int]:
     """The constants that cuda/head.cu is compiled with."""
     return {
-        "LOCKSTEP_STATE_AT": STATE_AT,
-        "LOCKSTEP_STATE_BYTES": ctypes.sizeof(State),
-        "LOCKSTEP_RECORD_BYTES": ctypes.sizeof(Record),
+        **STATE_DEFINES,
         "HEAD_WORLD": config.world,
         "HEAD_CAPACITY": config.capacity,
         "HEAD_VOCAB": config.vocab,
@@ -96,8 +90,7 @@ def compile_head(
     Raises as `capture_cache.nvrtc.compile_cuda`.
     """
     constants = defines(config, tuning or HeadTuning())
-    options = [f"-D{name}={value}" for name, value in constants.items()]
-    return compile_cuda(cuda_source("head.cu"), arch, options, headers=cuda_headers(), store=store)
+    return compile_with("head.cu", arch, constants, store=store)
 
 
 def load_head(
@@ -117,7 +110,7 @@ def load_head(
     return kernels
 
 
-class VocabularyPeers:
+class VocabularyPeers(PeerKernels):
     """The default exchange on GPUs of one node.
 
     Args:
@@ -145,23 +138,11 @@ class VocabularyPeers:
         tuning: HeadTuning | None = None,
         stream: Callable[[], int] | None = None,
     ) -> None:
+        super().__init__(kernels, base, stride, config.world, stream)
         self.config, self.tuning = config, tuning or HeadTuning()
-        self.part, self.kernels = buffers["head_part"], kernels
+        self.part = buffers["head_part"]
         self._rows, self._words = buffers["head_rows"], buffers["head_words"]
-        self._peers, self._stream = (base, stride), stream or current_stream
         self._words.copy_(torch.tensor([config.rank, 0, 0, 0], dtype=torch.int32))
-
-    @property
-    def handles(self) -> dict[int, CompiledKernel]:
-        """Its kernels, by the driver's handle (CUfunction)."""
-        loaded = [k for k in self.kernels.values() if isinstance(k, LoadedKernel)]
-        return {k.handle: k.kernel for k in loaded}
-
-    @property
-    def memory(self) -> tuple[int, int]:
-        """(address, bytes) of all ranks' memory, this rank's first."""
-        base, stride = self._peers
-        return base, stride * self.config.world
 
     @staticmethod
     def buffers(config: VocabularyConfig) -> Iterator[BufferSpec]:

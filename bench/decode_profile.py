@@ -193,7 +193,9 @@ def _twin_events(bench: ReplayBench, key: GraphKey, steps: int) -> list[Event]:
     buffers = engine.graphs.step.buffers
     views = {name: buffers[name] for name in buffers.addresses()}
     transport = engine.graphs.step.transport if engine.model_config.num_experts else None
-    step = make_step(engine.selection, RecordingOps(oracles, hook), views, transport)
+    vocabulary = engine.graphs.step.vocabulary
+    recording = RecordingOps(oracles, hook)
+    step = make_step(engine.selection, recording, views, transport, vocabulary=vocabulary)
     for _ in range(steps):
         step.run(key)
     return events

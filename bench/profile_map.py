@@ -22,7 +22,7 @@ from graphs.choices import ChosenOps
 from graphs.keys import GraphKey
 from graphs.ops import Ops
 from kernels.triton.launch import Arg
-from runtime.assemble import exchange_launcher, listed_transport, make_step
+from runtime.assemble import exchange_launcher, listed_transport, listed_vocabulary, make_step
 from runtime.engine import Engine
 
 LOOK_AHEAD = 12  # launches that a profile may lack: those of an attention that is not used
@@ -110,7 +110,8 @@ class StepMap:
             engine.selection, step=dataclasses.replace(engine.config, attention="triton")
         )
         step = make_step(
-            plain, RecordingBranches(ops, hook), views, self._transport(names, hook, views)
+            *(plain, RecordingBranches(ops, hook), views, self._transport(names, hook, views)),
+            vocabulary=listed_vocabulary(plain, views),
         )
         step.run(key, self._close_part)
 

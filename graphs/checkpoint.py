@@ -20,12 +20,12 @@ from safetensors import SafetensorError, safe_open
 from graphs.checkpoint_plan import FP8, LoadPlan, plan_load
 from graphs.fp8_blocks import dequantise_blocks, quantise_blocks
 from graphs.hf_layout import Kind, Part, padded_rows
-from graphs.model_config import FP8_BLOCK, HEAD_TILE, ModelConfig
+from graphs.model_config import FP8_BLOCK, ModelConfig
 from graphs.model_source import ModelSource, model_digest, resolve_model
 from graphs.random_weights import random_weights
 from graphs.safetensors_dir import CheckpointDir, CheckpointError, Stored, open_checkpoint
 from graphs.weights import check_views, is_per_rank, local_experts
-from kernels.triton.weight_tiles import put_rows
+from kernels.triton.weight_tiles import TILE_ROWS, put_rows
 
 __all__ = [
     "CheckpointError",
@@ -234,7 +234,7 @@ class Loader:
         target.zero_()
         for begin, x in self._pieces(part.source, stored, None, target.device, wanted):
             rows = self._cast(x, target.dtype, part.source, stored)
-            short = -len(rows) % HEAD_TILE
+            short = -len(rows) % TILE_ROWS
             rows = torch.nn.functional.pad(rows, (0, 0, 0, short))
             put_rows(target, begin - wanted.start, rows)
 

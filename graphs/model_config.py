@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
+from barriers.vocabulary_parts import part_of, part_rows
 from capture_cache.dataclass import dataclass
 from graphs.hf_config import (
     DTYPES,
@@ -24,7 +25,6 @@ from graphs.hf_overrides import apply_overrides, parse_overrides
 
 __all__ = ["FP8_BLOCK", "ModelConfig", "RopeConfig", "UnsupportedModel", "parse_overrides"]
 
-HEAD_TILE = 128  # rows of the head that stay together
 FP8_BLOCK = 128  # rows and columns that share one weight scale
 
 
@@ -203,13 +203,11 @@ class ModelConfig:
         """Rows of the head that a rank holds, in whole tiles where ranks share it."""
         if self.head_shards == 1:
             return self.vocab_size
-        tile = HEAD_TILE * self.head_shards
-        return -(-self.vocab_size // tile) * HEAD_TILE
+        return part_rows(self.vocab_size, self.head_shards)
 
     def head_range(self, rank: int) -> range:
         """Tokens whose rows of the head a rank holds; what lies past them counts nowhere."""
-        begin = min(rank * self.head_rows, self.vocab_size)
-        return range(begin, min(begin + self.head_rows, self.vocab_size))
+        return part_of(self.vocab_size, self.head_shards, rank)
 
     def is_moe(self, layer: int) -> bool:
         return layer >= self.first_k_dense_replace

@@ -75,8 +75,10 @@ class DecodeStep:
     Args:
         weights: packed tensors by the names of `graphs.weights.stored_table`, plus `rope_table`.
         transport: None for a model without experts.
-        vocabulary: where ranks share the head.
         branch: where the shared expert runs with `config.overlap`.
+        vocabulary: where ranks share the head, and only there.
+    Raises:
+        ValueError: a shared head without it, or it without one.
     """
 
     def __init__(
@@ -93,6 +95,12 @@ class DecodeStep:
         branch: Branch,
         vocabulary: Vocabulary | None = None,
     ) -> None:
+        if (cfg.head_shards > 1) != (vocabulary is not None):
+            raise ValueError(
+                f"a head of {cfg.head_shards} parts: expected "
+                f"{'no exchange' if vocabulary else 'the exchange'} between the ranks that have "
+                f"it, got {vocabulary}; make both from one selection"
+            )
         self.cfg, self.config = cfg, config
         self.vocabulary = vocabulary
         self.ops, self.buffers, self.weights = ops, buffers, weights

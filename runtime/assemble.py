@@ -40,20 +40,13 @@ def make_step(
     branch: Branch | None = None,
     vocabulary: Vocabulary | None = None,
 ) -> DecodeStep:
-    """The step over bound views; on `meta` views it can be listed but not run.
-
-    Args:
-        vocabulary: of a head that ranks share; by default one that moves nothing, to list with.
-    """
+    """The step over bound views; on `meta` views it can be listed but not run."""
     model, step = selection.model, selection.step
     stored = stored_table(model, ep_size=step.ep_size, transport=step.transport)
     names = [*stored, "rope_table"]
     weights = MappingProxyType({name: views[name] for name in names})
     buffers = StaticBuffers(model, step, selection.ladder, views)
     attention = ATTENTION[step.attention](model, step, ops)
-    shared = vocabulary_config(model, step, selection.ladder.max_rows)
-    if shared is not None and vocabulary is None:
-        vocabulary = _Unmoved(shared, views["logits"].device)
     return DecodeStep(
         model,
         step,
@@ -100,7 +93,8 @@ def list_kernels(
         views = bind_views(None, chosen.layout, meta)
         add_part_views(views)
         transport = listed_transport(chosen, exchange_launcher(selection, launcher), views)
-        step = make_step(chosen, ops, views, transport)
+        vocabulary = listed_vocabulary(chosen, views)
+        step = make_step(chosen, ops, views, transport, vocabulary=vocabulary)
         for key in chosen.ladder.keys:
             step.run(key)
         stamp(launcher, views["stamps"], 0)
@@ -183,6 +177,12 @@ class _UnmadeBuffer:
 
     def destroy(self) -> None:
         """There is nothing."""
+
+
+def listed_vocabulary(selection: Selection, views: Mapping[str, torch.Tensor]) -> Vocabulary | None:
+    """A shared head that moves nothing and waits for nobody, to list what a step calls."""
+    config = vocabulary_config(selection.model, selection.step, selection.ladder.max_rows)
+    return None if config is None else _Unmoved(config, views["logits"].device)
 
 
 def listed_transport(

@@ -37,7 +37,7 @@ from graphs.timing import Timer, Timing
 from graphs.tuning_inputs import on_meta, outcome, rotated, with_tokens
 from graphs.weights import shared_joins
 from kernels.triton.state import DECODE
-from runtime.assemble import listed_transport, make_step
+from runtime.assemble import listed_transport, listed_vocabulary, make_step
 from runtime.config import KERNELS, RuntimeConfig
 from runtime.ranks import Ranks
 from runtime.selection import Selection
@@ -102,7 +102,9 @@ def record_calls(selection: Selection, views: Mapping[str, torch.Tensor]) -> Cal
     ops = RecordingOps(Ops(nobody), hook)
     # FA3 attention would run its kernel: which attention there is does not matter here.
     plain = replace(selection, step=replace(selection.step, attention="triton"))
-    step = make_step(plain, ops, views, listed_transport(selection, nobody, views))
+    transport = listed_transport(selection, nobody, views)
+    vocabulary = listed_vocabulary(selection, views)
+    step = make_step(plain, ops, views, transport, vocabulary=vocabulary)
     for key in selection.ladder.keys:
         step.run(key)
     return found
